@@ -1,0 +1,182 @@
+// Package attestation is the vocabulary of keyagent's attestation, in the terms
+// of RFC 9334 (RATS): evidence, claims, issuer, verifier.
+//
+// Three steps are three types, so that no step can be left out:
+//
+//	Item       bytes from a peer. Nothing is known of them.
+//	Verified   what a signature covers: the claims of every item of one
+//	           exchange, after every verifier accepted its own.
+//	policy.Appraisal
+//	           what the reference values say of a Verified.
+//
+// One kind of evidence is one package below this one, with an [Issuer] that
+// runs where the hardware is and a [Verifier] that runs at the relying party.
+// This package knows none of them.
+package attestation
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Kind names one kind of evidence.
+type Kind string
+
+// The kinds. A kind that no configured verifier handles is refused.
+const (
+	TPM Kind = "tpm"
+)
+
+// BinderSize is the size of a [Binder]: a SHA-512 digest, which is also the size
+// of the report data of SEV-SNP and TDX.
+const BinderSize = 64
+
+// Binder ties evidence to one connection, one role and one challenge. Its
+// encoding is specified in docs/spec/attested-tls.md.
+type Binder [BinderSize]byte
+
+// Item is one kind's part of a frame: an offer, an ask or evidence. Its data is
+// untrusted bytes in the format of its kind.
+type Item struct {
+	Kind Kind
+	Data []byte
+}
+
+// Issuer produces evidence of one kind on the machine that it runs on.
+//
+// It is safe for concurrent use.
+type Issuer interface {
+	Kind() Kind
+	// Begin prepares one exchange. The caller closes the Attempt.
+	Begin(ctx context.Context) (Attempt, error)
+}
+
+// Attempt is the issuer's half of one exchange. It is used by one goroutine.
+type Attempt interface {
+	// Offer returns the material that a verifier needs before it can ask.
+	Offer() []byte
+	// Evidence answers ask, covering binder.
+	Evidence(ctx context.Context, ask []byte, binder Binder) ([]byte, error)
+	Close() error
+}
+
+// Verifier checks evidence of one kind: signatures, chains, freshness. It
+// compares nothing with reference values; that is the policy's part.
+//
+// It is safe for concurrent use. Whatever it refuses is an error that wraps
+// [ErrRefused].
+type Verifier interface {
+	Kind() Kind
+	// Begin checks an offer and prepares the question.
+	Begin(ctx context.Context, offer []byte) (Question, error)
+}
+
+// Question is the verifier's half of one exchange. It is used by one goroutine
+// and answers for exactly one piece of evidence.
+type Question interface {
+	// Ask returns what the attester must answer.
+	Ask() []byte
+	// Verify checks the answer and returns what it proves.
+	Verify(ctx context.Context, evidence []byte, binder Binder) (Claims, error)
+}
+
+// Claims is what one verified piece of evidence says. All of it is covered by a
+// signature of the attesting hardware or by a chain to a configured root.
+type Claims struct {
+	Kind Kind
+	// Identity is stable for one machine: for a TPM, the SHA-256 of its EK.
+	Identity string
+	// Trust names the entry of the policy's trust section that vouches for the
+	// hardware, for example "root:lab".
+	Trust string
+	// Measurements by register name, for a TPM "pcr0" to "pcr23".
+	Measurements map[string]Measurement
+	// Facts are further claims, by name, for the policy's expressions. Values
+	// are string, bool, int64, uint64 or []string.
+	Facts map[string]any
+	// EvidenceDigest is the SHA-256 of the evidence bytes, for the audit log.
+	EvidenceDigest [32]byte
+}
+
+// Measurement is the value of one register and the events that led to it.
+type Measurement struct {
+	Value []byte
+	// Events replay to Value. Empty when no event log came or none covers the
+	// register; never events that do not replay.
+	Events []Event
+}
+
+// Event is one entry of a measured-boot log whose digest was replayed.
+type Event struct {
+	// Seq is the entry's place in the log.
+	Seq int `yaml:"-" json:"seq"`
+	// Type is the TCG name, for example "EV_EFI_VARIABLE_DRIVER_CONFIG".
+	Type string `yaml:"type" json:"type"`
+	// Name says in a person's words what was measured.
+	Name string `yaml:"name" json:"name"`
+	// Digest is what extended the register, in lower-case hex.
+	Digest string `yaml:"digest" json:"digest"`
+	// Detail is shown to people and decides nothing, since only some events
+	// have a digest of their data.
+	Detail string `yaml:"detail,omitempty" json:"detail,omitempty"`
+}
+
+// Verified holds the claims of one exchange, all of them verified and bound to
+// the same connection. The zero value holds none.
+type Verified struct {
+	claims []Claims
+	binder Binder
+	at     time.Time
+}
+
+// NewVerified records that every item of one exchange passed its verifier. Only
+// code that ran those verifiers calls it: attestation/atls for a connection,
+// the offline appraisal of a saved file, and tests. An import-rules test holds
+// the list.
+func NewVerified(binder Binder, at time.Time, claims ...Claims) (*Verified, error) {
+	if len(claims) == 0 {
+		return nil, fmt.Errorf("%w: no claims", ErrRefused)
+	}
+	return &Verified{claims: claims, binder: binder, at: at}, nil
+}
+
+// Claims returns the claims of one kind.
+func (v *Verified) Claims(kind Kind) (Claims, bool) {
+	for _, c := range v.claims {
+		if c.Kind == kind {
+			return c, true
+		}
+	}
+	return Claims{}, false
+}
+
+// All returns the claims in the order of the exchange.
+func (v *Verified) All() []Claims { return v.claims }
+
+// Binder returns what the evidence covered.
+func (v *Verified) Binder() Binder { return v.binder }
+
+// At returns when the evidence was verified, by the verifier's clock.
+func (v *Verified) At() time.Time { return v.at }
+
+// Identity names the attester in logs: the identities of its claims.
+func (v *Verified) Identity() string {
+	id := ""
+	for i, c := range v.claims {
+		if i > 0 {
+			id += "+"
+		}
+		id += string(c.Kind) + ":" + c.Identity
+	}
+	return id
+}
+
+// ErrRefused is wrapped by every refusal of evidence, whatever the reason. An
+// error of a verifier that does not wrap it is a fault of the verifier's own
+// side.
+var ErrRefused = errors.New("evidence refused")
+
+// ErrNoDevice is wrapped by issuers that find no hardware of their kind.
+var ErrNoDevice = errors.New("no attestation device")
