@@ -1,0 +1,41 @@
+// Package bed boots measured Linux guests on this machine, for the demo and for
+// the end-to-end tests: OVMF measures a unified kernel image into a software
+// TPM, and the guest talks to this machine through nothing but the ports that it
+// was given.
+//
+// The parts are made one by one, and each is a file that can be looked at:
+//
+//	cache, _ := bed.OpenCache("")
+//	kernel, _ := cache.Kernel(ctx)
+//	ca, _ := bed.NewCA(dir+"/ca", "demo")
+//	tpm, _ := ca.NewTPM(ctx, dir+"/tpm", bed.TPMOptions{})
+//	_ = bed.Initramfs{Kernel: kernel, Script: "pcrs; eventlog"}.Build(ctx, dir+"/initrd")
+//	_ = bed.UKI{Kernel: kernel, Initrd: dir + "/initrd", Command: bed.CommandLine()}.Build(ctx, dir+"/uki.efi")
+//	_ = bed.BuildESP(ctx, dir+"/uki.efi", dir+"/esp.img")
+//	guest, _ := bed.Boot(ctx, bed.Options{ESP: dir + "/esp.img", TPM: tpm})
+//	status, err := guest.Wait(ctx)
+//
+// There are two guests. The small one is an [Initramfs] alone: everything in it
+// is measured, and it is up in seconds. The other one is a Debian with systemd
+// ([Cache.Rootfs]), whose root file system is a disk that nothing measures: it
+// shows how keyagent lives in a real system, not how a real system must be built.
+//
+// # What a guest prints
+//
+// The host follows a guest by its serial console. Lines that begin with
+// KEYAGENT- are for the host ([Guest.Marks], [Guest.Section], [Guest.PCRs]); all
+// other lines are for people.
+//
+// # Which PCRs are the same in every boot
+//
+// A boot starts with a fresh copy of the firmware's variables unless
+// [Options.Vars] says otherwise, and the machine is the same to the last serial
+// number. TestSmallGuestBoots holds the package to what follows from that.
+//
+// # What it needs
+//
+// Programs of Debian 12, listed in test/deps/packages. A missing one is
+// [ErrMissingTool], whose text says what to run; nothing here skips or
+// downgrades. CPU emulation (TCG) is used on purpose: it is the same everywhere,
+// and works in CI.
+package bed

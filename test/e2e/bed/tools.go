@@ -1,0 +1,117 @@
+package bed
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// ErrMissingTool says that a program or file which the bed needs is not
+// installed on this machine. The remedy is always `make deps`.
+var ErrMissingTool = errors.New("missing tool")
+
+// required lists every program that some part of the bed runs.
+var required = []string{
+	"apt-cache", "apt-get", "busybox", "debugfs", "depmod", "dpkg", "mcopy",
+	"mke2fs", "mkfs.vfat", "mmd", "mmdebstrap", "modprobe", "objcopy",
+	"qemu-system-x86_64", "socat", "swtpm", "swtpm_setup", "tar", "zstd",
+}
+
+// Check reports every program and firmware file that is missing, in one error,
+// so that a test fails at once and with the remedy, not halfway through a boot.
+func Check() error {
+	var missing []string
+	for _, name := range required {
+		if _, err := tool(name); err != nil {
+			missing = append(missing, name)
+		}
+	}
+	for _, path := range []string{firmwareCode, firmwareVars, stubPath} {
+		if _, err := os.Stat(path); err != nil {
+			missing = append(missing, path)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %s; run: make deps", ErrMissingTool, strings.Join(missing, ", "))
+}
+
+// tool finds a program, also in the sbin folders that an ordinary user's PATH
+// lacks on Debian.
+func tool(name string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(path); err == nil && info.Mode()&0o111 != 0 {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("%w: %s; run: make deps", ErrMissingTool, name)
+}
+
+// invocation is one run of a tool to its end.
+type invocation struct {
+	dir   string   // working directory; empty: the caller's
+	env   []string // added to the environment
+	stdin []byte
+}
+
+// run runs a tool and returns what it wrote to stdout. The error of a tool that
+// fails carries the end of what it wrote, since that is where it says why.
+func (inv invocation) run(ctx context.Context, name string, args ...string) ([]byte, error) {
+	path, err := tool(name)
+	if err != nil {
+		return nil, err
+	}
+	var stdout, all bytes.Buffer
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Dir = inv.dir
+	cmd.Env = append(os.Environ(), append([]string{"LC_ALL=C"}, inv.env...)...)
+	if inv.stdin != nil {
+		cmd.Stdin = bytes.NewReader(inv.stdin)
+	}
+	// Both streams share the lock of one writer, or their copies would race.
+	cmd.Stderr = &all
+	cmd.Stdout = &stdout
+	ownChild(cmd)
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("%s: %w: %s", name, err, tail(append(stdout.Bytes(), all.Bytes()...), 800))
+	}
+	return stdout.Bytes(), nil
+}
+
+// run is invocation.run without a directory, extra environment or input.
+func run(ctx context.Context, name string, args ...string) ([]byte, error) {
+	return invocation{}.run(ctx, name, args...)
+}
+
+// ownChild makes a child process end with this one: by signal when its context
+// ends, and by the kernel when this process dies without having run its
+// clean-up, as a test does that the go tool's own timeout kills.
+func ownChild(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 5 * time.Second
+}
+
+// tail returns the last n bytes of text, trimmed.
+func tail(text []byte, n int) string {
+	text = bytes.TrimSpace(text)
+	if len(text) > n {
+		return "…" + string(text[len(text)-n:])
+	}
+	return string(text)
+}
