@@ -96,6 +96,9 @@ type Claims struct {
 	// Facts are further claims, by name, for the policy's expressions. Values
 	// are string, bool, int64, uint64 or []string.
 	Facts map[string]any
+	// Epoch must not change while a channel lives: a machine that was reset in
+	// between is another machine. For a TPM, its reset and restart counts.
+	Epoch string
 	// EvidenceDigest is the SHA-256 of the evidence bytes, for the audit log.
 	EvidenceDigest [32]byte
 }

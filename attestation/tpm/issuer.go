@@ -1,0 +1,317 @@
+package tpm
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+	"google.golang.org/protobuf/proto"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// DefaultEventLog is where the kernel shows the firmware's event log. It needs
+// securityfs.
+const DefaultEventLog = "/sys/kernel/security/tpm0/binary_bios_measurements"
+
+// IssuerOptions configure [NewIssuer]. Unset fields take the stated default.
+type IssuerOptions struct {
+	// Device is passed to OpenDevice. Default DefaultDevice.
+	Device string
+	// EK chooses the endorsement key. Default EKAuto.
+	EK EKType
+	// EKPin, if set, is the only endorsement key that is accepted, as EKDigest
+	// gives it: a TPM that somebody put on the bus instead is refused.
+	EKPin string
+	// EventLog is the path of the event log. Default DefaultEventLog. A file
+	// that does not exist is left out; the verifier's policy decides.
+	EventLog string
+}
+
+// Issuer makes evidence with the TPM of this machine. The TPM is opened for
+// each exchange, so that other users of a raw device get their turn.
+type Issuer struct {
+	opts IssuerOptions
+	mu   sync.Mutex // a raw device has three slots for keys: one exchange at a time
+}
+
+var _ attestation.Issuer = (*Issuer)(nil)
+
+// NewIssuer returns an issuer. It does not touch the TPM.
+func NewIssuer(opts IssuerOptions) (*Issuer, error) {
+	if opts.Device == "" {
+		opts.Device = DefaultDevice
+	}
+	if opts.EK == "" {
+		opts.EK = EKAuto
+	}
+	if opts.EventLog == "" {
+		opts.EventLog = DefaultEventLog
+	}
+	if opts.EK != EKAuto && !slices.ContainsFunc(eks, func(e ek) bool { return e.kind == opts.EK }) {
+		return nil, fmt.Errorf("unknown endorsement key type %q (hint: auto, rsa-2048 or ecc-p384)", opts.EK)
+	}
+	return &Issuer{opts: opts}, nil
+}
+
+// Kind implements attestation.Issuer.
+func (*Issuer) Kind() attestation.Kind { return attestation.TPM }
+
+// Begin implements attestation.Issuer: it reads the EK certificate, makes the
+// AK, and leaves both keys loaded until the Attempt is closed.
+func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	i.mu.Lock()
+	a := &attempt{issuer: i}
+	defer func() {
+		if err != nil {
+			a.Close()
+		}
+	}()
+	if a.tpm, err = OpenDevice(i.opts.Device); err != nil {
+		return nil, err
+	}
+	if err := a.chooseEK(); err != nil {
+		return nil, err
+	}
+	if a.ak, err = createPrimary(a.tpm, akTemplate); err != nil {
+		return nil, fmt.Errorf("make the attestation key: %w", err)
+	}
+	if a.clock, err = readClock(a.tpm); err != nil {
+		return nil, err
+	}
+	a.offer, err = proto.Marshal(&attestv1.TPMOffer{
+		EkCertificate: a.cert,
+		EkPublic:      tpm2.Marshal(a.ekey.public),
+		AkPublic:      tpm2.Marshal(a.ak.public),
+	})
+	return a, err
+}
+
+type attempt struct {
+	issuer *Issuer
+	tpm    transport.TPMCloser
+	ek     ek
+	ekey   object
+	ak     object
+	cert   []byte
+	offer  []byte
+	clock  tpm2.TPMSClockInfo
+	once   sync.Once
+}
+
+// chooseEK loads the first endorsement key with a certificate; without any
+// certificate the P-384 key is used, which an operator may have enrolled.
+func (a *attempt) chooseEK() error {
+	var chosen *ek
+	for n := range eks {
+		e := &eks[n]
+		if a.issuer.opts.EK != EKAuto && a.issuer.opts.EK != e.kind {
+			continue
+		}
+		der, err := readCertificate(a.tpm, e.certificate)
+		if err != nil {
+			return err
+		}
+		if chosen == nil || der != nil {
+			chosen, a.cert = e, der
+		}
+		if der != nil {
+			break
+		}
+	}
+	a.ek = *chosen
+	var cert *x509.Certificate
+	if a.cert != nil {
+		var err error
+		if cert, err = x509.ParseCertificate(a.cert); err != nil {
+			return fmt.Errorf("endorsement key certificate at NV index %#x: %w", uint32(a.ek.certificate), err)
+		}
+	}
+	var err error
+	if a.ekey, err = loadEK(a.tpm, a.ek, cert); err != nil {
+		return err
+	}
+	if pin := a.issuer.opts.EKPin; pin != "" {
+		key, err := tpm2.Pub(a.ekey.public)
+		if err != nil {
+			return err
+		}
+		digest, err := EKDigest(key)
+		if err != nil {
+			return err
+		}
+		if digest != pin {
+			return fmt.Errorf("endorsement key is %s, the configuration pins %s (hint: is this the machine that was enrolled?)", digest, pin)
+		}
+	}
+	return nil
+}
+
+// Offer implements attestation.Attempt.
+func (a *attempt) Offer() []byte { return a.offer }
+
+// Evidence implements attestation.Attempt.
+func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
+	var q attestv1.TPMAsk
+	if err := proto.Unmarshal(ask, &q); err != nil {
+		return nil, fmt.Errorf("verifier's question: %w", err)
+	}
+	if q.GetBank() != uint32(tpm2.TPMAlgSHA256) || len(q.GetPcrs()) == 0 {
+		return nil, fmt.Errorf("verifier asks for bank %#x and %d PCRs, only SHA-256 and at least one are answered", q.GetBank(), len(q.GetPcrs()))
+	}
+	for i, p := range q.GetPcrs() {
+		if p > 23 || (i > 0 && p <= q.GetPcrs()[i-1]) {
+			return nil, fmt.Errorf("verifier asks for PCRs %v", q.GetPcrs())
+		}
+	}
+	proof, err := a.activate(&q, binder)
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	ev, err := a.quote(&q, binder)
+	if err != nil {
+		return nil, err
+	}
+	ev.CredentialProof = proof
+	if q.GetWantEventLog() {
+		if ev.EventLog, err = readEventLog(a.issuer.opts.EventLog); err != nil {
+			return nil, err
+		}
+	}
+	return proto.Marshal(ev)
+}
+
+// activate recovers the verifier's secret and proves it. The session is salted
+// to the EK and encrypts the response, so that the secret does not cross the
+// bus in the clear.
+func (a *attempt) activate(q *attestv1.TPMAsk, binder attestation.Binder) ([]byte, error) {
+	rsp, err := tpm2.ActivateCredential{
+		ActivateHandle: tpm2.AuthHandle{Handle: a.ak.handle, Name: a.ak.name, Auth: tpm2.PasswordAuth(nil)},
+		KeyHandle: tpm2.AuthHandle{Handle: a.ekey.handle, Name: a.ekey.name,
+			Auth: a.ek.auth(a.ekey.handle, a.ekey.public)},
+		CredentialBlob: tpm2.TPM2BIDObject{Buffer: q.GetCredentialBlob()},
+		Secret:         tpm2.TPM2BEncryptedSecret{Buffer: q.GetEncryptedSecret()},
+	}.Execute(a.tpm)
+	if err != nil {
+		return nil, fmt.Errorf("activate the verifier's credential: %w", err)
+	}
+	defer secret.Wipe(rsp.CertInfo.Buffer)
+	return credentialProof(rsp.CertInfo.Buffer, binder), nil
+}
+
+// credentialProof shows that the attester recovered the secret, for this
+// binder only.
+func credentialProof(credential []byte, binder attestation.Binder) []byte {
+	m := hmac.New(sha256.New, credential)
+	m.Write(binder[:])
+	return m.Sum(nil)
+}
+
+func (a *attempt) quote(q *attestv1.TPMAsk, binder attestation.Binder) (*attestv1.TPMEvidence, error) {
+	qualifying := sha256.Sum256(binder[:])
+	rsp, err := tpm2.Quote{
+		SignHandle:     tpm2.AuthHandle{Handle: a.ak.handle, Name: a.ak.name, Auth: tpm2.PasswordAuth(nil)},
+		QualifyingData: tpm2.TPM2BData{Buffer: qualifying[:]},
+		InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+		PCRSelect:      selection(q.GetPcrs()),
+	}.Execute(a.tpm)
+	if err != nil {
+		return nil, fmt.Errorf("quote: %w", err)
+	}
+	attest, err := rsp.Quoted.Contents()
+	if err != nil {
+		return nil, err
+	}
+	if c := attest.ClockInfo; c.ResetCount != a.clock.ResetCount || c.RestartCount != a.clock.RestartCount {
+		return nil, fmt.Errorf("%w: reset count %d then %d, restart count %d then %d", ErrReset,
+			a.clock.ResetCount, c.ResetCount, a.clock.RestartCount, c.RestartCount)
+	}
+	values, err := readPCRs(a.tpm, q.GetPcrs())
+	if err != nil {
+		return nil, err
+	}
+	return &attestv1.TPMEvidence{
+		Attest:    rsp.Quoted.Bytes(),
+		Signature: tpm2.Marshal(rsp.Signature),
+		PcrValues: values,
+	}, nil
+}
+
+// Close implements attestation.Attempt.
+func (a *attempt) Close() error {
+	var err error
+	a.once.Do(func() {
+		defer a.issuer.mu.Unlock()
+		if a.tpm == nil {
+			return
+		}
+		a.ak.flush(a.tpm)
+		a.ekey.flush(a.tpm)
+		err = a.tpm.Close()
+	})
+	return err
+}
+
+func readClock(t transport.TPM) (tpm2.TPMSClockInfo, error) {
+	rsp, err := tpm2.ReadClock{}.Execute(t)
+	if err != nil {
+		return tpm2.TPMSClockInfo{}, fmt.Errorf("read the TPM's clock: %w", err)
+	}
+	return rsp.CurrentTime.ClockInfo, nil
+}
+
+// readPCRs reads SHA-256 values in the order of pcrs. A TPM returns at most
+// eight values a command.
+func readPCRs(t transport.TPM, pcrs []uint32) ([][]byte, error) {
+	values := make([][]byte, 0, len(pcrs))
+	for part := range slices.Chunk(pcrs, 8) {
+		rsp, err := tpm2.PCRRead{PCRSelectionIn: selection(part)}.Execute(t)
+		if err != nil {
+			return nil, fmt.Errorf("read PCRs: %w", err)
+		}
+		if len(rsp.PCRValues.Digests) != len(part) {
+			return nil, fmt.Errorf("read PCRs %v: the TPM has %d of them in its SHA-256 bank (hint: enable the bank in the firmware's setup)", part, len(rsp.PCRValues.Digests))
+		}
+		for _, d := range rsp.PCRValues.Digests {
+			values = append(values, bytes.Clone(d.Buffer))
+		}
+	}
+	return values, nil
+}
+
+func readEventLog(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("event log: %w", err)
+	}
+	defer f.Close()
+	log, err := io.ReadAll(io.LimitReader(f, MaxEventLog+1))
+	if err != nil {
+		return nil, fmt.Errorf("event log: %w", err)
+	}
+	if len(log) > MaxEventLog {
+		return nil, fmt.Errorf("event log %s is larger than %d bytes", path, MaxEventLog)
+	}
+	return log, nil
+}

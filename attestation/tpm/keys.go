@@ -1,0 +1,236 @@
+package tpm
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
+)
+
+// EKType chooses the endorsement key that an issuer uses.
+type EKType string
+
+// The endorsement keys of the EK Credential Profile that come with a
+// certificate on today's machines. Auto takes P-384 where its certificate is
+// present, since making an RSA key again takes seconds on many TPMs.
+const (
+	EKAuto    EKType = "auto"
+	EKRSA2048 EKType = "rsa-2048"
+	EKP384    EKType = "ecc-p384"
+)
+
+// ek describes one endorsement key of the EK Credential Profile.
+type ek struct {
+	kind        EKType
+	certificate tpm2.TPMHandle // NV index
+	persistent  tpm2.TPMHandle // where platforms keep it, if they do
+	template    tpm2.TPMTPublic
+	// auth authorises the EK's use; pub salts the session, so that what comes
+	// out of the TPM is encrypted to somebody who knew the EK.
+	auth func(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session
+}
+
+var eks = []ek{
+	{EKP384, 0x01c00016, 0x81010016, p384EKTemplate, emptyAuthSession},
+	{EKRSA2048, 0x01c00002, 0x81010001, tpm2.RSAEKTemplate, endorsementPolicySession},
+}
+
+// p384EKTemplate is template H-3 of the EK Credential Profile.
+var p384EKTemplate = tpm2.TPMTPublic{
+	Type:    tpm2.TPMAlgECC,
+	NameAlg: tpm2.TPMAlgSHA384,
+	ObjectAttributes: tpm2.TPMAObject{
+		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true,
+		UserWithAuth: true, AdminWithPolicy: true, Restricted: true, Decrypt: true,
+	},
+	AuthPolicy: tpm2.TPM2BDigest{Buffer: []byte{ // PolicyB, SHA-384
+		0xB2, 0x6E, 0x7D, 0x28, 0xD1, 0x1A, 0x50, 0xBC, 0x53, 0xD8, 0x82, 0xBC,
+		0xF5, 0xFD, 0x3A, 0x1A, 0x07, 0x41, 0x48, 0xBB, 0x35, 0xD3, 0xB4, 0xE4,
+		0xCB, 0x1C, 0x0A, 0xD9, 0xBD, 0xE4, 0x19, 0xCA, 0xCB, 0x47, 0xBA, 0x09,
+		0x69, 0x96, 0x46, 0x15, 0x0F, 0x9F, 0xC0, 0x00, 0xF3, 0xF8, 0x0E, 0x12,
+	}},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+		Symmetric: tpm2.TPMTSymDefObject{
+			Algorithm: tpm2.TPMAlgAES,
+			KeyBits:   tpm2.NewTPMUSymKeyBits(tpm2.TPMAlgAES, tpm2.TPMKeyBits(256)),
+			Mode:      tpm2.NewTPMUSymMode(tpm2.TPMAlgAES, tpm2.TPMAlgCFB),
+		},
+		CurveID: tpm2.TPMECCNistP384,
+	}),
+	Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{}),
+}
+
+// akTemplate is a restricted ECDSA key in the endorsement hierarchy. A primary
+// key is the same each time it is made, so that an operator can enrol it.
+var akTemplate = tpm2.TPMTPublic{
+	Type:    tpm2.TPMAlgECC,
+	NameAlg: tpm2.TPMAlgSHA256,
+	ObjectAttributes: tpm2.TPMAObject{
+		FixedTPM: true, FixedParent: true, SensitiveDataOrigin: true,
+		UserWithAuth: true, NoDA: true, Restricted: true, SignEncrypt: true,
+	},
+	Parameters: tpm2.NewTPMUPublicParms(tpm2.TPMAlgECC, &tpm2.TPMSECCParms{
+		Scheme: tpm2.TPMTECCScheme{
+			Scheme:  tpm2.TPMAlgECDSA,
+			Details: tpm2.NewTPMUAsymScheme(tpm2.TPMAlgECDSA, &tpm2.TPMSSigSchemeECDSA{HashAlg: tpm2.TPMAlgSHA256}),
+		},
+		CurveID: tpm2.TPMECCNistP256,
+	}),
+	Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
+		// A label of our own keeps this key apart from other users' AKs.
+		X: tpm2.TPM2BECCParameter{Buffer: []byte("keyagent attestation key")},
+	}),
+}
+
+func emptyAuthSession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, tpm2.Auth(nil),
+		tpm2.Salted(handle, pub), tpm2.AESEncryption(128, tpm2.EncryptOut))
+}
+
+func endorsementPolicySession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
+	policy := func(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
+		_, err := tpm2.PolicySecret{
+			AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
+			PolicySession: session,
+			NonceTPM:      nonce,
+		}.Execute(t)
+		return err
+	}
+	return tpm2.Policy(tpm2.TPMAlgSHA256, 16, policy,
+		tpm2.Salted(handle, pub), tpm2.AESEncryption(128, tpm2.EncryptOut))
+}
+
+// object is a loaded key.
+type object struct {
+	handle tpm2.TPMHandle
+	public tpm2.TPMTPublic
+	name   tpm2.TPM2BName
+}
+
+func (o object) flush(t transport.TPM) {
+	if o.handle>>24 == 0x80 { // transient: a persistent key stays
+		_, _ = tpm2.FlushContext{FlushHandle: o.handle}.Execute(t)
+	}
+}
+
+func createPrimary(t transport.TPM, template tpm2.TPMTPublic) (object, error) {
+	rsp, err := tpm2.CreatePrimary{
+		PrimaryHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
+		InPublic:      tpm2.New2B(template),
+	}.Execute(t)
+	if err != nil {
+		return object{}, err
+	}
+	pub, err := rsp.OutPublic.Contents()
+	if err != nil {
+		return object{}, err
+	}
+	return object{rsp.ObjectHandle, *pub, rsp.Name}, nil
+}
+
+// loadEK gives the key that belongs to a certificate: the persistent one if the
+// platform kept it, else made again from the profile's template.
+func loadEK(t transport.TPM, e ek, cert *x509.Certificate) (object, error) {
+	if rsp, err := (tpm2.ReadPublic{ObjectHandle: e.persistent}).Execute(t); err == nil {
+		if pub, err := rsp.OutPublic.Contents(); err == nil && samePublicKey(*pub, cert) {
+			return object{e.persistent, *pub, rsp.Name}, nil
+		}
+	}
+	o, err := createPrimary(t, e.template)
+	if err != nil {
+		return object{}, fmt.Errorf("make the %s endorsement key: %w", e.kind, err)
+	}
+	if cert != nil && !samePublicKey(o.public, cert) {
+		o.flush(t)
+		return object{}, fmt.Errorf("the %s endorsement key is not the one in its certificate (hint: the TPM was cleared, or its maker used another template)", e.kind)
+	}
+	return o, nil
+}
+
+func samePublicKey(pub tpm2.TPMTPublic, cert *x509.Certificate) bool {
+	if cert == nil {
+		return false
+	}
+	key, err := tpm2.Pub(pub)
+	if err != nil {
+		return false
+	}
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return key.Equal(cert.PublicKey)
+	case *ecdsa.PublicKey:
+		return key.Equal(cert.PublicKey)
+	}
+	return false
+}
+
+// readCertificate reads an EK certificate from NV. No index is not an error:
+// the result is nil.
+func readCertificate(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
+	nv, err := tpm2.NVReadPublic{NVIndex: index}.Execute(t)
+	if err != nil {
+		if errors.Is(err, tpm2.TPMRCHandle) {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("look up NV index %#x: %w", uint32(index), err)
+	}
+	pub, err := nv.NVPublic.Contents()
+	if err != nil {
+		return nil, err
+	}
+	if pub.DataSize > maxCertificate {
+		return nil, fmt.Errorf("NV index %#x has %d bytes, at most %d are read", uint32(index), pub.DataSize, maxCertificate)
+	}
+	var der []byte
+	for len(der) < int(pub.DataSize) {
+		// 512 bytes fit the smallest NV buffer of the PC Client profile.
+		n := min(512, int(pub.DataSize)-len(der))
+		rsp, err := tpm2.NVRead{
+			AuthHandle: tpm2.AuthHandle{Handle: index, Name: nv.NVName, Auth: tpm2.PasswordAuth(nil)},
+			NVIndex:    tpm2.NamedHandle{Handle: index, Name: nv.NVName},
+			Size:       uint16(n),
+			Offset:     uint16(len(der)),
+		}.Execute(t)
+		if err != nil {
+			return nil, fmt.Errorf("read NV index %#x: %w", uint32(index), err)
+		}
+		if len(rsp.Data.Buffer) == 0 {
+			return nil, fmt.Errorf("read NV index %#x: nothing came back at offset %d", uint32(index), len(der))
+		}
+		der = append(der, rsp.Data.Buffer...)
+	}
+	return trimPadding(der), nil
+}
+
+// trimPadding cuts what follows the DER: some makers pad the index.
+func trimPadding(der []byte) []byte {
+	if len(der) < 4 || der[0] != 0x30 || der[1] != 0x82 {
+		return der
+	}
+	if n := 4 + int(der[2])<<8 + int(der[3]); n < len(der) {
+		rest := der[n:]
+		if len(bytes.Trim(rest, "\x00")) == 0 || len(bytes.Trim(rest, "\xff")) == 0 {
+			return der[:n]
+		}
+	}
+	return der
+}
+
+// EKDigest names an endorsement key: the lower-case hex SHA-256 of its public
+// key as PKIX DER. It is what an operator enrols.
+func EKDigest(key crypto.PublicKey) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:]), nil
+}

@@ -1,0 +1,160 @@
+package tpm
+
+import (
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"math/big"
+	"slices"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+)
+
+// hardware is an endorsement key that somebody vouches for.
+type hardware struct {
+	ekDigest string
+	trust    string // "root:NAME" or "enrolled:NAME"
+	issuer   string // the certificate's issuer, for people
+}
+
+// tcg-kp-EKCertificate, EK Credential Profile section 3.2.16.
+var oidEKCertificate = asn1.ObjectIdentifier{2, 23, 133, 8, 1}
+
+var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
+
+// vouch decides who stands behind the endorsement key: the operator, or a chain
+// to a configured root.
+func (v *Verifier) vouch(trust Trust, ekPub *tpm2.TPMTPublic, o *attestv1.TPMOffer) (hardware, error) {
+	a := ekPub.ObjectAttributes
+	if !a.FixedTPM || !a.FixedParent || !a.Restricted || !a.Decrypt || a.SignEncrypt {
+		return hardware{}, fmt.Errorf("%w: it is not a restricted decryption key fixed to its TPM", ErrEKCertificate)
+	}
+	key, err := tpm2.Pub(*ekPub)
+	if err != nil {
+		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	hw := hardware{}
+	if hw.ekDigest, err = EKDigest(key); err != nil {
+		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	for _, e := range trust.Enrolled {
+		if e.EKDigest == hw.ekDigest {
+			hw.trust = "enrolled:" + e.Name
+			return hw, nil
+		}
+	}
+	if len(o.GetEkCertificate()) == 0 {
+		return hardware{}, fmt.Errorf("%w: it has no certificate and %s is not enrolled", ErrEKUntrusted, hw.ekDigest)
+	}
+	leaf, err := parseEKCertificate(o.GetEkCertificate())
+	if err != nil {
+		return hardware{}, err
+	}
+	if !samePublicKey(*ekPub, leaf) {
+		return hardware{}, fmt.Errorf("%w: its certificate is another key's", ErrEKCertificate)
+	}
+	if hw.trust, err = v.chain(trust.Roots, leaf, o.GetEkIntermediates()); err != nil {
+		return hardware{}, err
+	}
+	hw.issuer = leaf.Issuer.String()
+	return hw, nil
+}
+
+// parseEKCertificate parses a leaf and handles what crypto/x509 leaves to its
+// caller: EK certificates have an empty subject and therefore a critical
+// subject alternative name with a directory name (maker, model, version).
+func parseEKCertificate(der []byte) (*x509.Certificate, error) {
+	if len(der) > maxCertificate {
+		return nil, fmt.Errorf("%w: certificate of %d bytes", ErrMalformed, len(der))
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("%w: certificate: %w", ErrMalformed, err)
+	}
+	leaf.UnhandledCriticalExtensions = slices.DeleteFunc(leaf.UnhandledCriticalExtensions,
+		func(oid asn1.ObjectIdentifier) bool {
+			return oid.Equal(oidSubjectAltName) && hasDirectoryName(leaf)
+		})
+	if len(leaf.UnhandledCriticalExtensions) > 0 {
+		return nil, fmt.Errorf("%w: unknown critical extension %v", ErrEKCertificate, leaf.UnhandledCriticalExtensions[0])
+	}
+	if leaf.IsCA {
+		return nil, fmt.Errorf("%w: it is a certificate authority's", ErrEKCertificate)
+	}
+	if len(leaf.UnknownExtKeyUsage)+len(leaf.ExtKeyUsage) > 0 &&
+		!slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidEKCertificate.Equal) {
+		return nil, fmt.Errorf("%w: its extended key usage is not tcg-kp-EKCertificate", ErrEKCertificate)
+	}
+	return leaf, nil
+}
+
+// hasDirectoryName reports whether the subject alternative name consists of
+// directory names, which is all that an EK certificate may hold there besides
+// other names. Its content identifies the model and is not decided upon.
+func hasDirectoryName(c *x509.Certificate) bool {
+	for _, ext := range c.Extensions {
+		if !ext.Id.Equal(oidSubjectAltName) {
+			continue
+		}
+		var names []asn1.RawValue
+		rest, err := asn1.Unmarshal(ext.Value, &names)
+		if err != nil || len(rest) > 0 {
+			return false
+		}
+		return slices.ContainsFunc(names, func(n asn1.RawValue) bool {
+			return n.Class == asn1.ClassContextSpecific && n.Tag == 4
+		})
+	}
+	return false
+}
+
+// chain verifies leaf against each root by itself, so that the result names the
+// root that vouched.
+func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte) (string, error) {
+	pool := x509.NewCertPool()
+	if len(intermediates) > 4 {
+		return "", fmt.Errorf("%w: %d intermediate certificates", ErrMalformed, len(intermediates))
+	}
+	for _, der := range intermediates {
+		if len(der) > maxCertificate {
+			return "", fmt.Errorf("%w: intermediate certificate of %d bytes", ErrMalformed, len(der))
+		}
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
+		}
+		pool.AddCert(c)
+	}
+	now := v.now()
+	var expired error
+	for _, root := range roots {
+		one := x509.NewCertPool()
+		one.AddCert(root.Certificate)
+		_, err := leaf.Verify(x509.VerifyOptions{
+			Roots: one, Intermediates: pool, CurrentTime: now,
+			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		})
+		if err == nil {
+			return "root:" + root.Name, nil
+		}
+		var invalid x509.CertificateInvalidError
+		if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+			expired = fmt.Errorf("%w: valid from %s to %s, this machine's clock says %s", ErrEKExpired,
+				invalid.Cert.NotBefore.Format(time.RFC3339), invalid.Cert.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
+		}
+	}
+	if expired != nil {
+		return "", expired
+	}
+	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", ErrEKUntrusted, leaf.Issuer)
+}
+
+func verifyECDSA(key *ecdsa.PublicKey, digest, r, s []byte) bool {
+	return len(r) <= 66 && len(s) <= 66 &&
+		ecdsa.Verify(key, digest, new(big.Int).SetBytes(r), new(big.Int).SetBytes(s))
+}
