@@ -1,0 +1,145 @@
+package luks
+
+import (
+	"errors"
+	"fmt"
+)
+
+// The errors that callers tell apart, with [errors.Is]. An error never carries
+// key material.
+var (
+	// ErrInvalid says that a name, a volume ID or a UUID is malformed. Nothing
+	// was read or written.
+	ErrInvalid = errors.New("invalid argument")
+
+	// ErrInvalidKey says that the DEK is missing, zero, too short or too long.
+	// Nothing was read or written.
+	ErrInvalidKey = errors.New("key cannot be a DEK")
+
+	// ErrHeaderRefused says that the header breaks a rule of the guard. The
+	// error is a [*HeaderError], which names the rule.
+	ErrHeaderRefused = errors.New("header refused")
+
+	// ErrHeaderMAC says that the header satisfies the guard but is not the one
+	// that was recorded: it was changed, or is an older one, or the DEK or the
+	// generation is not this volume's. The four cannot be told apart, since the
+	// MAC is keyed by the DEK and is verified before any keyslot is tried.
+	ErrHeaderMAC = errors.New("header does not match its MAC")
+
+	// ErrVolumeMismatch says that the header is another volume's, by its UUID.
+	ErrVolumeMismatch = errors.New("header belongs to another volume")
+
+	// ErrWrongKey says that the DEK opens no keyslot.
+	ErrWrongKey = errors.New("key opens no keyslot")
+
+	// ErrNotBlank says that a device holds data and is therefore not formatted.
+	// The error is a [*NotBlankError], which says what was found.
+	ErrNotBlank = errors.New("device is not blank")
+
+	// ErrDeviceBusy says that a device is mounted or otherwise in use, or that
+	// a mapping is.
+	ErrDeviceBusy = errors.New("device is busy")
+
+	// ErrNotActive says that there is no mapping of that name.
+	ErrNotActive = errors.New("mapping is not active")
+
+	// ErrNameTaken says that the mapping's name is in use for something else.
+	ErrNameTaken = errors.New("mapping name is taken")
+
+	// ErrIO says that a device failed to be read or written. It never means
+	// that the device is new.
+	ErrIO = errors.New("input/output failure")
+
+	// ErrShortHeader says that a device ended before its header did.
+	ErrShortHeader = errors.New("header is incomplete")
+
+	// ErrTooSmall says that a device cannot hold a header and 1 MiB of data.
+	ErrTooSmall = errors.New("device is too small")
+
+	// ErrNotBlockDevice says that a mapping was asked for on something else.
+	ErrNotBlockDevice = errors.New("not a block device")
+
+	// ErrTableMismatch says that the kernel's live table is not the one that
+	// the header stands for. A mapping that Open had just made was removed.
+	ErrTableMismatch = errors.New("live device-mapper table is not as expected")
+
+	// ErrLibrary says that libcryptsetup failed for another reason.
+	ErrLibrary = errors.New("libcryptsetup failed")
+)
+
+// Rule names one demand of the header guard.
+type Rule string
+
+// The rules. Their values are stable: they stand in audit logs and metrics.
+const (
+	RuleMagic        Rule = "not a LUKS2 header"
+	RuleBinaryHeader Rule = "binary header"
+	RuleChecksum     Rule = "checksum"
+	RuleCopies       Rule = "copies disagree"
+	RuleTrailing     Rule = "trailing bytes"
+	RuleJSONSyntax   Rule = "JSON syntax"
+	RuleJSONDepth    Rule = "JSON depth"
+	RuleJSONSize     Rule = "JSON size"
+	RuleDuplicateKey Rule = "duplicate key"
+	RuleUnknownField Rule = "unknown field"
+	RuleMissingField Rule = "missing field"
+	RuleFieldType    Rule = "field type"
+	RuleNullCipher   Rule = "null cipher"
+	RuleCipher       Rule = "cipher"
+	RuleKeySize      Rule = "key size"
+	RuleKeyslotCount Rule = "keyslot count"
+	RuleKeyslotType  Rule = "keyslot type"
+	RuleKeyslotArea  Rule = "keyslot area"
+	RuleKDF          Rule = "key derivation"
+	RuleKDFCost      Rule = "key derivation cost"
+	RuleSegmentCount Rule = "segment count"
+	RuleSegmentType  Rule = "segment type"
+	RuleSegmentFlags Rule = "segment flags"
+	RuleIntegrity    Rule = "segment integrity"
+	RuleOffset       Rule = "segment offset"
+	RuleSize         Rule = "segment size"
+	RuleIVTweak      Rule = "IV tweak"
+	RuleSectorSize   Rule = "sector size"
+	RuleDigest       Rule = "digest"
+	RuleToken        Rule = "token"
+	RuleRequirement  Rule = "requirement"
+	RuleFlags        Rule = "persistent flags"
+	RuleConfig       Rule = "configuration"
+)
+
+// HeaderError is the refusal of a header. It wraps [ErrHeaderRefused].
+type HeaderError struct {
+	Rule  Rule
+	Where string // the field, such as "segments.0.encryption"
+	Found string // what stands there, quoted and shortened; may be empty
+}
+
+func (e *HeaderError) Error() string {
+	s := fmt.Sprintf("%v: %s: %s", ErrHeaderRefused, e.Rule, e.Where)
+	if e.Found != "" {
+		s += " is " + e.Found
+	}
+	return s
+}
+
+func (e *HeaderError) Unwrap() error { return ErrHeaderRefused }
+
+func refuse(rule Rule, where, found string) error {
+	if found != "" {
+		found = fmt.Sprintf("%.48q", found)
+	}
+	return &HeaderError{Rule: rule, Where: where, Found: found}
+}
+
+// NotBlankError says what stands on a device that should be blank. It wraps
+// [ErrNotBlank].
+type NotBlankError struct {
+	Offset int64  // of the first byte that was found, in bytes
+	Found  string // such as "a GPT partition table"
+}
+
+func (e *NotBlankError) Error() string {
+	return fmt.Sprintf("%v: found %s at byte %d", ErrNotBlank, e.Found, e.Offset)
+}
+
+func (e *NotBlankError) Unwrap() error { return ErrNotBlank }
