@@ -1,0 +1,433 @@
+package atls
+
+import (
+	"context"
+	"crypto/hpke"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+const protocolVersion = 1
+
+// nonceSize of a verifier's nonce, in bytes.
+const nonceSize = 32
+
+// Channel is one attested connection: what the TLS handshake gave, and the
+// verdicts that hold at the moment. It is safe for concurrent use.
+type Channel struct {
+	self       role
+	exporter   func(label string, context []byte, length int) ([]byte, error)
+	clientSPKI []byte
+	serverSPKI []byte
+	issuers    []attestation.Issuer
+	peers      *Peers // nil: the peer need not attest itself
+	observe    func(Outcome)
+	remote     string
+	now        func() time.Time
+	renewed    func() // called after each exchange that succeeded
+
+	exchange sync.Mutex // one exchange at a time
+
+	mu      sync.Mutex
+	peer    peerState
+	own     []ownKey // newest first; the one before stays for answers under way
+	verdict Verdict  // the peer's on this side
+}
+
+// peerState is what this side knows of its peer.
+type peerState struct {
+	verified *attestation.Verified
+	key      hpke.PublicKey
+	expires  time.Time
+	id       string
+}
+
+// ownKey is an HPKE key that this side's evidence covered.
+type ownKey struct {
+	private hpke.PrivateKey
+	binder  attestation.Binder
+}
+
+// Verdict is the peer's on this side.
+type Verdict struct {
+	CorrelationID string
+	Expires       time.Time
+}
+
+// Reattest runs the exchange again over fr, with fresh keys and nonces. Both
+// sides call it, on the two ends of one ordered stream.
+func (c *Channel) Reattest(ctx context.Context, fr Frames) error { return c.run(ctx, fr) }
+
+// run is the whole exchange: who attests, then the server's half, then the
+// client's. The server goes first, so that a client that demands the server's
+// evidence has it before it shows its own.
+func (c *Channel) run(ctx context.Context, fr Frames) error {
+	c.exchange.Lock()
+	defer c.exchange.Unlock()
+	mine := &attestv1.Open{Version: protocolVersion, WantsEvidence: c.peers != nil, HasEvidence: len(c.issuers) > 0}
+	var theirs *attestv1.Open
+	send := func() error { return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Open{Open: mine}}) }
+	receive := func() (err error) { theirs, err = recv(fr, openOf); return err }
+	steps := []func() error{send, receive}
+	if c.self == serverRole {
+		steps = []func() error{receive, send}
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case theirs.GetVersion() != protocolVersion:
+		return fmt.Errorf("%w: peer speaks version %d, this side %d", ErrFrame, theirs.GetVersion(), protocolVersion)
+	case mine.WantsEvidence && !theirs.GetHasEvidence():
+		return ErrPeerUnattested
+	case theirs.GetWantsEvidence() && !mine.HasEvidence:
+		return ErrNoEvidence
+	}
+	for _, attester := range []role{serverRole, clientRole} {
+		var err error
+		switch {
+		case attester == c.self && theirs.GetWantsEvidence():
+			err = c.attest(ctx, fr)
+		case attester != c.self && mine.WantsEvidence:
+			err = c.verify(ctx, fr)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if c.renewed != nil {
+		c.renewed()
+	}
+	return nil
+}
+
+// binder computes what the evidence of one half of the exchange covers.
+func (c *Channel) binder(attester role, h *attestv1.Hello, ch *attestv1.Challenge) (attestation.Binder, error) {
+	value, err := c.exporter(exporterLabel, exporterContext(h, ch), exporterSize)
+	if err != nil {
+		return attestation.Binder{}, fmt.Errorf("%w: %w", ErrExporter, err)
+	}
+	if len(value) != exporterSize {
+		return attestation.Binder{}, fmt.Errorf("%w: %d bytes", ErrExporter, len(value))
+	}
+	return binderInput{
+		role: attester, exporter: value, clientSPKI: c.clientSPKI, serverSPKI: c.serverSPKI,
+		nonce: ch.GetNonce(), hpkeKey: h.GetHpkePublicKey(),
+	}.binder(), nil
+}
+
+// attest is the attester's half.
+func (c *Channel) attest(ctx context.Context, fr Frames) error {
+	key, err := hpke.MLKEM768X25519().GenerateKey()
+	if err != nil {
+		return err
+	}
+	hello := &attestv1.Hello{HpkePublicKey: key.PublicKey().Bytes()}
+	attempts := make(map[attestation.Kind]attestation.Attempt, len(c.issuers))
+	defer func() {
+		for _, a := range attempts {
+			_ = a.Close()
+		}
+	}()
+	for _, i := range c.issuers {
+		a, err := i.Begin(ctx)
+		if err != nil {
+			return fmt.Errorf("begin %s attestation: %w", i.Kind(), err)
+		}
+		attempts[i.Kind()] = a
+		hello.Offers = append(hello.Offers, &attestv1.Item{Kind: string(i.Kind()), Data: a.Offer()})
+	}
+	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Hello{Hello: hello}}); err != nil {
+		return err
+	}
+	challenge, err := c.recvChallenge(fr)
+	if err != nil {
+		return err
+	}
+	binder, err := c.binder(c.self, hello, challenge)
+	if err != nil {
+		return err
+	}
+	evidence := &attestv1.Evidence{}
+	for _, ask := range challenge.GetAsks() {
+		a, ok := attempts[attestation.Kind(ask.GetKind())]
+		if !ok {
+			return fmt.Errorf("%w: peer asks for %q evidence", ErrNoEvidence, ask.GetKind())
+		}
+		data, err := a.Evidence(ctx, ask.GetData(), binder)
+		if err != nil {
+			return fmt.Errorf("make %s evidence: %w", ask.GetKind(), err)
+		}
+		evidence.Items = append(evidence.Items, &attestv1.Item{Kind: ask.GetKind(), Data: data})
+	}
+	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Evidence{Evidence: evidence}}); err != nil {
+		return err
+	}
+	verdict, err := recv(fr, verdictOf)
+	if err != nil {
+		return err
+	}
+	if !verdict.GetAccepted() {
+		return refusalOf(verdict)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.own = append([]ownKey{{key, binder}}, c.own...)
+	c.own = c.own[:min(2, len(c.own))]
+	c.verdict = Verdict{verdict.GetCorrelationId(), c.now().Add(time.Duration(verdict.GetLifetimeSeconds()) * time.Second)}
+	return nil
+}
+
+// recvChallenge also takes a verdict: a verifier may refuse the offer itself.
+func (c *Channel) recvChallenge(fr Frames) (*attestv1.Challenge, error) {
+	f, err := fr.Recv()
+	if err != nil {
+		return nil, err
+	}
+	if v := f.GetVerdict(); v != nil && !v.GetAccepted() {
+		return nil, refusalOf(v)
+	}
+	ch := f.GetChallenge()
+	if ch == nil {
+		return nil, fmt.Errorf("%w: %T is out of turn", ErrFrame, f.GetBody())
+	}
+	if len(ch.GetNonce()) != nonceSize || len(ch.GetAsks()) == 0 || len(ch.GetAsks()) > maxItems {
+		return nil, fmt.Errorf("%w: challenge with a nonce of %d bytes and %d asks", ErrFrame, len(ch.GetNonce()), len(ch.GetAsks()))
+	}
+	return ch, nil
+}
+
+func refusalOf(v *attestv1.Verdict) error {
+	return &Refusal{Class: cut(v.GetRefusalClass(), 64), CorrelationID: cut(v.GetCorrelationId(), 64), Detail: cut(v.GetDetail(), 4096)}
+}
+
+func cut(s string, n int) string { return s[:min(n, len(s))] }
+
+// verify is the verifier's half.
+func (c *Channel) verify(ctx context.Context, fr Frames) error {
+	id := newCorrelationID()
+	state, lifetime, err := c.examine(ctx, fr)
+	if err != nil && !isTransport(err) {
+		// Best effort: the refusal stands whether or not the peer hears of it.
+		_ = fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
+			CorrelationId: id, RefusalClass: classOf(err), Detail: peerDetail(err),
+		}}})
+	}
+	if c.observe != nil {
+		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err})
+	}
+	if err != nil {
+		return fmt.Errorf("%w (correlation id %s)", err, id)
+	}
+	state.id = id
+	c.mu.Lock()
+	c.peer = state
+	c.mu.Unlock()
+	return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
+		Accepted: true, CorrelationId: id, LifetimeSeconds: uint32(lifetime / time.Second),
+	}}})
+}
+
+func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Duration, error) {
+	var state peerState
+	hello, err := recv(fr, helloOf)
+	if err != nil {
+		return state, 0, err
+	}
+	if len(hello.GetOffers()) > maxItems {
+		return state, 0, fmt.Errorf("%w: %d offers", ErrFrame, len(hello.GetOffers()))
+	}
+	if state.key, err = hpke.MLKEM768X25519().NewPublicKey(hello.GetHpkePublicKey()); err != nil {
+		return state, 0, fmt.Errorf("%w: HPKE key: %w", ErrFrame, err)
+	}
+	challenge := &attestv1.Challenge{Nonce: make([]byte, nonceSize)}
+	rand.Read(challenge.Nonce)
+	questions := make([]attestation.Question, len(c.peers.Verifiers))
+	for n, v := range c.peers.Verifiers {
+		offer, ok := findItem(hello.GetOffers(), v.Kind())
+		if !ok {
+			return state, 0, fmt.Errorf("%w: %w: no %s evidence on offer", attestation.ErrRefused, ErrPeerUnattested, v.Kind())
+		}
+		if questions[n], err = v.Begin(ctx, offer); err != nil {
+			return state, 0, err
+		}
+		challenge.Asks = append(challenge.Asks, &attestv1.Item{Kind: string(v.Kind()), Data: questions[n].Ask()})
+	}
+	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Challenge{Challenge: challenge}}); err != nil {
+		return state, 0, err
+	}
+	evidence, err := recv(fr, evidenceOf)
+	if err != nil {
+		return state, 0, err
+	}
+	binder, err := c.binder(c.self.peer(), hello, challenge)
+	if err != nil {
+		return state, 0, err
+	}
+	if len(evidence.GetItems()) != len(questions) {
+		return state, 0, fmt.Errorf("%w: %d items of evidence for %d asks", ErrFrame, len(evidence.GetItems()), len(questions))
+	}
+	claims := make([]attestation.Claims, len(questions))
+	for n, q := range questions {
+		item := evidence.GetItems()[n]
+		if kind := c.peers.Verifiers[n].Kind(); item.GetKind() != string(kind) {
+			return state, 0, fmt.Errorf("%w: %q evidence where %s was asked for", ErrFrame, item.GetKind(), kind)
+		}
+		if claims[n], err = q.Verify(ctx, item.GetData(), binder); err != nil {
+			return state, 0, err
+		}
+	}
+	if state.verified, err = attestation.NewVerified(binder, c.now(), claims...); err != nil {
+		return state, 0, err
+	}
+	if err := c.sameMachine(state.verified); err != nil {
+		return state, 0, err
+	}
+	lifetime, err := c.peers.Appraiser.Appraise(ctx, state.verified)
+	if err != nil {
+		return state, 0, err
+	}
+	if lifetime < time.Second {
+		return state, 0, fmt.Errorf("%w: a verdict's lifetime of %s", ErrConfiguration, lifetime)
+	}
+	state.expires = c.now().Add(lifetime)
+	return state, lifetime, nil
+}
+
+// sameMachine demands that a renewal comes from the machine, and the boot, that
+// the channel began with.
+func (c *Channel) sameMachine(v *attestation.Verified) error {
+	c.mu.Lock()
+	before := c.peer.verified
+	c.mu.Unlock()
+	if before == nil {
+		return nil
+	}
+	for _, old := range before.All() {
+		fresh, ok := v.Claims(old.Kind)
+		if !ok || fresh.Identity != old.Identity || fresh.Epoch != old.Epoch {
+			return fmt.Errorf("%w: %s %s, %s; before %s, %s", ErrEpoch, old.Kind, fresh.Identity, fresh.Epoch, old.Identity, old.Epoch)
+		}
+	}
+	return nil
+}
+
+func findItem(items []*attestv1.Item, kind attestation.Kind) ([]byte, bool) {
+	for _, i := range items {
+		if i.GetKind() == string(kind) {
+			return i.GetData(), true
+		}
+	}
+	return nil, false
+}
+
+// Peer returns the verified claims of the other side and the correlation ID of
+// the exchange that gave them. [ErrExpired] once the verdict has ended, and
+// [ErrPeerUnattested] if the peer never attested itself.
+func (c *Channel) Peer() (*attestation.Verified, string, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.peer.verified == nil:
+		return nil, "", ErrPeerUnattested
+	case !c.now().Before(c.peer.expires):
+		return nil, "", fmt.Errorf("%w at %s", ErrExpired, c.peer.expires.Format(time.RFC3339))
+	}
+	return c.peer.verified, c.peer.id, nil
+}
+
+// PeerExpires returns when the verdict on the peer ends.
+func (c *Channel) PeerExpires() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.peer.expires
+}
+
+// Verdict returns the peer's verdict on this side. It is zero if this side did
+// not attest itself.
+func (c *Channel) Verdict() Verdict {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.verdict
+}
+
+// Seal encrypts plain to the key that the peer's evidence covers. info says
+// what it is and is authenticated, together with the binder of that evidence.
+func (c *Channel) Seal(info []byte, plain *secret.Bytes) ([]byte, error) {
+	peer, _, err := c.Peer()
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	key := c.peer.key
+	c.mu.Unlock()
+	var sealed []byte
+	err = plain.Use(func(p []byte) (err error) {
+		secret.Do(func() {
+			sealed, err = hpke.Seal(key, hpke.HKDFSHA256(), hpke.AES256GCM(), sealInfo(peer.Binder(), info), p)
+		})
+		return err
+	})
+	return sealed, err
+}
+
+// Open decrypts what the peer sealed to this side with the same info.
+func (c *Channel) Open(info, sealed []byte) (*secret.Bytes, error) {
+	c.mu.Lock()
+	keys := c.own
+	c.mu.Unlock()
+	for _, k := range keys {
+		var plain *secret.Bytes
+		var err error
+		secret.Do(func() {
+			var p []byte
+			if p, err = hpke.Open(k.private, hpke.HKDFSHA256(), hpke.AES256GCM(), sealInfo(k.binder, info), sealed); err == nil {
+				plain, err = secret.From(p)
+			}
+		})
+		if err == nil {
+			return plain, nil
+		}
+	}
+	return nil, ErrSealed
+}
+
+// sealInfo is specified in docs/spec/attested-tls.md, section Sealing.
+func sealInfo(b attestation.Binder, info []byte) []byte {
+	return fields(nil).add([]byte("keyagent sealed message v1")).add(b[:]).add(info)
+}
+
+// newCorrelationID returns 16 characters that say nothing.
+func newCorrelationID() string { return rand.Text()[:16] }
+
+// classOf is all that a refused peer learns.
+func classOf(err error) string {
+	var c interface{ RefusalClass() string }
+	switch {
+	case errors.As(err, &c):
+		return c.RefusalClass()
+	case errors.Is(err, attestation.ErrRefused):
+		return "evidence refused"
+	case errors.Is(err, ErrFrame):
+		return "malformed exchange"
+	default:
+		return "verifier's fault"
+	}
+}
+
+func peerDetail(err error) string {
+	var d interface{ PeerDetail() string }
+	if errors.As(err, &d) {
+		return d.PeerDetail()
+	}
+	return ""
+}
