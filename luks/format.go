@@ -47,12 +47,12 @@ func format(ctx context.Context, device string, id Identity, dek *secret.Bytes) 
 		return MAC{}, err
 	}
 	defer d.Close()
-	return d.format(ctx, id, dek)
+	return d.format(ctx, id, dek, newHeader)
 }
 
 // format is the sequence of writes. Each step is durable before the next one
 // begins, and only the last one makes a header of what is there.
-func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes) (MAC, error) {
+func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes, header headerMaker) (MAC, error) {
 	if d.size < minDevice {
 		return MAC{}, fmt.Errorf("%w: it has %d bytes, needed are %d", ErrTooSmall, d.size, minDevice)
 	}
@@ -70,7 +70,7 @@ func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes) (MAC,
 	}
 
 	// The header is made first: if libcryptsetup fails, the disk is as it was.
-	g, err := newHeader(id, dek)
+	g, err := header(id, dek)
 	if err != nil {
 		return MAC{}, err
 	}
@@ -98,6 +98,9 @@ func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes) (MAC,
 	}
 	return mac, nil
 }
+
+// headerMaker is newHeader, or a test's quicker one.
+type headerMaker func(Identity, *secret.Bytes) (guarded, error)
 
 // newHeader makes a header in memory, with a fresh volume key in a keyslot under
 // the DEK, and holds it against the guard and the DEK like one from a disk.

@@ -207,6 +207,10 @@ func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 		return MAC{}, err
 	}
 	defer d.Close()
+	return d.adopt(ctx, id, dek)
+}
+
+func (d *disk) adopt(ctx context.Context, id Identity, dek *secret.Bytes) (MAC, error) {
 	if d.size < minDevice {
 		return MAC{}, fmt.Errorf("%w: it has %d bytes, needed are %d", ErrTooSmall, d.size, minDevice)
 	}
