@@ -1,0 +1,248 @@
+package policy
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/keyagent/keyagent/attestation"
+)
+
+// Refusals, for errors.Is.
+var (
+	// ErrMismatch: the evidence is genuine and no profile fits it.
+	ErrMismatch = fmt.Errorf("%w: no profile fits", attestation.ErrRefused)
+	// ErrDenied: the machine is known, and no grant allows what it asks.
+	ErrDenied = errors.New("policy denied")
+)
+
+// Appraisal says that verified evidence fits a profile of one policy.
+type Appraisal struct {
+	Profile  string
+	Warnings []Mismatch // of warn_only values
+	verified *attestation.Verified
+	policy   *Policy
+}
+
+// Mismatch is one difference between a profile and the evidence.
+type Mismatch struct {
+	Profile  string      `json:"profile"`
+	Field    string      `json:"field"` // "pcr4", "trust", "event_log"
+	Expected []string    `json:"expected"`
+	Found    string      `json:"found"`
+	Events   []EventDiff `json:"events,omitempty"`
+}
+
+// EventDiff is one entry of the boot log that differs. An empty Expected means
+// that the entry is new, an empty Found that it is missing.
+type EventDiff struct {
+	Type     string `json:"type"`
+	Name     string `json:"name"`
+	Seq      int    `json:"seq,omitempty"` // in the machine's log
+	Expected string `json:"expected,omitempty"`
+	Found    string `json:"found,omitempty"`
+	Detail   string `json:"detail,omitempty"` // what the log says of it; not proved
+}
+
+func (m Mismatch) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: expected %s, found %s", m.Field, strings.Join(m.Expected, " or "), m.Found)
+	for _, e := range m.Events {
+		b.WriteString("; " + e.String())
+	}
+	return b.String()
+}
+
+func (e EventDiff) String() string {
+	what := e.Name
+	if e.Seq > 0 {
+		what = fmt.Sprintf("event #%d %s", e.Seq, e.Name)
+	}
+	switch {
+	case e.Expected == "":
+		return fmt.Sprintf("%s (%s) was not expected: found %s", what, e.Type, e.Found)
+	case e.Found == "":
+		return fmt.Sprintf("%s (%s) is missing: expected %s", what, e.Type, e.Expected)
+	}
+	return fmt.Sprintf("%s (%s): expected %s, found %s", what, e.Type, e.Expected, e.Found)
+}
+
+// MismatchError refuses evidence. It reports on the profile that comes closest.
+type MismatchError struct {
+	Profile    string
+	Mismatches []Mismatch
+	show       bool
+}
+
+// Unwrap makes the error an ErrMismatch.
+func (e *MismatchError) Unwrap() error { return ErrMismatch }
+
+func (e *MismatchError) Error() string {
+	parts := make([]string, len(e.Mismatches))
+	for i, m := range e.Mismatches {
+		parts[i] = m.String()
+	}
+	return fmt.Sprintf("%v: closest is %q: %s", ErrMismatch, e.Profile, strings.Join(parts, "; "))
+}
+
+// PeerDetail is what the refused machine may see.
+func (e *MismatchError) PeerDetail() string {
+	if !e.show {
+		return ""
+	}
+	return e.Error()
+}
+
+// Appraise finds the first profile that fits. The error is a [*MismatchError].
+func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
+	var closest *MismatchError
+	for i := range p.file.Profiles {
+		pr := &p.file.Profiles[i]
+		hard, soft := pr.compare(v)
+		if len(hard) == 0 {
+			return &Appraisal{Profile: pr.Name, Warnings: soft, verified: v, policy: p}, nil
+		}
+		if closest == nil || len(hard) < len(closest.Mismatches) {
+			closest = &MismatchError{Profile: pr.Name, Mismatches: hard, show: pr.ShowMismatch}
+		}
+	}
+	if closest == nil {
+		return nil, ErrMismatch
+	}
+	return nil, closest
+}
+
+func (pr *Profile) compare(v *attestation.Verified) (hard, soft []Mismatch) {
+	c, ok := v.Claims(attestation.TPM)
+	if !ok {
+		return []Mismatch{{Profile: pr.Name, Field: "kind", Expected: []string{"tpm"}, Found: "none"}}, nil
+	}
+	if !slices.Contains(pr.TPM.Trust, c.Trust) {
+		hard = append(hard, Mismatch{Profile: pr.Name, Field: "trust", Expected: pr.TPM.Trust, Found: c.Trust})
+	}
+	if hasLog, _ := c.Facts["event_log"].(bool); pr.TPM.EventLog == "required" && !hasLog {
+		hard = append(hard, Mismatch{Profile: pr.Name, Field: "event_log", Expected: []string{"an event log"}, Found: "none"})
+	}
+	for _, ref := range pr.TPM.PCRs {
+		field := fmt.Sprintf("pcr%d", *ref.PCR)
+		got, ok := c.Measurements[field]
+		found := "not quoted"
+		if ok {
+			found = hex.EncodeToString(got.Value)
+		}
+		// A register that nothing was measured into proves nothing, whatever
+		// list it stands in.
+		if ok && slices.Contains(ref.Accept, found) && (ref.AllowUnextended || !unextended(found)) {
+			continue
+		}
+		m := Mismatch{Profile: pr.Name, Field: field, Expected: ref.Accept, Found: found}
+		if len(ref.Events) > 0 && len(got.Events) > 0 {
+			m.Events = diffEvents(ref.Events, got.Events)
+		}
+		// Absence is never a matter of a warning: the quote did not cover it.
+		if ref.WarnOnly && ok {
+			soft = append(soft, m)
+		} else {
+			hard = append(hard, m)
+		}
+	}
+	return hard, soft
+}
+
+// maxDiff bounds how many differing events are reported.
+const maxDiff = 32
+
+// diffEvents cuts what is equal at both ends and pairs the rest in order.
+func diffEvents(want, got []attestation.Event) []EventDiff {
+	for len(want) > 0 && len(got) > 0 && want[0].Digest == got[0].Digest {
+		want, got = want[1:], got[1:]
+	}
+	for len(want) > 0 && len(got) > 0 && want[len(want)-1].Digest == got[len(got)-1].Digest {
+		want, got = want[:len(want)-1], got[:len(got)-1]
+	}
+	var out []EventDiff
+	for (len(want) > 0 || len(got) > 0) && len(out) < maxDiff {
+		switch {
+		case len(want) > 0 && len(got) > 0 && want[0].Digest == got[0].Digest:
+			want, got = want[1:], got[1:]
+		case len(want) > 0 && len(got) > 0 && want[0].Type == got[0].Type && want[0].Name == got[0].Name:
+			out = append(out, EventDiff{Type: got[0].Type, Name: got[0].Name, Seq: got[0].Seq,
+				Expected: want[0].Digest, Found: got[0].Digest, Detail: got[0].Detail})
+			want, got = want[1:], got[1:]
+		case len(want) > 0 && (len(got) == 0 || !hasLater(got, want[0])):
+			out = append(out, EventDiff{Type: want[0].Type, Name: want[0].Name, Expected: want[0].Digest})
+			want = want[1:]
+		default:
+			out = append(out, EventDiff{Type: got[0].Type, Name: got[0].Name, Seq: got[0].Seq, Found: got[0].Digest, Detail: got[0].Detail})
+			got = got[1:]
+		}
+	}
+	return out
+}
+
+func hasLater(got []attestation.Event, e attestation.Event) bool {
+	return slices.ContainsFunc(got[:min(len(got), 256)], func(g attestation.Event) bool {
+		return g.Type == e.Type && g.Name == e.Name
+	})
+}
+
+// Request is what a machine asks for.
+type Request struct {
+	Volume    string
+	Operation Operation
+	Now       time.Time
+}
+
+// Decision allows a request.
+type Decision struct {
+	Grant      string
+	Owners     []string // whose volumes the grant may touch: its own and adopted ones
+	Profile    string
+	PolicyHash string
+	Warnings   []Mismatch
+}
+
+// Authorize finds the first grant that allows the request. The error wraps
+// [ErrDenied] and says what is missing.
+func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
+	if a == nil || a.policy != p {
+		return Decision{}, fmt.Errorf("%w: the appraisal is of another policy", ErrDenied)
+	}
+	if !ValidVolume(r.Volume) {
+		return Decision{}, fmt.Errorf("%w: %q is not a volume ID", ErrDenied, cut(r.Volume, 64))
+	}
+	why := fmt.Sprintf("no grant for profile %q", a.Profile)
+	for i := range p.file.Grants {
+		g := &p.file.Grants[i]
+		switch {
+		case !slices.Contains(g.Profiles, a.Profile):
+			continue
+		case !slices.ContainsFunc(g.Volumes, func(pattern string) bool { return Match(pattern, r.Volume) }):
+			why = fmt.Sprintf("no grant for profile %q covers volume %q", a.Profile, r.Volume)
+			continue
+		case !slices.Contains(g.Operations, r.Operation):
+			why = fmt.Sprintf("grant %q does not allow %q", g.Name, r.Operation)
+			continue
+		}
+		if g.when != nil {
+			ok, err := evaluate(g.when, a, r)
+			if err != nil {
+				// An expression that fails allows nothing.
+				why = fmt.Sprintf("grant %q: %v", g.Name, err)
+				continue
+			}
+			if !ok {
+				why = fmt.Sprintf("grant %q: its expression is false", g.Name)
+				continue
+			}
+		}
+		return Decision{Grant: g.Name, Owners: append([]string{g.Name}, g.Adopts...), Profile: a.Profile,
+			PolicyHash: p.hash, Warnings: a.Warnings}, nil
+	}
+	return Decision{}, fmt.Errorf("%w: %s", ErrDenied, why)
+}
+
+func cut(s string, n int) string { return s[:min(n, len(s))] }
