@@ -191,7 +191,7 @@ func (o *Options) arguments(vars string) ([]string, error) {
 	if o.Root != "" {
 		disk("root", o.Root, ",snapshot=on")
 	}
-	network := "user,id=net,net=10.0.2.0/24,restrict=on"
+	network := "user,id=net,net=10.0.2.0/24,restrict=on,ipv6=off"
 	for _, f := range o.Forward {
 		socat, err := tool("socat")
 		if err != nil {
