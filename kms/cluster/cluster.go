@@ -1,0 +1,261 @@
+// Package cluster is the cluster KMS: the key service itself holds the KEK, a
+// master secret, and derives every DEK from it. No DEK is ever stored.
+//
+// Derivation is HKDF-SHA256 (RFC 5869) over the master secret, an optional salt
+// and the unambiguous encoding of the binding as info, so that volume, purpose,
+// version and length each give another key. Wrapping, for keys that come from
+// elsewhere, is AES-256-GCM under a key that is derived likewise. Vectors are in
+// docs/spec/keys.md.
+package cluster
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+)
+
+// Schemes of a kms.Wrapped.
+const (
+	schemeDerived = "hkdf-sha256"
+	schemeWrapped = "aes-256-gcm"
+)
+
+// Domains of the info that HKDF receives.
+const (
+	domainDerive = "keyagent derived key v1"
+	domainWrap   = "keyagent wrapped key v1"
+	domainID     = "keyagent KEK id v1"
+	domainWrapEK = "keyagent wrapping KEK v1"
+)
+
+// The bounds of a master secret in bytes, and the size of a generated one.
+const (
+	MinMasterSecret = 16
+	MaxMasterSecret = 128
+	NewMasterSecret = 32
+)
+
+// Options configure [New].
+type Options struct {
+	// MasterSecret is the KEK. Required. The KMS keeps a copy of its own.
+	MasterSecret *secret.Bytes
+	// Salt of HKDF. It is not secret. Default none.
+	Salt []byte
+}
+
+// KMS derives keys from a master secret. Close wipes it.
+type KMS struct {
+	master *secret.Bytes
+	salt   []byte
+	id     string
+}
+
+var _ kms.KMS = (*KMS)(nil)
+
+// New returns a KMS.
+func New(opts Options) (*KMS, error) {
+	if opts.MasterSecret == nil || opts.MasterSecret.Len() < MinMasterSecret || opts.MasterSecret.Len() > MaxMasterSecret {
+		return nil, fmt.Errorf("master secret must have %d to %d bytes", MinMasterSecret, MaxMasterSecret)
+	}
+	master, err := opts.MasterSecret.Clone()
+	if err != nil {
+		return nil, err
+	}
+	k := &KMS{master: master, salt: opts.Salt}
+	id, err := k.derive([]byte(domainID), 8)
+	if err != nil {
+		return nil, errors.Join(err, master.Close())
+	}
+	defer id.Close()
+	// The KEK's name is derived from it one-way, so that another master secret
+	// is noticed and not taken for this one.
+	err = id.Use(func(b []byte) error { k.id = "cluster:" + hex.EncodeToString(b); return nil })
+	return k, err
+}
+
+// Close wipes the master secret.
+func (k *KMS) Close() error { return k.master.Close() }
+
+// KEK names the master secret without revealing it.
+func (k *KMS) KEK() string { return k.id }
+
+func (k *KMS) derive(info []byte, length int) (key *secret.Bytes, err error) {
+	useErr := k.master.Use(func(master []byte) error {
+		secret.Do(func() {
+			var out []byte
+			if out, err = hkdf.Key(sha256.New, master, k.salt, string(info), length); err == nil {
+				key, err = secret.From(out)
+			}
+		})
+		return err
+	})
+	return key, useErr
+}
+
+// Generate implements kms.KMS. The same binding gives the same key.
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+		return nil, kms.Wrapped{}, err
+	}
+	key, err := k.derive(b.Encode(domainDerive), b.Length)
+	if err != nil {
+		return nil, kms.Wrapped{}, err
+	}
+	return key, kms.Wrapped{Scheme: schemeDerived, KEK: k.id}, nil
+}
+
+// Wrap implements kms.KMS.
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+		return kms.Wrapped{}, err
+	}
+	if key.Len() != b.Length {
+		return kms.Wrapped{}, fmt.Errorf("%w: the key has %d bytes, the binding says %d", kms.ErrBinding, key.Len(), b.Length)
+	}
+	w := kms.Wrapped{Scheme: schemeWrapped, KEK: k.id}
+	err := k.withAEAD(func(a cipher.AEAD) error {
+		return key.Use(func(p []byte) error {
+			w.Blob = a.Seal(nil, nil, p, b.Encode(domainWrap))
+			return nil
+		})
+	})
+	return w, err
+}
+
+// Unwrap implements kms.KMS.
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+		return nil, err
+	}
+	if w.KEK != k.id {
+		return nil, fmt.Errorf("%w: it was made under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.id)
+	}
+	switch w.Scheme {
+	case schemeDerived:
+		if len(w.Blob) != 0 {
+			return nil, fmt.Errorf("%w: a derived key has no blob", kms.ErrWrongKey)
+		}
+		return k.derive(b.Encode(domainDerive), b.Length)
+	case schemeWrapped:
+		return k.open(b, w.Blob)
+	}
+	return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
+}
+
+func (k *KMS) open(b kms.Binding, blob []byte) (key *secret.Bytes, err error) {
+	err = k.withAEAD(func(a cipher.AEAD) error {
+		if len(blob) != b.Length+a.Overhead() {
+			return fmt.Errorf("%w: it has %d bytes", kms.ErrWrongKey, len(blob))
+		}
+		p, err := a.Open(nil, nil, blob, b.Encode(domainWrap))
+		if err != nil {
+			return kms.ErrWrongKey
+		}
+		key, err = secret.From(p)
+		return err
+	})
+	return key, err
+}
+
+func (k *KMS) withAEAD(f func(cipher.AEAD) error) error {
+	kek, err := k.derive([]byte(domainWrapEK), 32)
+	if err != nil {
+		return err
+	}
+	defer kek.Close()
+	return kek.Use(func(b []byte) (err error) {
+		secret.Do(func() {
+			var block cipher.Block
+			if block, err = aes.NewCipher(b); err != nil {
+				return
+			}
+			var a cipher.AEAD
+			if a, err = cipher.NewGCMWithRandomNonce(block); err != nil {
+				return
+			}
+			err = f(a)
+		})
+		return err
+	})
+}
+
+// LoadMasterSecret reads a master secret of raw bytes. The file must belong to
+// root or to this user, and be readable by nobody else.
+func LoadMasterSecret(path string) (*secret.Bytes, error) {
+	if err := config.CheckSecretFile(path); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("master secret: %w (hint: keyagent serve --init-master-secret makes one, once)", err)
+		}
+		return nil, fmt.Errorf("master secret: %w", err)
+	}
+	return read(path)
+}
+
+// LoadCredential reads a master secret from a systemd credential of this
+// service, see systemd.exec(5), LoadCredential=.
+func LoadCredential(name string) (*secret.Bytes, error) {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if dir == "" {
+		return nil, fmt.Errorf("master secret: this process has no credentials (hint: LoadCredential=%s:PATH in the unit)", name)
+	}
+	if filepath.Base(name) != name {
+		return nil, errors.New("master secret: a credential's name has no slash")
+	}
+	return read(filepath.Join(dir, name))
+}
+
+func read(path string) (*secret.Bytes, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("master secret: %w", err)
+	}
+	defer f.Close()
+	s, err := secret.Read(f, MaxMasterSecret)
+	if err != nil {
+		return nil, fmt.Errorf("master secret %s: %w", path, err)
+	}
+	if s.Len() < MinMasterSecret {
+		return nil, errors.Join(fmt.Errorf("master secret %s: %w: %d bytes, at least %d", path, secret.ErrSize, s.Len(), MinMasterSecret), s.Close())
+	}
+	return s, nil
+}
+
+// InitMasterSecret writes a new master secret to path. A file that exists is
+// an error: nothing is ever overwritten.
+func InitMasterSecret(path string) error {
+	s, err := secret.Random(NewMasterSecret)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("new master secret: %w", err)
+	}
+	err = s.Use(func(b []byte) error { _, err := f.Write(b); return err })
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("new master secret: %w", errors.Join(err, os.Remove(path)))
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,120 @@
+package cluster
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/kmstest"
+)
+
+func newKMS(t *testing.T, master, salt string) *KMS {
+	t.Helper()
+	m, err := secret.From([]byte(master))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	k, err := New(Options{MasterSecret: m, Salt: []byte(salt)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+const testMaster = "0123456789abcdef0123456789abcdef"
+
+func TestConformance(t *testing.T) {
+	kmstest.Run(t,
+		func(t *testing.T) kms.KMS { return newKMS(t, testMaster, "") },
+		func(t *testing.T) kms.KMS { return newKMS(t, "another master secret, 32 bytes..", "") })
+}
+
+// TestDerivationIsHKDF computes HKDF by its definition in RFC 5869 and compares.
+func TestDerivationIsHKDF(t *testing.T) {
+	mac := func(key, data []byte) []byte {
+		h := hmac.New(sha256.New, key)
+		h.Write(data)
+		return h.Sum(nil)
+	}
+	b := kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
+	info := []byte("\x00\x00\x00\x17keyagent derived key v1\x00\x00\x00\x06data-1\x00\x00\x00\x0avolume-dek\x00\x00\x00\x01\x00\x00\x00\x20")
+	for _, salt := range []string{"", "some salt"} {
+		prkKey := []byte(salt)
+		if salt == "" {
+			prkKey = make([]byte, sha256.Size)
+		}
+		want := mac(mac(prkKey, []byte(testMaster)), append(info, 1))
+		key, _, err := newKMS(t, testMaster, salt).Generate(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = key.Use(func(got []byte) error {
+			if !bytes.Equal(got, want) {
+				t.Errorf("salt %q: got %x, want %x", salt, got, want)
+			}
+			return nil
+		})
+		t.Logf("vector: salt %q key %s", salt, hex.EncodeToString(want))
+	}
+}
+
+func TestMasterSecretFiles(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "master")
+	if _, err := LoadMasterSecret(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("a missing file: %v", err)
+	}
+	if err := InitMasterSecret(path); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := os.ReadFile(path)
+	if len(before) != NewMasterSecret {
+		t.Fatalf("%d bytes", len(before))
+	}
+	if err := InitMasterSecret(path); !errors.Is(err, fs.ErrExist) {
+		t.Fatalf("a second one: %v", err)
+	}
+	if after, _ := os.ReadFile(path); !bytes.Equal(before, after) {
+		t.Fatal("the master secret was overwritten")
+	}
+	s, err := LoadMasterSecret(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	for _, mode := range []os.FileMode{0o644, 0o640, 0o604, 0o620} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadMasterSecret(path); !errors.Is(err, config.ErrInvalid) {
+			t.Errorf("mode %04o: %v", mode, err)
+		}
+	}
+	for name, size := range map[string]int{"empty": 0, "short": 15, "endless": 129} {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := LoadMasterSecret(p); !errors.Is(err, secret.ErrSize) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	t.Setenv("CREDENTIALS_DIRECTORY", dir)
+	if _, err := LoadCredential("../" + filepath.Base(dir) + "/master"); err == nil {
+		t.Error("a credential's name with a slash was accepted")
+	}
+	if _, err := LoadCredential("master"); err != nil {
+		t.Errorf("credential: %v", err)
+	}
+}

@@ -1,0 +1,190 @@
+// Package kmstest is the suite that every backend of kms passes.
+package kmstest
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+)
+
+// Run runs the suite. open returns a KMS over one and the same KEK each time it
+// is called, other one over another KEK.
+func Run(t *testing.T, open func(t *testing.T) kms.KMS, other func(t *testing.T) kms.KMS) {
+	b := kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
+
+	t.Run("a generated key comes back by its wrapped form, also from a new instance", func(t *testing.T) {
+		key, w := generate(t, open(t), b)
+		got, err := open(t).Unwrap(t.Context(), b, w)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !got.Equal(key) || got.Len() != b.Length {
+			t.Fatal("another key came back")
+		}
+	})
+
+	t.Run("a key from elsewhere is wrapped and comes back", func(t *testing.T) {
+		key, err := secret.Random(b.Length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := open(t).Wrap(t.Context(), b, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := open(t).Unwrap(t.Context(), b, w)
+		if err != nil || !got.Equal(key) {
+			t.Fatalf("another key came back, %v", err)
+		}
+		short, _ := secret.Random(b.Length - 1)
+		if _, err := open(t).Wrap(t.Context(), b, short); !errors.Is(err, kms.ErrBinding) {
+			t.Fatalf("a key of another length: %v", err)
+		}
+	})
+
+	t.Run("another binding never gives the same key (associated data, case 41)", func(t *testing.T) {
+		k := open(t)
+		imported, err := secret.Random(b.Length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wi, err := k.Wrap(t.Context(), b, imported)
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, wg := generate(t, k, b)
+		for name, change := range map[string]func(*kms.Binding){
+			"volume":  func(b *kms.Binding) { b.VolumeID = "data-2" },
+			"purpose": func(b *kms.Binding) { b.Purpose = kms.RecordMAC },
+			"version": func(b *kms.Binding) { b.Version = 2 },
+			"length":  func(b *kms.Binding) { b.Length = 33 },
+		} {
+			swapped := b
+			change(&swapped)
+			if got, err := k.Unwrap(t.Context(), swapped, wi); !errors.Is(err, kms.ErrWrongKey) {
+				t.Errorf("%s: a wrapped key opened under another binding: %v, %v", name, got, err)
+			}
+			if got, err := k.Unwrap(t.Context(), swapped, wg); err == nil && got.Equal(key) {
+				t.Errorf("%s: the same key under another binding", name)
+			}
+		}
+	})
+
+	t.Run("another KEK does not open it", func(t *testing.T) {
+		k := open(t)
+		key, w := generate(t, k, b)
+		if _, err := other(t).Unwrap(t.Context(), b, w); !errors.Is(err, kms.ErrWrongKey) {
+			t.Fatalf("generated: %v", err)
+		}
+		w, err := k.Wrap(t.Context(), b, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := other(t).Unwrap(t.Context(), b, w); !errors.Is(err, kms.ErrWrongKey) {
+			t.Fatalf("wrapped: %v", err)
+		}
+	})
+
+	t.Run("a changed wrapped key does not open", func(t *testing.T) {
+		k := open(t)
+		key, err := secret.Random(b.Length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := k.Wrap(t.Context(), b, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, change := range map[string]func(w *kms.Wrapped){
+			"truncated":   func(w *kms.Wrapped) { w.Blob = w.Blob[:len(w.Blob)-1] },
+			"empty":       func(w *kms.Wrapped) { w.Blob = nil },
+			"longer":      func(w *kms.Wrapped) { w.Blob = append(w.Blob, 0) },
+			"bit flip":    func(w *kms.Wrapped) { w.Blob[len(w.Blob)/2] ^= 1 },
+			"scheme":      func(w *kms.Wrapped) { w.Scheme = "none" },
+			"KEK":         func(w *kms.Wrapped) { w.KEK += "x" },
+			"endless":     func(w *kms.Wrapped) { w.Blob = make([]byte, 1<<20) },
+			"all of none": func(w *kms.Wrapped) { *w = kms.Wrapped{} },
+		} {
+			bad := w
+			bad.Blob = append([]byte(nil), w.Blob...)
+			change(&bad)
+			if _, err := k.Unwrap(t.Context(), b, bad); !errors.Is(err, kms.ErrWrongKey) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+
+	t.Run("bindings out of bounds are refused cheaply (case 16)", func(t *testing.T) {
+		k := open(t)
+		for name, change := range map[string]func(*kms.Binding){
+			"no volume":     func(b *kms.Binding) { b.VolumeID = "" },
+			"path":          func(b *kms.Binding) { b.VolumeID = "a/../b" },
+			"dots":          func(b *kms.Binding) { b.VolumeID = "a..b" },
+			"NUL":           func(b *kms.Binding) { b.VolumeID = "a\x00b" },
+			"look-alike":    func(b *kms.Binding) { b.VolumeID = "dаta" },
+			"1 MiB":         func(b *kms.Binding) { b.VolumeID = strings.Repeat("a", 1<<20) },
+			"no purpose":    func(b *kms.Binding) { b.Purpose = "" },
+			"version 0":     func(b *kms.Binding) { b.Version = 0 },
+			"length 0":      func(b *kms.Binding) { b.Length = 0 },
+			"length 15":     func(b *kms.Binding) { b.Length = 15 },
+			"length 65":     func(b *kms.Binding) { b.Length = 65 },
+			"length 2^32-1": func(b *kms.Binding) { b.Length = 1<<32 - 1 },
+		} {
+			bad := b
+			change(&bad)
+			if _, _, err := k.Generate(t.Context(), bad); !errors.Is(err, kms.ErrBinding) {
+				t.Errorf("%s: generate: %v", name, err)
+			}
+			if _, err := k.Unwrap(t.Context(), bad, kms.Wrapped{}); !errors.Is(err, kms.ErrBinding) {
+				t.Errorf("%s: unwrap: %v", name, err)
+			}
+		}
+	})
+
+	t.Run("a cancelled context ends the call", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, _, err := open(t).Generate(ctx, b); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	})
+
+	t.Run("concurrent callers do not disturb each other", func(t *testing.T) {
+		k := open(t)
+		var wg sync.WaitGroup
+		for i := range 8 {
+			wg.Go(func() {
+				mine := b
+				mine.Version = uint32(i + 1)
+				key, w, err := k.Generate(t.Context(), mine)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got, err := k.Unwrap(t.Context(), mine, w)
+				if err != nil || !got.Equal(key) {
+					t.Errorf("another key came back, %v", err)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
+func generate(t *testing.T, k kms.KMS, b kms.Binding) (*secret.Bytes, kms.Wrapped) {
+	t.Helper()
+	key, w, err := k.Generate(t.Context(), b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if key.Len() != b.Length {
+		t.Fatalf("the key has %d bytes, want %d", key.Len(), b.Length)
+	}
+	t.Cleanup(func() { key.Close() })
+	return key, w
+}

@@ -1,0 +1,107 @@
+// Package setup turns URIs into key management and storage backends. It is the
+// only package that knows all of them.
+//
+//	kms://cluster-kms?file=PATH          master secret in a file
+//	kms://cluster-kms?credential=NAME    master secret as a systemd credential
+//	storage://file?dir=PATH              records in a folder
+//
+// kms://cluster-kms also takes salt=TEXT. A parameter that a backend does not
+// know is refused by name; no error repeats a value.
+package setup
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/file"
+)
+
+// KMS opens the backend that uri names. The caller closes it.
+func KMS(_ context.Context, uri string) (interface {
+	kms.KMS
+	io.Closer
+}, error) {
+	u, err := parse(uri, "kms")
+	if err != nil {
+		return nil, err
+	}
+	switch u.Name {
+	case "cluster-kms":
+		return clusterKMS(u)
+	}
+	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms)", kms.ErrURI, u.Name)
+}
+
+// MasterSecretFile returns the file that a kms://cluster-kms?file=PATH URI
+// names.
+func MasterSecretFile(uri string) (string, error) {
+	u, err := parse(uri, "kms")
+	if err != nil {
+		return "", err
+	}
+	if u.Name != "cluster-kms" {
+		return "", fmt.Errorf("%w: only kms://cluster-kms has a master secret", kms.ErrURI)
+	}
+	return u.Required("file")
+}
+
+func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
+	path, credential, salt := u.Optional("file"), u.Optional("credential"), u.Optional("salt")
+	if err := u.Done(); err != nil {
+		return nil, err
+	}
+	var master *secret.Bytes
+	var err error
+	switch {
+	case (path == "") == (credential == ""):
+		return nil, fmt.Errorf("%w: kms://cluster-kms needs either the parameter \"file\" or \"credential\"", kms.ErrURI)
+	case path != "":
+		master, err = cluster.LoadMasterSecret(path)
+	default:
+		master, err = cluster.LoadCredential(credential)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer master.Close()
+	return cluster.New(cluster.Options{MasterSecret: master, Salt: []byte(salt)})
+}
+
+// Storage opens the backend that uri names. The caller closes it.
+func Storage(_ context.Context, uri string) (interface {
+	storage.Storage
+	io.Closer
+}, error) {
+	u, err := parse(uri, "storage")
+	if err != nil {
+		return nil, err
+	}
+	switch u.Name {
+	case "file":
+		dir, err := u.Required("dir")
+		if err != nil {
+			return nil, err
+		}
+		if err := u.Done(); err != nil {
+			return nil, err
+		}
+		return file.Open(dir)
+	}
+	return nil, fmt.Errorf("%w: no storage backend has the name %q (hint: file)", kms.ErrURI, u.Name)
+}
+
+func parse(uri, scheme string) (*kms.URI, error) {
+	u, err := kms.ParseURI(uri)
+	if err != nil {
+		return nil, err
+	}
+	if u.Scheme != scheme {
+		return nil, fmt.Errorf("%w: must begin with %s://", kms.ErrURI, scheme)
+	}
+	return u, nil
+}

@@ -1,0 +1,82 @@
+// Package storage keeps the key service's records. Nothing in it is secret:
+// wrapped keys and MACed records, which storage may lose or refuse but cannot
+// change unnoticed.
+//
+// Every write is a compare-and-swap on a version that the backend gives out, so
+// that any number of key services can share one storage. One package below this
+// one is one backend; each passes the suite of storage/storagetest.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+)
+
+// MaxObject bounds an object in bytes.
+const MaxObject = 64 << 10
+
+var (
+	// ErrNotFound: there is no object of that name.
+	ErrNotFound = errors.New("object not found")
+	// ErrConflict: the object is not in the expected version. Nothing was
+	// written.
+	ErrConflict = errors.New("object was changed by somebody else")
+	// ErrName: the name is not one that every backend can hold.
+	ErrName = errors.New("object name is not allowed")
+	// ErrTooLarge: the object is larger than MaxObject.
+	ErrTooLarge = errors.New("object is too large")
+	// ErrCorrupt: what the backend holds is not what was written.
+	ErrCorrupt = errors.New("object is corrupt")
+)
+
+// Version identifies one state of one object. It is never used again, also not
+// after the object was deleted. Absent is the version of an object that does
+// not exist.
+type Version string
+
+// Absent is expected of an object that is to be created.
+const Absent Version = ""
+
+// Storage holds small objects by name. It is safe for concurrent use, also by
+// several processes.
+type Storage interface {
+	// Get returns an object and its version. [ErrNotFound] if there is none;
+	// every other error leaves open whether there is one.
+	Get(ctx context.Context, name string) ([]byte, Version, error)
+	// Put writes an object if it is in the expected version, else
+	// [ErrConflict]. When it returns nil the object is durable. Any other
+	// error leaves open whether it was written: read it back.
+	Put(ctx context.Context, name string, data []byte, expect Version) (Version, error)
+	// List returns, in byte order, at most limit names that begin with prefix
+	// and come after the name after.
+	List(ctx context.Context, prefix, after string, limit int) ([]string, error)
+}
+
+// Deleter is implemented by backends that can delete.
+type Deleter interface {
+	// Delete removes an object that is in the expected version.
+	Delete(ctx context.Context, name string, expect Version) error
+}
+
+var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
+
+// CheckName returns an error that wraps [ErrName] unless name consists of 1 to
+// 255 bytes of segments of letters, digits, dots, dashes and underscores,
+// joined by slashes, each beginning with a letter or digit.
+func CheckName(name string) error {
+	if len(name) > 255 || !namePattern.MatchString(name) || strings.Contains(name, "..") {
+		return fmt.Errorf("%w: %q", ErrName, name[:min(len(name), 64)])
+	}
+	return nil
+}
+
+// CheckPut checks a name and an object.
+func CheckPut(name string, data []byte) error {
+	if len(data) > MaxObject {
+		return fmt.Errorf("%w: %d bytes, at most %d", ErrTooLarge, len(data), MaxObject)
+	}
+	return CheckName(name)
+}
