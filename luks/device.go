@@ -119,8 +119,25 @@ func (d *disk) writeDurably(p []byte, offset int64) error {
 	if _, err := d.WriteAt(p, offset); err != nil {
 		return fmt.Errorf("%w: write %s at byte %d: %w", ErrIO, d.path, offset, err)
 	}
+	return d.flush()
+}
+
+func (d *disk) flush() error {
 	if err := d.Sync(); err != nil {
 		return fmt.Errorf("%w: flush %s: %w", ErrIO, d.path, err)
+	}
+	return nil
+}
+
+// settle flushes the device and forgets what is cached of the header, so that the
+// next read is answered by the device itself: a page that failed to be written
+// stays in the cache and looks like one that was.
+func (d *disk) settle() error {
+	if err := d.flush(); err != nil {
+		return err
+	}
+	if d.file != nil {
+		_ = unix.Fadvise(int(d.file.Fd()), 0, guardedSize, unix.FADV_DONTNEED) // advice: it cannot be demanded
 	}
 	return nil
 }

@@ -85,10 +85,10 @@ func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes, heade
 	if err := ctx.Err(); err != nil {
 		return MAC{}, err
 	}
-	if state == StateBlank {
-		if err := d.writeDurably(marker, 0); err != nil {
-			return MAC{}, err
-		}
+	// The marker of an interrupted format is written again: it may have been seen
+	// in the cache only, and must not be lost while what follows it stays.
+	if err := d.writeDurably(marker, 0); err != nil {
+		return MAC{}, err
 	}
 	if err := d.writeDurably(g.raw[sectorSize:], sectorSize); err != nil {
 		return MAC{}, err

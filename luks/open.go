@@ -181,7 +181,8 @@ func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
 // Adopt returns the MAC of a complete header for a record that does not have one
 // yet: a format was completed, and the word of it was lost. The header must
 // satisfy the guard, carry the UUID of id, and its keyslot must open with dek,
-// which only somebody who knows dek can have arranged. Nothing is written.
+// which only somebody who knows dek can have arranged. Adopt writes nothing of
+// its own; it flushes the device, so that the header it vouches for stays.
 //
 // A record that has a MAC is never adopted for: that would accept any older
 // header of the same volume.
@@ -213,6 +214,11 @@ func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 func (d *disk) adopt(ctx context.Context, id Identity, dek *secret.Bytes) (MAC, error) {
 	if d.size < minDevice {
 		return MAC{}, fmt.Errorf("%w: it has %d bytes, needed are %d", ErrTooSmall, d.size, minDevice)
+	}
+	// The format may have been killed before its last flush. What is adopted
+	// must not be lost with the power afterwards.
+	if err := d.settle(); err != nil {
+		return MAC{}, err
 	}
 	raw, err := d.readGuarded(ctx)
 	if err != nil {
