@@ -1,0 +1,240 @@
+// Package audit is the log of decisions: append-only, one JSON object a line,
+// each naming the SHA-256 of the line before it. An entry is on the disk before
+// the decision takes effect.
+//
+// [Verify] proves that no entry in the middle was changed, removed or moved. A
+// cut at the end leaves a shorter log that is whole in itself; compare the head
+// that it prints with one that was kept elsewhere. The format is specified in
+// docs/spec/audit.md.
+package audit
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrBroken: the chain does not hold.
+var ErrBroken = errors.New("audit log is not whole")
+
+// maxLine bounds an entry in bytes.
+const maxLine = 64 << 10
+
+// Entry is one decision: who, what, why and with which result.
+type Entry struct {
+	Seq           uint64    `json:"seq"`
+	Time          time.Time `json:"time"`
+	Prev          string    `json:"prev"` // SHA-256 of the line before, 64 zeros at first
+	Event         string    `json:"event"`
+	CorrelationID string    `json:"correlation_id,omitempty"`
+	Remote        string    `json:"remote,omitempty"`
+	Identity      string    `json:"identity,omitempty"`
+	Evidence      string    `json:"evidence,omitempty"` // SHA-256
+	Volume        string    `json:"volume,omitempty"`
+	Operation     string    `json:"operation,omitempty"`
+	KeyVersion    uint32    `json:"key_version,omitempty"`
+	Revision      uint64    `json:"revision,omitempty"` // of the volume's record
+	Policy        string    `json:"policy,omitempty"`   // SHA-256
+	Grant         string    `json:"grant,omitempty"`
+	Profile       string    `json:"profile,omitempty"`
+	Result        string    `json:"result"` // allowed, refused
+	Class         string    `json:"class,omitempty"`
+	Detail        string    `json:"detail,omitempty"`
+}
+
+// Head is the end of a chain.
+type Head struct {
+	Entries uint64
+	Hash    string // of the last line
+}
+
+var genesis = Head{Hash: hex.EncodeToString(make([]byte, sha256.Size))}
+
+// Log appends entries. It is safe for concurrent use; entries that arrive at
+// the same time share one sync of the disk.
+type Log struct {
+	mu     sync.Mutex
+	file   *os.File
+	head   Head
+	now    func() time.Time
+	broken error
+
+	sync      sync.Mutex
+	synced    uint64 // entries known to be on the disk
+	recovered int64
+}
+
+// Open opens or makes the log at path, verifies all of it, and hands each entry
+// to visit, which may be nil. An unfinished last line, as a crash leaves it, was
+// never acted upon and is cut off. Only one process may have a log open.
+func Open(path string, now func() time.Time, visit func(Entry)) (*Log, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	l := &Log{file: f, now: now}
+	if err := l.load(visit); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
+	}
+	return l, nil
+}
+
+func (l *Log) load(visit func(Entry)) error {
+	if err := unix.Flock(int(l.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("another process has it open: %w", err)
+	}
+	head, whole, err := verify(l.file, visit)
+	if err != nil {
+		return err
+	}
+	st, err := l.file.Stat()
+	if err != nil {
+		return err
+	}
+	if st.Size() > whole {
+		if err := errors.Join(l.file.Truncate(whole), l.file.Sync()); err != nil {
+			return err
+		}
+		l.recovered = st.Size() - whole
+	}
+	l.head, l.synced = head, head.Entries
+	return nil
+}
+
+// Recovered returns how many bytes of an unfinished entry Open cut off.
+func (l *Log) Recovered() int64 { return l.recovered }
+
+// Head returns the end of the chain.
+func (l *Log) Head() Head {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head
+}
+
+// Append writes e, whose Seq, Time and Prev it sets, and returns when it is on
+// the disk. After an error nothing more is accepted.
+func (l *Log) Append(e Entry) error {
+	n, err := l.write(e)
+	if err != nil {
+		return fmt.Errorf("audit: %w", err)
+	}
+	l.sync.Lock()
+	defer l.sync.Unlock()
+	if l.synced >= n {
+		return nil // somebody's sync came after this write
+	}
+	written := l.Head().Entries
+	if err := l.file.Sync(); err != nil {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.broken = err
+		return fmt.Errorf("audit: %w", err)
+	}
+	l.synced = written
+	return nil
+}
+
+func (l *Log) write(e Entry) (uint64, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.broken != nil {
+		return 0, l.broken
+	}
+	e.Seq, e.Time, e.Prev = l.head.Entries+1, l.now().UTC(), l.head.Hash
+	line, err := json.Marshal(e)
+	if err != nil {
+		return 0, err
+	}
+	if len(line) >= maxLine {
+		e.Detail = e.Detail[:min(len(e.Detail), 1024)] + "…"
+		if line, err = json.Marshal(e); err != nil || len(line) >= maxLine {
+			return 0, errors.Join(fmt.Errorf("entry of %d bytes", len(line)), err)
+		}
+	}
+	if _, err := l.file.Write(append(line, '\n')); err != nil {
+		// Part of the line may be there: nothing can follow it.
+		l.broken = err
+		return 0, err
+	}
+	sum := sha256.Sum256(line)
+	l.head = Head{e.Seq, hex.EncodeToString(sum[:])}
+	return e.Seq, nil
+}
+
+// Close syncs and closes the log.
+func (l *Log) Close() error { return errors.Join(l.file.Sync(), l.file.Close()) }
+
+// Verify reads a log to its end and proves the chain. An unfinished last line
+// is an error here.
+func Verify(r io.Reader, visit func(Entry)) (Head, error) {
+	counted := &counter{r: r}
+	head, whole, err := verify(counted, visit)
+	if err == nil && counted.n != whole {
+		err = fmt.Errorf("%w: %d bytes after entry %d are not a whole line", ErrBroken, counted.n-whole, head.Entries)
+	}
+	return head, err
+}
+
+type counter struct {
+	r io.Reader
+	n int64
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
+}
+
+// verify also returns how many bytes the whole lines have.
+func verify(r io.Reader, visit func(Entry)) (Head, int64, error) {
+	head, whole := genesis, int64(0)
+	br := bufio.NewReaderSize(r, maxLine)
+	for {
+		line, err := br.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			return head, whole, nil
+		}
+		if err != nil {
+			return head, whole, fmt.Errorf("%w: after entry %d: %w", ErrBroken, head.Entries, err)
+		}
+		whole += int64(len(line))
+		e, err := parse(line[:len(line)-1])
+		switch {
+		case err != nil:
+			return head, whole, fmt.Errorf("%w: entry %d: %w", ErrBroken, head.Entries+1, err)
+		case e.Seq != head.Entries+1:
+			return head, whole, fmt.Errorf("%w: entry %d stands where %d should", ErrBroken, e.Seq, head.Entries+1)
+		case e.Prev != head.Hash:
+			return head, whole, fmt.Errorf("%w: entry %d does not follow from the one before it", ErrBroken, e.Seq)
+		}
+		sum := sha256.Sum256(line[:len(line)-1])
+		head = Head{e.Seq, hex.EncodeToString(sum[:])}
+		if visit != nil {
+			visit(e)
+		}
+	}
+}
+
+func parse(line []byte) (Entry, error) {
+	var e Entry
+	d := json.NewDecoder(bytes.NewReader(line))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&e); err != nil {
+		return e, err
+	}
+	if d.More() {
+		return e, errors.New("more than one object on the line")
+	}
+	return e, nil
+}

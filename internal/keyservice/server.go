@@ -1,0 +1,365 @@
+package keyservice
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/audit"
+	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/kms/setup"
+)
+
+// Config is the configuration file of keyagent serve. docs/configuration.md
+// explains each field.
+type Config struct {
+	Listen  string    `yaml:"listen"`
+	TLS     TLSConfig `yaml:"tls"`
+	Policy  string    `yaml:"policy"`
+	KMS     string    `yaml:"kms"`
+	Storage string    `yaml:"storage"`
+	Audit   string    `yaml:"audit"`
+	// Metrics is a loopback address for /metrics, /healthz and /readyz.
+	Metrics string `yaml:"metrics,omitempty"`
+	// TPM, if set, lets clients demand the service's own evidence.
+	TPM *TPMConfig `yaml:"tpm,omitempty"`
+	// MaxUnattested bounds connections that have not attested yet.
+	MaxUnattested int `yaml:"max_unattested,omitempty"`
+	// HandshakeTimeout bounds a handshake with its attestation.
+	HandshakeTimeout string `yaml:"handshake_timeout,omitempty"`
+}
+
+// TLSConfig names the certificate of the service.
+type TLSConfig struct {
+	Certificate string `yaml:"certificate"`
+	Key         string `yaml:"key"`
+}
+
+// TPMConfig names the TPM of this machine.
+type TPMConfig struct {
+	Device   string `yaml:"device,omitempty"`
+	EK       string `yaml:"ek,omitempty"`
+	EKPin    string `yaml:"ek_pin,omitempty"`
+	EventLog string `yaml:"event_log,omitempty"`
+}
+
+// Issuer makes the issuer that a TPMConfig describes.
+func (c TPMConfig) Issuer() (*tpm.Issuer, error) {
+	return tpm.NewIssuer(tpm.IssuerOptions{Device: c.Device, EK: tpm.EKType(c.EK), EKPin: c.EKPin, EventLog: c.EventLog})
+}
+
+const defaultMaxUnattested = 512
+
+// LoadConfig reads and checks a configuration file. Flags in override replace
+// the file's fields if they are not empty.
+func LoadConfig(path string, override Config) (*Config, error) {
+	c := &Config{}
+	doc, _, err := config.ReadFile(path, c)
+	if err != nil {
+		return nil, failure.New(failure.Configuration, err, "docs/configuration.md lists every field")
+	}
+	for _, o := range []struct{ from, to *string }{
+		{&override.Listen, &c.Listen}, {&override.Policy, &c.Policy}, {&override.KMS, &c.KMS},
+		{&override.Storage, &c.Storage}, {&override.Audit, &c.Audit}, {&override.Metrics, &c.Metrics},
+	} {
+		if *o.from != "" {
+			*o.to = *o.from
+		}
+	}
+	if c.MaxUnattested == 0 {
+		c.MaxUnattested = defaultMaxUnattested
+	}
+	for _, f := range []struct {
+		value string
+		path  []any
+	}{
+		{c.Listen, []any{"listen"}}, {c.TLS.Certificate, []any{"tls", "certificate"}}, {c.TLS.Key, []any{"tls", "key"}},
+		{c.Policy, []any{"policy"}}, {c.KMS, []any{"kms"}}, {c.Storage, []any{"storage"}}, {c.Audit, []any{"audit"}},
+	} {
+		if f.value == "" {
+			return nil, failure.New(failure.Configuration, doc.Errorf(f.path, "must be set"), "")
+		}
+	}
+	if c.MaxUnattested < 1 || c.MaxUnattested > 100_000 {
+		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"max_unattested"}, "must be from 1 to 100000"), "")
+	}
+	if _, err := c.timeout(); err != nil {
+		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"handshake_timeout"}, "%w", err), "")
+	}
+	return c, nil
+}
+
+func (c *Config) timeout() (time.Duration, error) {
+	if c.HandshakeTimeout == "" {
+		return atls.DefaultTimeout, nil
+	}
+	d, err := time.ParseDuration(c.HandshakeTimeout)
+	if err == nil && (d < time.Second || d > 10*time.Minute) {
+		err = errors.New("must be from 1s to 10m")
+	}
+	return d, err
+}
+
+// Server is a key service on its listeners.
+type Server struct {
+	cfg      *Config
+	log      *slog.Logger
+	policy   *PolicySource
+	service  *Service
+	metrics  *Metrics
+	gate     *atls.Gate
+	grpc     *grpc.Server
+	web      net.Listener
+	closers  []io.Closer
+	cert     atomic.Pointer[tls.Certificate]
+	stopping atomic.Bool
+}
+
+// NewServer opens everything that the configuration names and starts to listen,
+// but accepts nothing before Run.
+func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, err error) {
+	s := &Server{cfg: cfg, log: log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	if s.policy, err = NewPolicySource(cfg.Policy, log); err != nil {
+		return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+	}
+	if err = s.loadCertificate(); err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return nil, listenError(cfg.Listen, err)
+	}
+	s.gate = atls.NewGate(listener, cfg.MaxUnattested)
+	s.closers = append(s.closers, ignoreClosed{s.gate})
+	s.metrics = NewMetrics(s.gate.Waiting)
+	if cfg.Metrics != "" {
+		if s.web, err = net.Listen("tcp", cfg.Metrics); err != nil {
+			return nil, listenError(cfg.Metrics, err)
+		}
+		s.closers = append(s.closers, ignoreClosed{s.web})
+	}
+	if err = s.openService(ctx); err != nil {
+		return nil, err
+	}
+	return s, s.wire()
+}
+
+func listenError(address string, err error) error {
+	hint := ""
+	if errors.Is(err, syscall.EADDRINUSE) {
+		hint = "another process has that port; choose another one with listen or --listen"
+	}
+	return failure.New(failure.Configuration, fmt.Errorf("listen on %s: %w", address, err), hint)
+}
+
+func (s *Server) loadCertificate() error {
+	if err := config.CheckSecretFile(s.cfg.TLS.Key); err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("tls key: %w", err), "")
+	}
+	cert, err := tls.LoadX509KeyPair(s.cfg.TLS.Certificate, s.cfg.TLS.Key)
+	if err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("tls certificate: %w", err), "")
+	}
+	s.cert.Store(&cert)
+	return nil
+}
+
+func (s *Server) openService(ctx context.Context) error {
+	k, err := setup.KMS(ctx, s.cfg.KMS)
+	if err != nil {
+		hint := ""
+		if errors.Is(err, fs.ErrNotExist) {
+			hint = "keyagent serve --init-master-secret makes a master secret, once"
+		}
+		return failure.New(failure.Configuration, fmt.Errorf("kms: %w", err), hint)
+	}
+	s.closers = append(s.closers, k)
+	st, err := setup.Storage(ctx, s.cfg.Storage)
+	if err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("storage: %w", err), "")
+	}
+	s.closers = append(s.closers, st)
+	seen := map[string]uint64{}
+	log, err := audit.Open(s.cfg.Audit, time.Now, func(e audit.Entry) {
+		if e.Result == "allowed" && e.Volume != "" {
+			seen[e.Volume] = max(seen[e.Volume], e.Revision)
+		}
+	})
+	if err != nil {
+		class := failure.Configuration
+		if errors.Is(err, audit.ErrBroken) {
+			class = failure.Tampered
+		}
+		return failure.New(class, fmt.Errorf("audit log %w", err), "keyagent audit verify says where; nothing is served until it is whole")
+	}
+	s.closers = append(s.closers, log)
+	if n := log.Recovered(); n > 0 {
+		s.log.Warn("cut off an unfinished audit entry, as a crash leaves it", "bytes", n)
+	}
+	s.service, err = New(ctx, Options{Policy: s.policy, KMS: k, Storage: st, Audit: log, Log: s.log, Metrics: s.metrics, Seen: seen})
+	if err != nil {
+		return classify(err)
+	}
+	s.closers = append(s.closers, s.service)
+	return nil
+}
+
+func (s *Server) wire() error {
+	verifier, err := tpm.NewVerifier(tpm.VerifierOptions{Trust: s.policy.TPMTrust})
+	if err != nil {
+		return err
+	}
+	timeout, err := s.cfg.timeout()
+	if err != nil {
+		return err
+	}
+	cfg := &atls.ServerConfig{
+		Certificate: func() (*tls.Certificate, error) { return s.cert.Load(), nil },
+		Clients:     &atls.Peers{Verifiers: []attestation.Verifier{verifier}, Appraiser: s.policy},
+		Observe:     s.observe,
+		Timeout:     timeout,
+	}
+	if s.cfg.TPM != nil {
+		issuer, err := s.cfg.TPM.Issuer()
+		if err != nil {
+			return failure.New(failure.Configuration, err, "")
+		}
+		cfg.Issuers = []attestation.Issuer{issuer}
+	}
+	s.grpc = grpc.NewServer(
+		grpc.Creds(atls.NewServerCredentials(cfg)),
+		grpc.ConnectionTimeout(timeout),
+		grpc.MaxRecvMsgSize(atls.MaxFrame),
+		grpc.MaxConcurrentStreams(16),
+		grpc.MaxHeaderListSize(16<<10),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: time.Hour, Time: 2 * time.Minute, Timeout: 20 * time.Second}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}),
+	)
+	keyservicev1.RegisterKeyServiceServer(s.grpc, s.service)
+	return nil
+}
+
+// observe records the outcome of each attestation: the full difference here,
+// only the class at the peer.
+func (s *Server) observe(o atls.Outcome) {
+	s.metrics.attested(o.Err)
+	entry := audit.Entry{Event: "attest", CorrelationID: o.CorrelationID, Remote: o.Remote, Policy: s.policy.Current().Hash(), Result: "allowed"}
+	if o.Peer != nil {
+		entry.Identity, entry.Evidence = o.Peer.Identity(), evidenceDigest(o.Peer)
+	}
+	if o.Err == nil {
+		s.log.Info("attested", "correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity)
+		return // the request that follows is the decision
+	}
+	attrs := []any{"correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity, "error", o.Err}
+	var m *policy.MismatchError
+	if errors.As(o.Err, &m) {
+		attrs = append(attrs, "profile", m.Profile, "mismatches", m.Mismatches)
+	}
+	s.log.Warn("attestation refused", attrs...)
+	if o.Peer == nil {
+		return // nobody in particular: the log must not grow at a stranger's will
+	}
+	entry.Result, entry.Class, entry.Detail = "refused", string(failure.EvidenceRefused), o.Err.Error()
+	if err := s.service.audit.Append(entry); err != nil {
+		s.log.Error("the audit log does not take entries", "error", err)
+	}
+}
+
+// Addr returns the address that the service listens on.
+func (s *Server) Addr() net.Addr { return s.gate.Addr() }
+
+// MetricsAddr returns the address of /metrics, or nil.
+func (s *Server) MetricsAddr() net.Addr {
+	if s.web == nil {
+		return nil
+	}
+	return s.web.Addr()
+}
+
+// Reload reads the policy and the certificate again. What fails stays as it is.
+func (s *Server) Reload() error {
+	err := errors.Join(s.policy.Reload(), s.loadCertificate())
+	s.metrics.reloaded(err)
+	return err
+}
+
+// stopTimeout bounds how long requests under way may still take.
+const stopTimeout = 10 * time.Second
+
+// Run serves until ctx ends, then lets requests under way finish and closes
+// everything.
+func (s *Server) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return s.grpc.Serve(s.gate) })
+	if s.web != nil {
+		web := &http.Server{Handler: s.metrics.handler(s.ready), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 8 << 10}
+		group.Go(func() error {
+			if err := web.Serve(s.web); !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
+		group.Go(func() error { <-ctx.Done(); return web.Close() })
+	}
+	group.Go(func() error {
+		<-ctx.Done()
+		s.stopping.Store(true)
+		force := time.AfterFunc(stopTimeout, s.grpc.Stop)
+		defer force.Stop()
+		s.grpc.GracefulStop()
+		return nil
+	})
+	return errors.Join(group.Wait(), s.close())
+}
+
+func (s *Server) ready() error {
+	if s.stopping.Load() {
+		return errors.New("stopping")
+	}
+	return nil
+}
+
+// close gives back everything in the reverse order of opening.
+func (s *Server) close() error {
+	var err error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		err = errors.Join(err, s.closers[i].Close())
+	}
+	s.closers = nil
+	return err
+}
+
+// ignoreClosed lets a listener be closed by whoever comes first.
+type ignoreClosed struct{ io.Closer }
+
+func (c ignoreClosed) Close() error {
+	if err := c.Closer.Close(); !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
