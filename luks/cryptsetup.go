@@ -152,12 +152,16 @@ func clearThreadKeyring() {
 	_, _ = unix.KeyctlInt(unix.KEYCTL_CLEAR, ring, 0, 0, 0)
 }
 
-// load reads the metadata from the header.
-func (s *session) load() error {
+// load reads the metadata from the header, and makes sure that libcryptsetup
+// reads what the guard read.
+func (s *session) load(uuid string) error {
 	kind := C.CString("LUKS2")
 	defer C.free(unsafe.Pointer(kind))
 	if r := C.crypt_load(s.cd, kind, nil); r < 0 {
 		return s.failed("load header", r)
+	}
+	if got := C.GoString(C.crypt_get_uuid(s.cd)); got != uuid {
+		return fmt.Errorf("%w: libcryptsetup reads the UUID %.40q", ErrVolumeMismatch, got)
 	}
 	return nil
 }

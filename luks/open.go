@@ -136,7 +136,7 @@ func (d *disk) activate(ctx context.Context, name string, header authentic, dek 
 	// The device goes by its descriptor: it is the one that the header was read
 	// from, whatever its path leads to now.
 	err = withSession(held.path(), descriptorPath(d.file), func(s *session) error {
-		if err := s.load(); err != nil {
+		if err := s.load(header.uuid); err != nil {
 			return err
 		}
 		if err := s.unlock(name, dek, flags); err != nil {
@@ -246,7 +246,7 @@ func prove(g guarded, dek *secret.Bytes) error {
 	}
 	defer held.Close()
 	return withSession(held.path(), "", func(s *session) error {
-		if err := s.load(); err != nil {
+		if err := s.load(g.uuid); err != nil {
 			return err
 		}
 		return s.unlock("", dek, activation{})
