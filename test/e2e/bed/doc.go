@@ -28,9 +28,15 @@
 //
 // # Which PCRs are the same in every boot
 //
-// A boot starts with a fresh copy of the firmware's variables unless
-// [Options.Vars] says otherwise, and the machine is the same to the last serial
-// number. TestSmallGuestBoots holds the package to what follows from that.
+// All of them, 0 to 15, for one image and one [Options.Memory] and [Options.CPUs],
+// whether the firmware's variables are kept ([Options.Vars]) or fresh, and
+// whatever disks beyond the first and forwards there are. Two other sizes of
+// memory, or numbers of CPUs, give two values of PCR 0: OVMF measures its main
+// volume after it has unpacked it into memory and adapted it. So a reference
+// value for PCR 0 holds for one shape of machine. An image that differs by its
+// command line, initrd or kernel differs in PCRs 4, 9 and 11. The guest with
+// systemd goes on to measure its progress into PCR 11 ("sysinit", "ready", and
+// when it goes off "shutdown", "final"): what is attested there depends on when.
 //
 // # What it needs
 //

@@ -39,12 +39,14 @@ func (g *Guest) Started() time.Time { return g.console.start }
 // The error is [ErrDied] if the script never ended, and the context's cause if
 // the guest's time was up or ctx ended.
 func (g *Guest) Wait(ctx context.Context) (status int, err error) {
-	select {
-	case <-g.qemu.done:
-	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for guest: %w", context.Cause(ctx))
+	// The TPM too, or the next boot would find its state locked.
+	for _, done := range []<-chan struct{}{g.qemu.done, g.following, g.tpm.done} {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return 0, fmt.Errorf("wait for guest: %w", context.Cause(ctx))
+		}
 	}
-	<-g.following
 	for _, line := range g.Lines() {
 		words, found := directive(line, "EXIT")
 		if !found || len(words) != 1 {

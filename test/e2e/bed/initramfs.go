@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -40,7 +41,9 @@ type Initramfs struct {
 	Modules  []string // modules beyond virtio, dm-crypt, XTS and AES-NI
 	// Script is run by sh as root once devices and network are up. The guest
 	// powers off when it ends; [Guest.Wait] returns its exit status. The shell
-	// functions mark, await, section, pcrs and eventlog are there.
+	// functions mark, await, section, pcrs and eventlog are there. The shell is
+	// busybox's and prefers its own applets: other programs of the same name, such
+	// as mke2fs, need their path.
 	Script string
 }
 
@@ -57,9 +60,6 @@ func (i Initramfs) build(ctx context.Context, out string) error {
 	for _, dir := range []string{"dev", "proc", "run", "sys", "tmp", "mnt", "etc", "sbin"} {
 		a.dir(dir)
 	}
-	if err := addBusybox(ctx, a); err != nil {
-		return err
-	}
 	if err := addModules(ctx, a, i.Kernel, append(smallModules[:len(smallModules):len(smallModules)], i.Modules...)); err != nil {
 		return err
 	}
@@ -72,6 +72,9 @@ func (i Initramfs) build(ctx context.Context, out string) error {
 		if err := addProgram(a, p); err != nil {
 			return err
 		}
+	}
+	if err := addBusybox(ctx, a, programs); err != nil {
+		return err
 	}
 	for _, f := range i.Files {
 		if err := addFile(a, f); err != nil {
@@ -97,8 +100,9 @@ func compress(ctx context.Context, cpio []byte, out string) error {
 
 const zstdLevel = "-9"
 
-// addBusybox adds a static busybox under the name of each of its applets.
-func addBusybox(ctx context.Context, a *archive) error {
+// addBusybox adds a static busybox under the name of each of its applets, but for
+// those that a real program is there for: busybox has a mke2fs too.
+func addBusybox(ctx context.Context, a *archive, programs []File) error {
 	path, err := tool("busybox")
 	if err != nil {
 		return err
@@ -111,6 +115,9 @@ func addBusybox(ctx context.Context, a *archive) error {
 		return err
 	}
 	for _, name := range strings.Fields(string(applets)) {
+		if slices.ContainsFunc(programs, func(p File) bool { return filepath.Base(p.Path) == name }) {
+			continue
+		}
 		a.add("/bin/"+name, fs.ModeSymlink, []byte("busybox"))
 	}
 	return addFile(a, File{Path: "/bin/busybox", Source: path, Mode: 0o755})

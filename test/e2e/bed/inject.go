@@ -69,7 +69,7 @@ func debugfs(ctx context.Context, image, script string) error {
 	cmd := exec.CommandContext(ctx, program, "-w", "-f", "-", image)
 	cmd.Stdin = strings.NewReader(script)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBUGFS_PAGER=__none__")
-	ownChild(cmd)
+	cmd.WaitDelay = killDelay
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("debugfs: %w: %s", err, tail(out, 800))

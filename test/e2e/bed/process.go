@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 )
 
@@ -15,17 +16,28 @@ type process struct {
 	stderr *bytes.Buffer // valid after done
 }
 
+// startProcess starts a child that is ended by the context of cmd.
 func startProcess(cmd *exec.Cmd) (*process, error) {
 	p := &process{done: make(chan struct{}), stderr: &bytes.Buffer{}}
 	cmd.Stderr = p.stderr
 	ownChild(cmd)
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
+	started := make(chan error)
 	go func() {
+		// The kernel ends the child with the thread that started it, not with the
+		// process, so this thread has to stay for as long as the child does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
 		defer close(p.done)
 		p.err = cmd.Wait()
 	}()
+	if err := <-started; err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 

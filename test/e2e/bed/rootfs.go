@@ -211,7 +211,7 @@ func BuildRootInitrd(ctx context.Context, k *Kernel, out string) error {
 	for _, dir := range []string{"dev", "proc", "sys", "mnt"} {
 		a.dir(dir)
 	}
-	err := addBusybox(ctx, a)
+	err := addBusybox(ctx, a, nil)
 	if err == nil {
 		err = addModules(ctx, a, k, smallModules)
 	}

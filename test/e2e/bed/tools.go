@@ -73,22 +73,22 @@ func (inv invocation) run(ctx context.Context, name string, args ...string) ([]b
 	if err != nil {
 		return nil, err
 	}
-	var stdout, all bytes.Buffer
+	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = inv.dir
 	cmd.Env = append(os.Environ(), append([]string{"LC_ALL=C"}, inv.env...)...)
 	if inv.stdin != nil {
 		cmd.Stdin = bytes.NewReader(inv.stdin)
 	}
-	// Both streams share the lock of one writer, or their copies would race.
-	cmd.Stderr = &all
+	cmd.Stderr = &stderr
 	cmd.Stdout = &stdout
-	ownChild(cmd)
+	// No thread to bind it to, as startProcess does: a tool ends soon by itself.
+	cmd.WaitDelay = killDelay
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("%s: %w: %s", name, err, tail(append(stdout.Bytes(), all.Bytes()...), 800))
+		return nil, fmt.Errorf("%s: %w: %s", name, err, tail(append(stdout.Bytes(), stderr.Bytes()...), 800))
 	}
 	return stdout.Bytes(), nil
 }
@@ -98,13 +98,16 @@ func run(ctx context.Context, name string, args ...string) ([]byte, error) {
 	return invocation{}.run(ctx, name, args...)
 }
 
+// killDelay is what a child gets between the polite signal and the other one.
+const killDelay = 5 * time.Second
+
 // ownChild makes a child process end with this one: by signal when its context
 // ends, and by the kernel when this process dies without having run its
 // clean-up, as a test does that the go tool's own timeout kills.
 func ownChild(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 5 * time.Second
+	cmd.WaitDelay = killDelay
 }
 
 // tail returns the last n bytes of text, trimmed.

@@ -17,7 +17,7 @@ done </bed/modules
 # The names that udev would make.
 mkdir -p /dev/disk/by-id /run/cryptsetup
 for disk in /sys/block/vd*; do
-	read -r serial <"$disk/serial" && ln -s "/dev/${disk##*/}" "/dev/disk/by-id/virtio-$serial"
+	ln -s "/dev/${disk##*/}" "/dev/disk/by-id/virtio-$(cat "$disk/serial")"
 done
 
 ip link set lo up
