@@ -2,8 +2,11 @@ package uml_test
 
 import (
 	"context"
+	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,17 +15,21 @@ import (
 
 // build compiles the guest's half of a test: the tests of luks that are marked
 // umlguest.
-func build(t *testing.T) string {
+func build(t testing.TB) string {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "luks.test")
-	out, err := exec.Command("go", "test", "-c", "-tags", "umlguest", "-o", binary, "github.com/keyagent/keyagent/luks").CombinedOutput()
-	if err != nil {
-		t.Fatalf("build guest tests: %v\n%s", err, out)
-	}
+	goTool(t, "test", "-c", "-tags", "umlguest", "-o", binary, "github.com/keyagent/keyagent/luks")
 	return binary
 }
 
-func boot(t *testing.T, g uml.Guest, limit time.Duration) uml.Result {
+func goTool(t testing.TB, args ...string) {
+	t.Helper()
+	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+		t.Fatalf("go %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+func boot(t testing.TB, g uml.Guest, limit time.Duration) uml.Result {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
@@ -49,4 +56,34 @@ func TestVolumesInARealKernel(t *testing.T) {
 		Program: build(t),
 		Args:    []string{"-test.v", "-test.run", "^TestLive"},
 	}, 3*time.Minute)
+}
+
+// BenchmarkOpen runs the guest's comparison once and reports each of its lines
+// as a metric:
+//
+//	go test -run '^$' -bench Open -benchtime 1x ./test/uml
+func BenchmarkOpen(b *testing.B) {
+	opener := filepath.Join(b.TempDir(), "opener")
+	goTool(b, "build", "-o", opener, "github.com/keyagent/keyagent/test/uml/opener")
+	guest := uml.Guest{
+		Program: build(b),
+		Args:    []string{"-test.v", "-test.run", "^TestBenchmarkOpen$"},
+		Env:     []string{"KEYAGENT_TEST_OPENER=" + opener},
+		Memory:  2048, // argon2id takes up to half of it
+	}
+	for b.Loop() {
+		result := boot(b, guest, 10*time.Minute)
+		for line := range strings.Lines(result.Output) {
+			fields := strings.Fields(line)
+			if len(fields) != 4 || fields[0] != "BENCH" {
+				continue
+			}
+			value, err := strconv.ParseFloat(fields[2], 64)
+			if err != nil {
+				b.Fatal(err)
+			}
+			fmt.Print(line)
+			b.ReportMetric(value, fields[1]+"-"+fields[3])
+		}
+	}
 }
