@@ -84,48 +84,69 @@ func (v *Verifier) Begin(_ context.Context, offer []byte) (attestation.Question,
 	if err := checkPCRs(trust.PCRs); err != nil {
 		return nil, err
 	}
-	var o attestv1.TPMOffer
-	if err := proto.Unmarshal(offer, &o); err != nil {
-		return nil, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
-	}
-	ekPub, err := parse[tpm2.TPMTPublic]("endorsement key", o.GetEkPublic(), maxPublic)
+	o, err := parseOffer(offer)
 	if err != nil {
 		return nil, err
 	}
-	akPub, err := parse[tpm2.TPMTPublic]("attestation key", o.GetAkPublic(), maxPublic)
-	if err != nil {
+	q := &question{pcrs: trust.PCRs, signer: qualifiedName(o.akName)}
+	if q.hw, err = v.vouch(trust, o); err != nil {
 		return nil, err
 	}
-	hw, err := v.vouch(trust, ekPub, &o)
-	if err != nil {
+	if q.ak, err = checkAK(o.ak); err != nil {
 		return nil, err
-	}
-	q := &question{hw: hw, pcrs: trust.PCRs}
-	if q.ak, err = checkAK(akPub); err != nil {
-		return nil, err
-	}
-	name, err := tpm2.ObjectName(akPub)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAKUnfit, err)
-	}
-	q.signer = qualifiedName(name.Buffer)
-	encap, err := tpm2.ImportEncapsulationKey(ekPub)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrEKCertificate, err)
 	}
 	rand.Read(q.credential[:])
-	blob, enc, err := tpm2.CreateCredential(rand.Reader, encap, name.Buffer, q.credential[:])
+	q.ask, err = o.ask(trust.PCRs, q.credential[:])
+	return q, err
+}
+
+// offer is a parsed TPMOffer.
+type offer struct {
+	ek, ak        *tpm2.TPMTPublic
+	akName        []byte
+	certificate   []byte
+	intermediates [][]byte
+}
+
+func parseOffer(data []byte) (offer, error) {
+	var m attestv1.TPMOffer
+	if err := proto.Unmarshal(data, &m); err != nil {
+		return offer{}, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
+	}
+	o := offer{certificate: m.GetEkCertificate(), intermediates: m.GetEkIntermediates()}
+	var err error
+	if o.ek, err = parse[tpm2.TPMTPublic]("endorsement key", m.GetEkPublic(), maxPublic); err != nil {
+		return offer{}, err
+	}
+	if o.ak, err = parse[tpm2.TPMTPublic]("attestation key", m.GetAkPublic(), maxPublic); err != nil {
+		return offer{}, err
+	}
+	name, err := tpm2.ObjectName(o.ak)
+	if err != nil {
+		return offer{}, fmt.Errorf("%w: %w", ErrAKUnfit, err)
+	}
+	o.akName = name.Buffer
+	return o, nil
+}
+
+// ask encrypts credential so that only the TPM with this EK can recover it, and
+// only if it also holds this AK.
+func (o offer) ask(pcrs []uint32, credential []byte) ([]byte, error) {
+	encap, err := tpm2.ImportEncapsulationKey(o.ek)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrEKCertificate, err)
 	}
-	q.ask, err = proto.Marshal(&attestv1.TPMAsk{
+	blob, enc, err := tpm2.CreateCredential(rand.Reader, encap, o.akName, credential)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrEKCertificate, err)
+	}
+	return proto.Marshal(&attestv1.TPMAsk{
 		CredentialBlob:  blob,
 		EncryptedSecret: enc,
 		Bank:            uint32(tpm2.TPMAlgSHA256),
-		Pcrs:            trust.PCRs,
+		Pcrs:            pcrs,
 		WantEventLog:    true,
 	})
-	return q, err
 }
 
 func checkPCRs(pcrs []uint32) error {

@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
-
-	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 )
 
 // hardware is an endorsement key that somebody vouches for.
@@ -29,12 +27,12 @@ var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
 // vouch decides who stands behind the endorsement key: the operator, or a chain
 // to a configured root.
-func (v *Verifier) vouch(trust Trust, ekPub *tpm2.TPMTPublic, o *attestv1.TPMOffer) (hardware, error) {
-	a := ekPub.ObjectAttributes
+func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
+	a := o.ek.ObjectAttributes
 	if !a.FixedTPM || !a.FixedParent || !a.Restricted || !a.Decrypt || a.SignEncrypt {
 		return hardware{}, fmt.Errorf("%w: it is not a restricted decryption key fixed to its TPM", ErrEKCertificate)
 	}
-	key, err := tpm2.Pub(*ekPub)
+	key, err := tpm2.Pub(*o.ek)
 	if err != nil {
 		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
@@ -48,17 +46,17 @@ func (v *Verifier) vouch(trust Trust, ekPub *tpm2.TPMTPublic, o *attestv1.TPMOff
 			return hw, nil
 		}
 	}
-	if len(o.GetEkCertificate()) == 0 {
+	if len(o.certificate) == 0 {
 		return hardware{}, fmt.Errorf("%w: it has no certificate and %s is not enrolled", ErrEKUntrusted, hw.ekDigest)
 	}
-	leaf, err := parseEKCertificate(o.GetEkCertificate())
+	leaf, err := parseEKCertificate(o.certificate)
 	if err != nil {
 		return hardware{}, err
 	}
-	if !samePublicKey(*ekPub, leaf) {
+	if !samePublicKey(*o.ek, leaf) {
 		return hardware{}, fmt.Errorf("%w: its certificate is another key's", ErrEKCertificate)
 	}
-	if hw.trust, err = v.chain(trust.Roots, leaf, o.GetEkIntermediates()); err != nil {
+	if hw.trust, err = v.chain(trust.Roots, leaf, o.intermediates); err != nil {
 		return hardware{}, err
 	}
 	hw.issuer = leaf.Issuer.String()

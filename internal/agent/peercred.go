@@ -1,0 +1,72 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+)
+
+// Peer is the process at the other end of a unix socket, as the kernel knows
+// it: the caller cannot forge it.
+type Peer struct {
+	credentials.CommonAuthInfo
+	PID int32
+	UID uint32
+	GID uint32
+}
+
+// AuthType implements credentials.AuthInfo.
+func (Peer) AuthType() string { return "peercred" }
+
+// peerCredentials are gRPC credentials by SO_PEERCRED.
+type peerCredentials struct{}
+
+var errNotUnix = errors.New("not a unix socket")
+
+func (peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, nil, errNotUnix
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return nil, nil, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil || credErr != nil {
+		return nil, nil, fmt.Errorf("peer credentials: %w", errors.Join(err, credErr))
+	}
+	return c, Peer{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Pid, cred.Uid, cred.Gid}, nil
+}
+
+func (peerCredentials) ClientHandshake(_ context.Context, _ string, c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if _, ok := c.(*net.UnixConn); !ok {
+		return nil, nil, errNotUnix
+	}
+	return c, Peer{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}}, nil
+}
+
+func (peerCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "peercred"}
+}
+
+func (p peerCredentials) Clone() credentials.TransportCredentials { return p }
+
+func (peerCredentials) OverrideServerName(string) error { return nil }
+
+func peerOf(ctx context.Context) (Peer, bool) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return Peer{}, false
+	}
+	c, ok := p.AuthInfo.(Peer)
+	return c, ok
+}

@@ -1,0 +1,56 @@
+// Package systemd holds keyagent's units and what speaks to systemd: readiness,
+// progress within a start-up's time limit, and the watchdog.
+package systemd
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+)
+
+// Notifier tells systemd about this service, see sd_notify(3). A nil Notifier,
+// and one of a process that systemd did not start, says nothing.
+type Notifier struct{}
+
+// NewNotifier returns a notifier.
+func NewNotifier() *Notifier { return &Notifier{} }
+
+func (n *Notifier) send(state string) {
+	if n != nil {
+		// Nobody listening is normal; a failure to notify is seen by systemd.
+		_, _ = daemon.SdNotify(false, state)
+	}
+}
+
+// Ready ends the start-up.
+func (n *Notifier) Ready(status string) { n.send("READY=1\nSTATUS=" + status) }
+
+// Stopping begins the shutdown.
+func (n *Notifier) Stopping() { n.send(daemon.SdNotifyStopping) }
+
+// Waiting says what a start-up waits for, and asks for the time that the wait
+// may take, plus some for what follows.
+func (n *Notifier) Waiting(what string, d time.Duration) {
+	n.send(fmt.Sprintf("STATUS=%s\nEXTEND_TIMEOUT_USEC=%d", what, (d + time.Minute).Microseconds()))
+}
+
+// Watch answers the unit's watchdog, if it has one, until ctx ends.
+func (n *Notifier) Watch(ctx context.Context) error {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if n == nil || err != nil || interval == 0 {
+		<-ctx.Done()
+		return nil
+	}
+	t := time.NewTicker(interval / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+			n.send(daemon.SdNotifyWatchdog)
+		}
+	}
+}
