@@ -114,11 +114,11 @@ func parseLive(buf []byte) (liveMapping, error) {
 	if flags&dmActivePresent == 0 || flags&dmSuspended != 0 {
 		return m, nil // no table serves it
 	}
-	at := uint64(ne.Uint32(buf[offDMStart:]))
-	first := at
+	first := uint64(ne.Uint32(buf[offDMStart:]))
+	at, least := first, first
 	for range ne.Uint32(buf[offDMTargets:]) {
-		if at+dmSpecSize > uint64(len(buf)) {
-			return liveMapping{}, fmt.Errorf("%w: it ends early", ErrTableMismatch)
+		if at < least || at+dmSpecSize > uint64(len(buf)) {
+			return liveMapping{}, fmt.Errorf("%w: its targets are not one after the other", ErrTableMismatch)
 		}
 		spec := buf[at:]
 		m.table = append(m.table, liveTarget{
@@ -128,7 +128,7 @@ func parseLive(buf []byte) (liveMapping, error) {
 			params: cString(spec[dmSpecSize:]),
 		})
 		// The offset of the next target counts from the first one.
-		at = first + uint64(ne.Uint32(spec[20:]))
+		at, least = first+uint64(ne.Uint32(spec[20:])), at+dmSpecSize
 	}
 	return m, nil
 }

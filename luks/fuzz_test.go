@@ -3,7 +3,12 @@ package luks
 import (
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
 	"reflect"
+	"regexp"
+	"strings"
 	"testing"
 )
 
@@ -121,4 +126,27 @@ func liveAnswer(uuid string, sectors uint64, kind, params string) []byte {
 	copy(spec[24:], kind)
 	copy(spec[dmSpecSize:], params)
 	return buf
+}
+
+// The corpus in testdata/fuzz keeps every hostile JSON as it was when it was
+// written, so that the guard meets it whatever becomes of the list in this
+// package. New ones are added by -update.
+func TestTheCorpusHoldsEveryHostileJSON(t *testing.T) {
+	good := header(t)
+	for _, h := range hostileHeaders {
+		text := forgery{t, h.forge(t, good)}.json()
+		if text == (forgery{t, good}).json() {
+			continue // it is the binary header that is hostile
+		}
+		slug := strings.Trim(regexp.MustCompile(`[^a-zA-Z0-9]+`).ReplaceAllString(h.String(), "-"), "-")
+		path := filepath.Join("testdata", "fuzz", "FuzzHeaderJSON", slug)
+		if _, err := os.Stat(path); err == nil {
+			continue
+		} else if !*update {
+			t.Errorf("%v; run the test with -update", err)
+			continue
+		}
+		must(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		must(t, os.WriteFile(path, fmt.Appendf(nil, "go test fuzz v1\n[]byte(%q)\n", text), 0o644))
+	}
 }

@@ -123,7 +123,7 @@ func TestAFormatThatIsCutOffAnywhereConverges(t *testing.T) {
 		made = append(made, g)
 	}
 	seen := map[State]int{}
-	for trial := range 100 {
+	for trial := range 60 {
 		rng := rand.New(rand.NewPCG(uint64(trial), 1))
 		maker := func(Identity, *secret.Bytes) (guarded, error) { return made[rng.IntN(len(made))], nil }
 		r := newRAM(minDevice)
