@@ -142,6 +142,17 @@ func (d *disk) settle() error {
 	return nil
 }
 
+// checkSize refuses a device that could be formatted but not opened.
+func (d *disk) checkSize() error {
+	switch {
+	case d.size < minDevice:
+		return fmt.Errorf("%w: it has %d bytes, needed are %d", ErrDeviceSize, d.size, minDevice)
+	case d.size%dataSectorSize != 0:
+		return fmt.Errorf("%w: %d bytes are not a multiple of %d", ErrDeviceSize, d.size, dataSectorSize)
+	}
+	return nil
+}
+
 // readGuarded reads the bytes that the guard and the MAC cover, once.
 func (d *disk) readGuarded(ctx context.Context) ([]byte, error) {
 	if err := ctx.Err(); err != nil {

@@ -24,7 +24,6 @@ func (n DevNum) String() string { return fmt.Sprintf("%d:%d", n.Major, n.Minor) 
 const (
 	dmControl = "/dev/mapper/control"
 
-	dmDevStatus   = 0xc138fd07
 	dmTableStatus = 0xc138fd0c
 
 	dmReadOnly      = 1 << 0
@@ -66,14 +65,14 @@ type liveTarget struct {
 // inspect asks the kernel for a mapping, by name. It gives ErrNotActive if there
 // is none.
 func inspect(name string) (liveMapping, error) {
-	buf, err := dmAsk(dmTableStatus, name, dmStatusTable)
+	buf, err := dmAsk(name)
 	if err != nil {
 		return liveMapping{}, err
 	}
 	return parseLive(buf)
 }
 
-func dmAsk(request uintptr, name string, flags uint32) ([]byte, error) {
+func dmAsk(name string) ([]byte, error) {
 	control, err := os.OpenFile(dmControl, os.O_RDWR, 0)
 	if err != nil {
 		return nil, fmt.Errorf("reach the device-mapper: %w", err)
@@ -84,9 +83,9 @@ func dmAsk(request uintptr, name string, flags uint32) ([]byte, error) {
 	ne.PutUint32(buf[0:], 4) // interface version 4.0.0
 	ne.PutUint32(buf[offDMSize:], uint32(len(buf)))
 	ne.PutUint32(buf[offDMStart:], dmHeaderSize)
-	ne.PutUint32(buf[offDMFlags:], flags)
+	ne.PutUint32(buf[offDMFlags:], dmStatusTable)
 	copy(buf[offDMName:offDMUUID-1], name)
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), request, uintptr(unsafe.Pointer(&buf[0])))
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, control.Fd(), dmTableStatus, uintptr(unsafe.Pointer(&buf[0])))
 	switch {
 	case errors.Is(errno, unix.ENXIO):
 		return nil, fmt.Errorf("%w: %s", ErrNotActive, name)
@@ -145,8 +144,9 @@ func dmUUID(uuid, name string) string {
 
 // luksUUID is the inverse: the LUKS UUID of one of our mappings, or false.
 func luksUUID(dm, name string) (string, bool) {
-	hex, ok := strings.CutPrefix(dm, "CRYPT-LUKS2-")
-	if hex, ok = strings.CutSuffix(hex, "-"+name); !ok || len(hex) != 32 {
+	rest, prefixed := strings.CutPrefix(dm, "CRYPT-LUKS2-")
+	hex, named := strings.CutSuffix(rest, "-"+name)
+	if !prefixed || !named || len(hex) != 32 {
 		return "", false
 	}
 	uuid := hex[:8] + "-" + hex[8:12] + "-" + hex[12:16] + "-" + hex[16:20] + "-" + hex[20:]

@@ -101,4 +101,6 @@
 // mapping, wait for each other, as long as their contexts allow. libcryptsetup
 // keeps state for the whole process and is entered by one call at a time, for
 // some milliseconds each; reading, searching and writing devices happens outside.
+// A context ends the waiting, and is looked at between steps. It cannot end a read
+// that the host never answers.
 package luks

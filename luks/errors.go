@@ -53,8 +53,9 @@ var (
 	// ErrShortHeader says that a device ended before its header did.
 	ErrShortHeader = errors.New("header is incomplete")
 
-	// ErrTooSmall says that a device cannot hold a header and 1 MiB of data.
-	ErrTooSmall = errors.New("device is too small")
+	// ErrDeviceSize says that a device cannot hold a header and 1 MiB of data, or
+	// that its size is not a multiple of 4096 bytes.
+	ErrDeviceSize = errors.New("device has an unsuitable size")
 
 	// ErrNotBlockDevice says that a mapping was asked for on something else.
 	ErrNotBlockDevice = errors.New("not a block device")

@@ -17,7 +17,8 @@ type FormatOptions struct{}
 //
 // The caller must hold a record that says that this volume is to be formatted.
 // Format itself refuses every device that is not blank with [ErrNotBlank], one
-// that is in use with [ErrDeviceBusy], and one below 17 MiB with [ErrTooSmall].
+// that is in use with [ErrDeviceBusy], and one below 17 MiB, or of a size that
+// is no multiple of 4096, with [ErrDeviceSize].
 // The one exception to blank is a device that carries the format marker of this
 // very DEK and Identity: a format that was interrupted, and is done anew.
 //
@@ -25,7 +26,7 @@ type FormatOptions struct{}
 // StateInterrupted, and Format does it; or StateLUKS2, and [Adopt] has the MAC.
 // It assumes what disks promise: that 512 aligned bytes are written whole or not
 // at all, and that what was flushed stays.
-func Format(ctx context.Context, device string, id Identity, dek *secret.Bytes, opts FormatOptions) (MAC, error) {
+func Format(ctx context.Context, device string, id Identity, dek *secret.Bytes, _ FormatOptions) (MAC, error) {
 	mac, err := format(ctx, device, id, dek)
 	if err != nil {
 		return MAC{}, fmt.Errorf("format volume %q: %w", id.Volume, err)
@@ -53,8 +54,8 @@ func format(ctx context.Context, device string, id Identity, dek *secret.Bytes) 
 // format is the sequence of writes. Each step is durable before the next one
 // begins, and only the last one makes a header of what is there.
 func (d *disk) format(ctx context.Context, id Identity, dek *secret.Bytes, header headerMaker) (MAC, error) {
-	if d.size < minDevice {
-		return MAC{}, fmt.Errorf("%w: it has %d bytes, needed are %d", ErrTooSmall, d.size, minDevice)
+	if err := d.checkSize(); err != nil {
+		return MAC{}, err
 	}
 	state, err := d.state(ctx, id, dek)
 	if err != nil {

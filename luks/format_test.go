@@ -174,11 +174,15 @@ func TestFormatRefusesWhatCannotHoldAVolume(t *testing.T) {
 	ctx := context.Background()
 	t.Run("a device below 17 MiB", func(t *testing.T) {
 		_, err := Format(ctx, image(t, minDevice-1), idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrTooSmall)
+		wantError(t, err, ErrDeviceSize)
+	})
+	t.Run("a device that ends within a sector of 4096 bytes", func(t *testing.T) {
+		_, err := Format(ctx, image(t, 20<<20+sectorSize), idData, dataKey(t), FormatOptions{})
+		wantError(t, err, ErrDeviceSize)
 	})
 	t.Run("an empty file", func(t *testing.T) {
 		_, err := Format(ctx, image(t, 0), idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrTooSmall)
+		wantError(t, err, ErrDeviceSize)
 	})
 	t.Run("a character device", func(t *testing.T) {
 		_, err := Format(ctx, "/dev/zero", idData, dataKey(t), FormatOptions{})

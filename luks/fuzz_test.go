@@ -20,7 +20,7 @@ func FuzzHeaderJSON(f *testing.F) {
 	for _, h := range hostileHeaders {
 		f.Add([]byte(forgery{f, h.forge(f, good)}.json()))
 	}
-	want := comparable(f, []byte(forgery{f, good}.json()))
+	want := meaning(f, []byte(forgery{f, good}.json()))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		root, err := parseJSON(text)
 		if err == nil {
@@ -30,14 +30,14 @@ func FuzzHeaderJSON(f *testing.F) {
 			wantError(t, err, ErrHeaderRefused)
 			return
 		}
-		if got := comparable(t, text); !reflect.DeepEqual(got, want) {
+		if got := meaning(t, text); !reflect.DeepEqual(got, want) {
 			t.Errorf("accepted, but says\n%v, want\n%v", got, want)
 		}
 	})
 }
 
-// comparable reads text with encoding/json, and blanks what is random.
-func comparable(t testing.TB, text []byte) map[string]any {
+// meaning reads text with encoding/json, and blanks what is random.
+func meaning(t testing.TB, text []byte) map[string]any {
 	t.Helper()
 	var v map[string]any
 	must(t, json.Unmarshal(text, &v))

@@ -557,3 +557,20 @@ func TestLiveMappingThatIsHeldIsBusy(t *testing.T) {
 	must(t, f.Close())
 	must(t, Close(ctx, "data"))
 }
+
+// A volume on a disk that the host has cut short is an error, and opens again
+// when the disk is whole.
+func TestLiveDiskOfAnotherSize(t *testing.T) {
+	v := newVolume(t, idData, dataKey(t))
+	file := run(t, "losetup", "-n", "-O", "BACK-FILE", v.device)
+	for _, size := range []int64{dataOffset, 20<<20 - sectorSize, deviceSize} {
+		must(t, os.Truncate(file, size))
+		run(t, "losetup", "-c", v.device)
+		_, err := v.open("data")
+		if (err == nil) != (size == deviceSize) {
+			t.Errorf("size %d: error is %v", size, err)
+		}
+		t.Log(err)
+	}
+	must(t, Close(context.Background(), "data"))
+}

@@ -63,11 +63,11 @@ func validateKey(dek *secret.Bytes) error {
 		return fmt.Errorf("%w: it has %d bytes, allowed are %d to %d", ErrInvalidKey, n, MinKeySize, MaxKeySize)
 	}
 	return dek.Use(func(key []byte) error {
-		var any byte
+		var bits byte
 		for _, b := range key {
-			any |= b
+			bits |= b
 		}
-		if any == 0 {
+		if bits == 0 {
 			return fmt.Errorf("%w: every byte is zero", ErrInvalidKey)
 		}
 		return nil

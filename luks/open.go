@@ -43,8 +43,9 @@ type OpenOptions struct {
 // On any error there is no mapping, and nothing on the device has changed.
 //
 // Open is idempotent: if name is already mapped, it succeeds if the mapping has
-// the UUID of id and lies on this device with a valid table. Otherwise it gives
-// [ErrNameTaken].
+// the UUID of id and lies on this device, and gives [ErrNameTaken] otherwise or
+// [ErrTableMismatch] if its table is not valid. The Mapping then says which
+// options are in force; they are those of the first Open.
 func Open(ctx context.Context, device, name string, id Identity, want MAC, dek *secret.Bytes, opts OpenOptions) (Mapping, error) {
 	m, err := open(ctx, device, name, id, want, dek, opts)
 	if err != nil {
@@ -166,7 +167,7 @@ func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
 	if err != nil {
 		return Mapping{}, err
 	}
-	wantBytes := (d.size - dataOffset) &^ (dataSectorSize - 1)
+	wantBytes := d.size - dataOffset
 	switch {
 	case m.DataDevice != d.rdev:
 		return Mapping{}, fmt.Errorf("%w: %s lies on device %v, not on %v", ErrTableMismatch, name, m.DataDevice, d.rdev)
@@ -212,8 +213,8 @@ func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 }
 
 func (d *disk) adopt(ctx context.Context, id Identity, dek *secret.Bytes) (MAC, error) {
-	if d.size < minDevice {
-		return MAC{}, fmt.Errorf("%w: it has %d bytes, needed are %d", ErrTooSmall, d.size, minDevice)
+	if err := d.checkSize(); err != nil {
+		return MAC{}, err
 	}
 	// The format may have been killed before its last flush. What is adopted
 	// must not be lost with the power afterwards.
