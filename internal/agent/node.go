@@ -73,7 +73,7 @@ func (n *node) Open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.OpenRes
 	}
 	// The caller may go away; a format that has begun is finished.
 	v, err := n.manager.Open(context.WithoutCancel(ctx), r.GetId(), r.GetFormat())
-	return &nodev1.OpenResponse{Volume: message(v)}, n.answer(ctx, err)
+	return &nodev1.OpenResponse{Volume: Message(v)}, n.answer(ctx, err)
 }
 
 func (n *node) Close(ctx context.Context, r *nodev1.CloseRequest) (*nodev1.CloseResponse, error) {
@@ -81,7 +81,7 @@ func (n *node) Close(ctx context.Context, r *nodev1.CloseRequest) (*nodev1.Close
 		return nil, err
 	}
 	v, err := n.manager.Close(ctx, r.GetId())
-	return &nodev1.CloseResponse{Volume: message(v)}, n.answer(ctx, err)
+	return &nodev1.CloseResponse{Volume: Message(v)}, n.answer(ctx, err)
 }
 
 func (n *node) Status(ctx context.Context, r *nodev1.StatusRequest) (*nodev1.StatusResponse, error) {
@@ -89,7 +89,7 @@ func (n *node) Status(ctx context.Context, r *nodev1.StatusRequest) (*nodev1.Sta
 		return nil, err
 	}
 	v, err := n.manager.Status(ctx, r.GetId())
-	return &nodev1.StatusResponse{Volume: message(v)}, n.answer(ctx, err)
+	return &nodev1.StatusResponse{Volume: Message(v)}, n.answer(ctx, err)
 }
 
 func (n *node) List(ctx context.Context, _ *nodev1.ListRequest) (*nodev1.ListResponse, error) {
@@ -99,13 +99,14 @@ func (n *node) List(ctx context.Context, _ *nodev1.ListRequest) (*nodev1.ListRes
 	resp := &nodev1.ListResponse{}
 	for _, v := range n.manager.List(ctx) {
 		if n.allow(ctx, "list", v.ID) == nil {
-			resp.Volumes = append(resp.Volumes, message(v))
+			resp.Volumes = append(resp.Volumes, Message(v))
 		}
 	}
 	return resp, nil
 }
 
-func message(v Volume) *nodev1.Volume {
+// Message is a volume as the local API shows it.
+func Message(v Volume) *nodev1.Volume {
 	return &nodev1.Volume{
 		Id: v.ID, Device: v.Device, Mapped: v.Mapped, MountPoint: v.Mount, State: v.State,
 		LuksUuid: v.UUID, Generation: v.Generation, LastError: v.LastError, CorrelationId: v.CorrelationID,

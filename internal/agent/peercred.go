@@ -70,3 +70,6 @@ func peerOf(ctx context.Context) (Peer, bool) {
 	c, ok := p.AuthInfo.(Peer)
 	return c, ok
 }
+
+// LocalCredentials are what a caller of the local API dials with.
+func LocalCredentials() credentials.TransportCredentials { return peerCredentials{} }

@@ -1,0 +1,119 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyservice"
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/kms/setup"
+	"github.com/keyagent/keyagent/systemd"
+)
+
+func newServe() *cobra.Command {
+	var path string
+	var check, initMaster bool
+	var override keyservice.Config
+	var logs logFlags
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the key service",
+		Long: `Run the key service: verify evidence, apply the policy, release volume keys.
+
+SIGHUP reads the policy and the TLS certificate again; what does not load leaves
+what is in force as it is. SIGTERM lets requests under way finish.`,
+		Example: `  keyagent serve --config /etc/keyagent/serve.yaml
+  keyagent serve --config serve.yaml --init-master-secret   # the first time
+  keyagent serve --config serve.yaml --check`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := logs.logger(cmd.ErrOrStderr())
+			if err != nil {
+				return err
+			}
+			cfg, err := keyservice.LoadConfig(path, override)
+			if err != nil {
+				return configError(err)
+			}
+			if initMaster {
+				if err := initMasterSecret(cfg); err != nil {
+					return err
+				}
+			}
+			server, err := keyservice.NewServer(cmd.Context(), cfg, log)
+			if err != nil {
+				return err
+			}
+			if check {
+				ctx, cancel := context.WithCancel(cmd.Context())
+				cancel()
+				cmd.Println("the configuration is good")
+				return server.Run(ctx)
+			}
+			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases)
+			go reloadOnHangup(cmd.Context(), func() {
+				if err := server.Reload(); err != nil {
+					log.Error("reload failed, what is in force stays", "error", err)
+				}
+			})
+			notify := systemd.NewNotifier()
+			notify.Ready("serving on " + server.Addr().String())
+			go func() { <-cmd.Context().Done(); notify.Stopping() }()
+			return server.Run(cmd.Context())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&path, "config", "/etc/keyagent/serve.yaml", "configuration file")
+	f.BoolVar(&check, "check", false, "only check that everything can be opened")
+	f.BoolVar(&initMaster, "init-master-secret", false, "make the master secret's file if it does not exist")
+	f.StringVar(&override.Listen, "listen", "", "address, instead of the file's")
+	f.StringVar(&override.Policy, "policy", "", "policy file, instead of the file's")
+	f.StringVar(&override.KMS, "kms", "", "kms:// URI, instead of the file's")
+	f.StringVar(&override.Storage, "storage", "", "storage:// URI, instead of the file's")
+	f.StringVar(&override.Audit, "audit", "", "audit log, instead of the file's")
+	f.StringVar(&override.Metrics, "metrics", "", "address of /metrics, /healthz and /readyz, instead of the file's")
+	logs.add(cmd)
+	return cmd
+}
+
+// initMasterSecret leaves a file that exists alone.
+func initMasterSecret(cfg *keyservice.Config) error {
+	path, err := setup.MasterSecretFile(cfg.KMS)
+	if err != nil {
+		return failure.New(failure.Configuration, err, "--init-master-secret goes with kms://cluster-kms?file=PATH")
+	}
+	if err := cluster.InitMasterSecret(path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return failure.New(failure.Configuration, err, "")
+	}
+	return nil
+}
+
+func configError(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return failure.New(failure.Configuration, err, "name the file with --config")
+	}
+	return failure.New(failure.Configuration, err, "")
+}
+
+// reloadOnHangup calls f for each SIGHUP until ctx ends.
+func reloadOnHangup(ctx context.Context, f func()) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			f()
+		}
+	}
+}
