@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Line is one line of a guest's serial console.
@@ -66,8 +67,16 @@ func (c *console) follow(stream io.Reader) {
 	c.wake()
 }
 
+// cleanLine leaves nothing that would do something to the terminal on which the
+// line is shown: a guest may print anything.
 func cleanLine(raw []byte) string {
-	return strings.TrimRight(escape.ReplaceAllString(strings.ToValidUTF8(string(raw), "?"), ""), "\r\n")
+	text := strings.TrimRight(escape.ReplaceAllString(strings.ToValidUTF8(string(raw), "?"), ""), "\r\n")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\t' {
+			return '?'
+		}
+		return r
+	}, text)
 }
 
 func (c *console) add(line Line) {

@@ -21,12 +21,12 @@ func lines(texts ...string) []Line {
 
 func TestConsoleDropsWhatTheFirmwareDoesToTheTerminal(t *testing.T) {
 	c := newConsole(time.Now(), nil)
-	c.follow(strings.NewReader("\x1b[2J\x1b[01;01H\x1b[=3hBdsDxe: loading\r\n\xff[0m\nlast"))
+	c.follow(strings.NewReader("\x1b[2J\x1b[01;01H\x1b[=3hBdsDxe: loading\r\n\xff[0m\x00\t.\x1b]0;title\a\nlast"))
 	got, closed, _ := c.snapshot(0)
 	if !closed || len(got) != 3 {
 		t.Fatalf("closed %v, lines %q", closed, got)
 	}
-	for i, want := range []string{"BdsDxe: loading", "?[0m", "last"} {
+	for i, want := range []string{"BdsDxe: loading", "?[0m?\t.?]0;title?", "last"} {
 		if got[i].Text != want {
 			t.Errorf("line %d: %q, want %q", i, got[i].Text, want)
 		}

@@ -50,11 +50,6 @@ func (a *archive) dir(name string) {
 	}
 }
 
-func (a *archive) has(name string) bool {
-	_, there := a.entries[cleanName(name)]
-	return there
-}
-
 func cleanName(name string) string {
 	return strings.TrimPrefix(path.Clean("/"+name), "/")
 }

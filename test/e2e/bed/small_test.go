@@ -137,28 +137,44 @@ pcrs
 eventlog
 cat /proc/cmdline
 cat /proc/meminfo | head -n 1
-data=/dev/disk/by-id/virtio-data
-head -c 13 $data; echo
-echo "boot $(cat /proc/sys/kernel/random/boot_id)" >/tmp/boot
-echo "written by guest" | dd of=$data bs=512 seek=1 conv=notrunc,fsync 2>/dev/null
+disk=/dev/disk/by-id/virtio-data
+head -c 13 $disk; echo
 echo first | nc 10.0.2.101 8443 | base64 -d >/tmp/planted
 echo second | nc 10.0.2.101 8443 >/dev/null
 echo third | nc 10.0.2.102 443
 wc -c /tmp/planted
-/sbin/mke2fs -V
 await planted
-rm /tmp/planted
-exit 7
+options="-q --disable-locks --type luks2 --key-file /tmp/planted"
+cryptsetup luksFormat $options --pbkdf pbkdf2 --pbkdf-force-iterations 1000 $disk &&
+	mark formatted &&
+	cryptsetup open $options $disk data &&
+	mark opened &&
+	/sbin/mke2fs -q -t ext4 /dev/mapper/data &&
+	mount -t ext4 /dev/mapper/data /mnt &&
+	mark mounted &&
+	echo "an encrypted file system" >/mnt/file &&
+	cat /mnt/file &&
+	umount /mnt &&
+	cryptsetup close data &&
+	exit 7
 `
 
 func TestSmallGuestBoots(t *testing.T) {
 	p := makeParts(t)
 	initrd := p.path("initrd")
-	if err := (Initramfs{Kernel: p.kernel, Script: smallScript}).Build(t.Context(), initrd); err != nil {
+	cryptsetup, err := tool("cryptsetup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := (Initramfs{
+		Kernel:   p.kernel,
+		Programs: []File{{Path: "/sbin/cryptsetup", Source: cryptsetup}},
+		Script:   smallScript,
+	}).Build(t.Context(), initrd); err != nil {
 		t.Fatal(err)
 	}
 	esp := p.esp(t, initrd, CommandLine("extra.word=1"))
-	disk := make([]byte, 1<<20)
+	disk := make([]byte, 32<<20)
 	copy(disk, "from the host")
 	if err := os.WriteFile(p.path("data"), disk, 0o600); err != nil {
 		t.Fatal(err)
@@ -192,7 +208,7 @@ func TestSmallGuestBoots(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantStatus(t, one, 7)
-	for _, want := range []string{"from the host", "extra.word=1", "hello from the second port", "48 /tmp/planted", "Using EXT2FS Library"} {
+	for _, want := range []string{"from the host", "extra.word=1", "hello from the second port", "48 /tmp/planted", "an encrypted file system"} {
 		if _, err := one.WaitLine(t.Context(), want); err != nil {
 			t.Error(err)
 		}
@@ -206,8 +222,11 @@ func TestSmallGuestBoots(t *testing.T) {
 	if marks := one.Marks(); len(marks) < 3 || marks[0].Name != "userspace" || marks[1].Name != "devices" {
 		t.Errorf("milestones: %+v", marks)
 	}
-	if n, err := SearchFile(p.path("data"), []byte("written by guest")); err != nil || n != 1 {
-		t.Errorf("what the guest wrote is %d times on its disk, %v", n, err)
+	// The second copy of the LUKS2 header, and nothing of what is inside.
+	for text, want := range map[string]int{"SKUL\xba\xbe": 1, "an encrypted file system": 0} {
+		if n, err := SearchFile(p.path("data"), []byte(text)); err != nil || n != want {
+			t.Errorf("%q is %d times on the guest's disk, %v; want %d", text, n, err, want)
+		}
 	}
 
 	two := p.boot(t, opts)

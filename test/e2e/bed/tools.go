@@ -62,7 +62,6 @@ func tool(name string) (string, error) {
 // invocation is one run of a tool to its end.
 type invocation struct {
 	dir   string   // working directory; empty: the caller's
-	env   []string // added to the environment
 	stdin []byte
 }
 
@@ -76,7 +75,7 @@ func (inv invocation) run(ctx context.Context, name string, args ...string) ([]b
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = inv.dir
-	cmd.Env = append(os.Environ(), append([]string{"LC_ALL=C"}, inv.env...)...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	if inv.stdin != nil {
 		cmd.Stdin = bytes.NewReader(inv.stdin)
 	}

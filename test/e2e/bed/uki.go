@@ -76,9 +76,8 @@ func (u UKI) build(ctx context.Context, out string) error {
 		next = alignSection(next + uint64(info.Size()))
 	}
 	image := filepath.Join(temp, "uki")
-	// Without the fixed date the PE header, which is hashed, has today's.
-	inv := invocation{env: []string{"SOURCE_DATE_EPOCH=1"}}
-	if _, err := inv.run(ctx, "objcopy", append(args, stubPath, image)...); err != nil {
+	// The PE header, which is measured, has a date: the stub's is to stay in it.
+	if _, err := run(ctx, "objcopy", append(args, "--preserve-dates", stubPath, image)...); err != nil {
 		return err
 	}
 	return os.Rename(image, out)
