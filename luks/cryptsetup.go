@@ -66,6 +66,7 @@ static int ka_format(struct crypt_device *cd, const char *cipher, const char *mo
 import "C"
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"runtime"
@@ -142,12 +143,21 @@ func optionalString(s string) (*C.char, func()) {
 }
 
 // clearThreadKeyring drops the volume key that an activation left in the
-// thread's keyring. dm-crypt has its own copy by then. Asking for the keyring's
-// ID without creating it keeps threads that never had one as they are.
+// thread's keyring. dm-crypt has its own copy by then. Revoking frees the key's
+// content; unlinked only, it would wait for the kernel's garbage collector. Asking
+// for the keyring's ID without creating it keeps threads that never had one as
+// they are.
 func clearThreadKeyring() {
 	ring, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_THREAD_KEYRING, false)
 	if err != nil {
 		return
+	}
+	const serial = 4 // bytes of a key's ID
+	list := make([]byte, 64*serial)
+	if n, err := unix.KeyctlBuffer(unix.KEYCTL_READ, ring, list, 0); err == nil {
+		for keys := list[:min(n, len(list))]; len(keys) >= serial; keys = keys[serial:] {
+			_, _ = unix.KeyctlInt(unix.KEYCTL_REVOKE, int(int32(binary.NativeEndian.Uint32(keys))), 0, 0, 0)
+		}
 	}
 	_, _ = unix.KeyctlInt(unix.KEYCTL_CLEAR, ring, 0, 0, 0)
 }

@@ -501,11 +501,17 @@ func TestLiveOptionsReachTheKernelAndAreReadBack(t *testing.T) {
 
 func TestLiveVolumeKeyStaysInNoKeyring(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
-	v.mustOpen(t, "data")
+	_, err := v.open("data")
+	must(t, err)
+	defer Close(context.Background(), "data")
 	keys, err := os.ReadFile("/proc/keys")
 	must(t, err)
-	if strings.Contains(string(keys), "cryptsetup:") {
-		t.Errorf("keyrings hold a volume key:\n%s", keys)
+	for line := range strings.Lines(string(keys)) {
+		// A revoked key has no content any more, and is listed until the kernel
+		// has collected it.
+		if strings.Contains(line, "cryptsetup:") && !strings.HasPrefix(strings.Fields(line)[1], "IR") {
+			t.Errorf("a keyring holds a volume key: %s", line)
+		}
 	}
 	if table := run(t, "dmsetup", "table", "--showkeys", "data"); !strings.Contains(table, ":64:logon:cryptsetup:"+v.id.UUID+"-d0") {
 		t.Errorf("table is %s", table)
@@ -566,11 +572,11 @@ func TestLiveDiskOfAnotherSize(t *testing.T) {
 	for _, size := range []int64{dataOffset, 20<<20 - sectorSize, deviceSize} {
 		must(t, os.Truncate(file, size))
 		run(t, "losetup", "-c", v.device)
-		_, err := v.open("data")
-		if (err == nil) != (size == deviceSize) {
-			t.Errorf("size %d: error is %v", size, err)
+		if size != deviceSize {
+			wantError(t, untouched(t, v.device, func() error { _, err := v.open("data"); return err }), ErrDeviceSize)
 		}
-		t.Log(err)
 	}
+	_, err := v.open("data")
+	must(t, err)
 	must(t, Close(context.Background(), "data"))
 }

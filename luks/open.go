@@ -90,6 +90,9 @@ func open(ctx context.Context, device, name string, id Identity, want MAC, dek *
 	if err != nil {
 		return Mapping{}, err
 	}
+	if err := d.checkSize(); err != nil {
+		return Mapping{}, err
+	}
 	return d.activate(ctx, name, header, dek, opts)
 }
 
