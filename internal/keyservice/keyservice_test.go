@@ -1,0 +1,553 @@
+package keyservice
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/peer"
+
+	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/audit"
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/test/swtpm"
+)
+
+const (
+	formatOp = keyservicev1.Operation_OPERATION_FORMAT
+	openOp   = keyservicev1.Operation_OPERATION_OPEN
+)
+
+// world is a key service on loopback and a machine with a TPM.
+type world struct {
+	t      testing.TB
+	dir    string
+	tpm    *swtpm.TPM
+	pki    *pki.Authority
+	cfg    *Config
+	logged *syncBuffer
+	issuer *tpm.Issuer
+	server *Server
+	stop   func()
+}
+
+// syncBuffer is a log that tests read while it is written.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (s *syncBuffer) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.Write(p)
+}
+
+func (s *syncBuffer) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.b.String()
+}
+
+func newWorld(t testing.TB) *world {
+	t.Helper()
+	w := &world{t: t, dir: t.TempDir(), tpm: swtpm.New(t, nil), pki: pki.New(t), logged: &syncBuffer{}}
+	cert, err := w.pki.Server("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.pki.Write(w.dir, cert); err != nil {
+		t.Fatal(err)
+	}
+	if w.issuer, err = tpm.NewIssuer(tpm.IssuerOptions{Device: w.tpm.Device, EventLog: "/nonexistent"}); err != nil {
+		t.Fatal(err)
+	}
+	w.extend(4)
+	w.writePolicy(w.pcr(4), `["data-*"]`, "[open, format]")
+	if err := cluster.InitMasterSecret(filepath.Join(w.dir, "master")); err != nil {
+		t.Fatal(err)
+	}
+	w.cfg = &Config{
+		Listen: "127.0.0.1:0", Policy: filepath.Join(w.dir, "policy.yaml"),
+		TLS:     TLSConfig{filepath.Join(w.dir, "server.pem"), filepath.Join(w.dir, "server.key")},
+		KMS:     "kms://cluster-kms?file=" + filepath.Join(w.dir, "master"),
+		Storage: "storage://file?dir=" + filepath.Join(w.dir, "records"),
+		Audit:   filepath.Join(w.dir, "audit.log"), MaxUnattested: 64,
+	}
+	w.start()
+	t.Cleanup(func() { w.stop() })
+	return w
+}
+
+func (w *world) start() {
+	w.t.Helper()
+	log := slog.New(slog.NewTextHandler(w.logged, nil))
+	server, err := NewServer(context.Background(), w.cfg, log)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- server.Run(ctx) }()
+	w.server = server
+	w.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-done; err != nil {
+			w.t.Errorf("server: %v", err)
+		}
+	})
+}
+
+func (w *world) restart() {
+	w.t.Helper()
+	w.stop()
+	w.start()
+}
+
+func (w *world) writePolicy(pcr4, volumes, ops string) {
+	w.t.Helper()
+	text := fmt.Sprintf(`version: 1
+lifetime: 1h
+trust:
+  tpm:
+    roots: [{name: lab, file: %s}]
+profiles:
+  - name: guest
+    tpm:
+      trust: ["root:lab"]
+      bank: sha256
+      event_log: optional
+      pcrs: [{pcr: 4, accept: ["%s"]}]
+grants:
+  - {name: data, profiles: [guest], volumes: %s, operations: %s}
+`, w.tpm.Authority.IssuerPath(), pcr4, volumes, ops)
+	if err := os.WriteFile(filepath.Join(w.dir, "policy.yaml"), []byte(text), 0o644); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// extend measures something into a PCR, as a boot would.
+func (w *world) extend(pcr uint32) {
+	w.t.Helper()
+	dev, err := tpm.OpenDevice(w.tpm.Device)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer dev.Close()
+	if _, err := (tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}},
+	}).Execute(dev); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) pcr(n uint) string {
+	w.t.Helper()
+	dev, err := tpm.OpenDevice(w.tpm.Device)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer dev.Close()
+	rsp, err := tpm2.PCRRead{PCRSelectionIn: tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
+		Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(n)}}}}.Execute(dev)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return hex.EncodeToString(rsp.PCRValues.Digests[0].Buffer)
+}
+
+// machine is a client with this world's TPM.
+func (w *world) machine() keyservicev1.KeyServiceClient {
+	w.t.Helper()
+	id, err := atls.NewIdentity()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+w.server.Addr().String(),
+		grpc.WithTransportCredentials(atls.NewClientCredentials(&atls.ClientConfig{
+			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{w.issuer},
+		})))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { conn.Close() })
+	return keyservicev1.NewKeyServiceClient(conn)
+}
+
+// get returns the opened DEK of a volume.
+func (w *world) get(m keyservicev1.KeyServiceClient, volume string, op keyservicev1.Operation) (*keyservicev1.GetKeyResponse, string, error) {
+	var p peer.Peer
+	resp, err := m.GetKey(w.t.Context(), &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op}, grpc.Peer(&p))
+	if err != nil {
+		return nil, "", failure.FromStatus(err)
+	}
+	ch, ok := atls.FromPeer(&p)
+	if !ok {
+		w.t.Fatal("the channel is not attested")
+	}
+	dek, err := ch.Open(keyservicev1.SealInfo(volume, op, resp), resp.GetSealedDek())
+	if err != nil {
+		return resp, "", err
+	}
+	defer dek.Close()
+	text := ""
+	_ = dek.Use(func(b []byte) error { text = hex.EncodeToString(b); return nil })
+	return resp, text, nil
+}
+
+func wantClass(t testing.TB, err error, class failure.Class) {
+	t.Helper()
+	if err == nil || failure.Of(err).Class != class {
+		t.Fatalf("got %q (%v), want %q", failure.Of(err).Class, err, class)
+	}
+}
+
+var testMAC = bytes.Repeat([]byte{7}, 32)
+
+func TestTheLifeOfAVolume(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	_, _, err := w.get(m, "data-1", openOp)
+	wantClass(t, err, failure.NotFound)
+
+	pending, dek, err := w.get(m, "data-1", formatOp)
+	if err != nil || pending.GetState() != keyservicev1.VolumeState_VOLUME_STATE_PENDING || len(dek) != 64 {
+		t.Fatalf("%v, %v", pending, err)
+	}
+	_, _, err = w.get(m, "data-1", openOp)
+	wantClass(t, err, failure.State)
+
+	confirm := &keyservicev1.ConfirmVolumeRequest{VolumeId: "data-1", Generation: pending.GetGeneration(), KeyVersion: pending.GetKeyVersion(), HeaderMac: testMAC}
+	for range 2 { // the answer to the first may be lost
+		if _, err := m.ConfirmVolume(t.Context(), confirm); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := &keyservicev1.ConfirmVolumeRequest{VolumeId: "data-1", Generation: 1, KeyVersion: 1, HeaderMac: bytes.Repeat([]byte{8}, 32)}
+	_, err = m.ConfirmVolume(t.Context(), other)
+	wantClass(t, failure.FromStatus(err), failure.State)
+
+	for _, op := range []keyservicev1.Operation{openOp, formatOp} {
+		active, again, err := w.get(m, "data-1", op)
+		if err != nil || again != dek || !bytes.Equal(active.GetHeaderMac(), testMAC) ||
+			active.GetState() != keyservicev1.VolumeState_VOLUME_STATE_ACTIVE || active.GetLuksUuid() != pending.GetLuksUuid() {
+			t.Fatalf("%v: %v, %v", op, active, err)
+		}
+	}
+	w.restart()
+	if _, again, err := w.get(w.machine(), "data-1", openOp); err != nil || again != dek {
+		t.Fatalf("after a restart: %v", err)
+	}
+	_, second, err := w.get(w.machine(), "data-2", formatOp)
+	if err != nil || second == dek {
+		t.Fatalf("another volume has the same key, or %v", err)
+	}
+}
+
+func TestEightConcurrentFirstRequestsGiveOneDEK(t *testing.T) {
+	w := newWorld(t)
+	var mu sync.Mutex
+	deks, uuids := map[string]int{}, map[string]int{}
+	var wg sync.WaitGroup
+	for range 8 {
+		m := w.machine()
+		wg.Go(func() {
+			resp, dek, err := w.get(m, "data-1", formatOp)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			deks[dek]++
+			uuids[resp.GetLuksUuid()]++
+		})
+	}
+	wg.Wait()
+	if len(deks) != 1 || len(uuids) != 1 {
+		t.Fatalf("%d keys and %d UUIDs for one volume", len(deks), len(uuids))
+	}
+}
+
+func TestWhatNoGrantAllowsIsDeniedAndAudited(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	for name, volume := range map[string]string{
+		"another tenant's volume (case 31)": "other-1", "a path": "data-/../x", "dots": "data-..", "empty": "",
+		"a newline": "data-1\n", "a look-alike": "dаta-1", "1 MiB": "data-" + strings.Repeat("a", 1<<19), "NUL": "data-\x00",
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, _, err := w.get(m, volume, formatOp)
+			wantClass(t, err, failure.PolicyDenied)
+			id := failure.Of(err).CorrelationID
+			if id == "" || strings.Contains(err.Error(), "grant") {
+				t.Errorf("the machine learns %q, id %q", err, id)
+			}
+			log, _ := os.ReadFile(w.cfg.Audit)
+			if !strings.Contains(string(log), id) || !strings.Contains(w.logged.String(), id) {
+				t.Errorf("correlation id %s stands not in both logs", id)
+			}
+		})
+	}
+	w.writePolicy(w.pcr(4), `["data-*"]`, "[open]")
+	if err := w.server.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := w.get(m, "data-1", formatOp)
+	wantClass(t, err, failure.PolicyDenied)
+	_, _, err = w.get(m, "data-1", 99)
+	wantClass(t, err, failure.Usage)
+}
+
+func TestAWithdrawnReferenceValueCountsOnChannelsThatAreOpen(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	w.writePolicy(strings.Repeat("ab", 32), `["data-*"]`, "[open, format]")
+	if err := w.server.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err := w.get(m, "data-1", formatOp)
+	wantClass(t, err, failure.EvidenceRefused)
+	if strings.Contains(err.Error(), "abab") {
+		t.Errorf("the machine learns the expected value: %v", err)
+	}
+	if !strings.Contains(w.logged.String(), "pcr4: expected abab") {
+		t.Error("the service's log does not explain the refusal")
+	}
+}
+
+func TestABadPolicyDoesNotReplaceAGoodOne(t *testing.T) {
+	w := newWorld(t)
+	before := w.server.policy.Current().Hash()
+	if err := os.WriteFile(w.cfg.Policy, []byte("version: 1\nunknown: 2\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.Reload(); err == nil || !strings.Contains(err.Error(), "line 2") {
+		t.Fatalf("reload: %v", err)
+	}
+	if w.server.policy.Current().Hash() != before {
+		t.Fatal("the policy changed")
+	}
+}
+
+func (w *world) recordPath(volume string) string {
+	return filepath.Join(w.dir, "records", "volumes", volume+".obj")
+}
+
+// TestStorageThatLies covers what a hostile storage can do to records
+// (cases 41 and 42).
+func TestStorageThatLies(t *testing.T) {
+	read := func(t *testing.T, path string) []byte {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	for _, tt := range []struct {
+		name  string
+		lie   func(t *testing.T, w *world, pending []byte)
+		class failure.Class
+	}{
+		{"a record of another volume under this name", func(t *testing.T, w *world, _ []byte) {
+			if err := os.WriteFile(w.recordPath("data-1"), read(t, w.recordPath("data-2")), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, failure.Tampered},
+		{"an older record, which would format again", func(t *testing.T, w *world, pending []byte) {
+			if err := os.WriteFile(w.recordPath("data-1"), pending, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, failure.Tampered},
+		{"no record any more", func(t *testing.T, w *world, _ []byte) {
+			if err := os.Remove(w.recordPath("data-1")); err != nil {
+				t.Fatal(err)
+			}
+		}, failure.Tampered},
+		{"a truncated record", func(t *testing.T, w *world, _ []byte) {
+			if err := os.Truncate(w.recordPath("data-1"), 100); err != nil {
+				t.Fatal(err)
+			}
+		}, failure.Tampered},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newWorld(t)
+			m := w.machine()
+			if _, _, err := w.get(m, "data-2", formatOp); err != nil {
+				t.Fatal(err)
+			}
+			resp, dek, err := w.get(m, "data-1", formatOp)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pending := read(t, w.recordPath("data-1"))
+			if _, err := m.ConfirmVolume(t.Context(), &keyservicev1.ConfirmVolumeRequest{
+				VolumeId: "data-1", Generation: resp.GetGeneration(), KeyVersion: 1, HeaderMac: testMAC}); err != nil {
+				t.Fatal(err)
+			}
+			good := read(t, w.recordPath("data-1"))
+			tt.lie(t, w, pending)
+			for _, when := range []string{"at once", "after a restart"} {
+				for _, op := range []keyservicev1.Operation{openOp, formatOp} {
+					_, _, err := w.get(w.machine(), "data-1", op)
+					if err == nil || failure.Of(err).Class != tt.class {
+						t.Errorf("%s, %v: %v, want %s", when, op, err, tt.class)
+					}
+				}
+				w.restart()
+			}
+			if err := os.WriteFile(w.recordPath("data-1"), good, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, again, err := w.get(w.machine(), "data-1", openOp); err != nil || again != dek {
+				t.Errorf("with its record back: %v", err)
+			}
+		})
+	}
+}
+
+func TestAnotherMasterSecretIsNoticedAtStart(t *testing.T) {
+	w := newWorld(t)
+	if _, _, err := w.get(w.machine(), "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	w.stop()
+	if err := os.WriteFile(filepath.Join(w.dir, "master"), bytes.Repeat([]byte{1}, 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := NewServer(t.Context(), w.cfg, slog.New(slog.DiscardHandler))
+	wantClass(t, err, failure.WrongKey)
+}
+
+func TestEveryDecisionIsInAWholeAuditLog(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	_, _, err := w.get(m, "data-1", formatOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _, _ = w.get(m, "other", formatOp)
+	w.stop()
+	f, err := os.Open(w.cfg.Audit)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var entries []audit.Entry
+	if _, err := audit.Verify(f, func(e audit.Entry) { entries = append(entries, e) }); err != nil {
+		t.Fatal(err)
+	}
+	if len(entries) != 2 || entries[0].Result != "allowed" || entries[0].Volume != "data-1" || entries[0].KeyVersion != 1 ||
+		entries[0].Policy == "" || entries[0].Grant != "data" || len(entries[0].Evidence) != 64 || !strings.HasPrefix(entries[0].Identity, "tpm:") ||
+		entries[1].Result != "refused" || entries[1].Class != string(failure.PolicyDenied) {
+		t.Fatalf("%+v", entries)
+	}
+}
+
+// TestNoKeyWithoutAnAuditEntry breaks the audit log under a running service.
+func TestNoKeyWithoutAnAuditEntry(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.service.audit.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if resp, _, err := w.get(m, "data-1", formatOp); err == nil || resp != nil {
+		t.Fatalf("a key left without an audit entry: %v", resp)
+	}
+	w.stop = func() {} // its log is already closed
+}
+
+func TestAPortInUseIsNamed(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	err = listenError(l.Addr().String(), func() error { _, err := net.Listen("tcp", l.Addr().String()); return err }())
+	wantClass(t, err, failure.Configuration)
+	if f := failure.Of(err); !strings.Contains(f.Hint, "port") {
+		t.Fatalf("hint %q", f.Hint)
+	}
+}
+
+func TestAResponseThatWasChangedDoesNotOpen(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	var p peer.Peer
+	resp, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp}, grpc.Peer(&p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ch, _ := atls.FromPeer(&p)
+	resp.Generation++
+	if _, err := ch.Open(keyservicev1.SealInfo("data-1", formatOp, resp), resp.GetSealedDek()); !errors.Is(err, atls.ErrSealed) {
+		t.Fatalf("another generation: %v", err)
+	}
+	resp.Generation--
+	if _, err := ch.Open(keyservicev1.SealInfo("data-2", formatOp, resp), resp.GetSealedDek()); !errors.Is(err, atls.ErrSealed) {
+		t.Fatalf("another volume: %v", err)
+	}
+	if _, err := ch.Open(keyservicev1.SealInfo("data-1", formatOp, resp), resp.GetSealedDek()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestReattestationOverGRPC(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	var p peer.Peer
+	if _, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp}, grpc.Peer(&p)); err != nil {
+		t.Fatal(err)
+	}
+	ch, _ := atls.FromPeer(&p)
+	before := ch.Verdict()
+	stream, err := m.Reattest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ch.Reattest(t.Context(), stream); err != nil {
+		t.Fatal(err)
+	}
+	if after := ch.Verdict(); after.CorrelationID == before.CorrelationID {
+		t.Fatal("the verdict is the old one")
+	}
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	// A machine that was reset meanwhile is another machine.
+	w.tpm.Restart(t)
+	w.extend(4)
+	if stream, err = m.Reattest(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var refusal *atls.Refusal
+	if err := ch.Reattest(t.Context(), stream); !errors.As(err, &refusal) {
+		t.Fatalf("after a reset: %v", err)
+	}
+	if !strings.Contains(w.logged.String(), "machine changed while the channel lived") {
+		t.Error("the log does not say why")
+	}
+}
