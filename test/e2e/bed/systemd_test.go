@@ -1,6 +1,9 @@
 package bed
 
 import (
+	"crypto/sha256"
+	"debug/pe"
+	"encoding/hex"
 	"os"
 	"strings"
 	"testing"
@@ -70,10 +73,43 @@ func TestGuestWithSystemdBoots(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if got, want := g.PCRs()[11], predictPCR11(t, p.path("uki.efi"), "sysinit", "ready"); got != want {
+		t.Errorf("PCR 11 is %s after the boot, predicted %s", got, want)
+	}
 	if got := <-served; got != "ping" {
 		t.Errorf("the host got %q", got)
 	}
 	if log, err := g.Section("eventlog"); err != nil || len(log) == 0 {
 		t.Errorf("event log of %d bytes, %v", len(log), err)
 	}
+}
+
+// predictPCR11 computes what the stub measures of an image, each section's name
+// and then its content, and what systemd adds: one word per phase of the boot.
+func predictPCR11(t *testing.T, uki string, phases ...string) string {
+	t.Helper()
+	file, err := pe.Open(uki)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	pcr := make([]byte, sha256.Size)
+	extend := func(data []byte) {
+		digest := sha256.Sum256(data)
+		sum := sha256.Sum256(append(pcr, digest[:]...))
+		pcr = sum[:]
+	}
+	for _, name := range []string{".linux", ".osrel", ".cmdline", ".initrd"} {
+		section := file.Section(name)
+		data, err := section.Data()
+		if err != nil {
+			t.Fatal(err)
+		}
+		extend([]byte(name + "\x00"))
+		extend(data[:section.VirtualSize])
+	}
+	for _, phase := range phases {
+		extend([]byte(phase))
+	}
+	return hex.EncodeToString(pcr)
 }

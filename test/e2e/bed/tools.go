@@ -61,7 +61,7 @@ func tool(name string) (string, error) {
 
 // invocation is one run of a tool to its end.
 type invocation struct {
-	dir   string   // working directory; empty: the caller's
+	dir   string // working directory; empty: the caller's
 	stdin []byte
 }
 
