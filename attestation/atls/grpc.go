@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
@@ -58,22 +59,23 @@ func authInfo(c *Conn) AuthInfo {
 // ClientCredentials implement credentials.TransportCredentials.
 type ClientCredentials struct {
 	cfg    *ClientConfig
-	onFail func(error)
+	report func(err error, took time.Duration)
 }
 
-// OnFailure calls f with the error of each failed handshake, before gRPC turns
-// it into text. f must be safe for concurrent use.
-func (c *ClientCredentials) OnFailure(f func(error)) *ClientCredentials {
-	return &ClientCredentials{cfg: c.cfg, onFail: f}
+// OnHandshake calls f after each handshake with its error, which gRPC hands to
+// callers as text only, or nil. f must be safe for concurrent use.
+func (c *ClientCredentials) OnHandshake(f func(err error, took time.Duration)) *ClientCredentials {
+	return &ClientCredentials{cfg: c.cfg, report: f}
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
 func (c *ClientCredentials) ClientHandshake(ctx context.Context, _ string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	started := time.Now()
 	conn, err := Client(ctx, raw, c.cfg)
+	if c.report != nil {
+		c.report(err, time.Since(started))
+	}
 	if err != nil {
-		if c.onFail != nil {
-			c.onFail(err)
-		}
 		return nil, nil, err
 	}
 	return conn, authInfo(conn), nil

@@ -47,7 +47,7 @@ explained.`,
 	f.StringVar(&m.name, "name", "machine", "name of the profile")
 	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4 and 11)")
 	f.StringVar(&m.eventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
-	f.StringSliceVar(&m.phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example enter-initrd,leave-initrd")
+	f.StringArrayVar(&m.phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example sysinit:ready; each --phase gives one more accepted value")
 	f.StringSliceVar(&m.trust, "trust", nil, "who vouches for the TPM: root:NAME or enrolled:NAME of the policy")
 	f.StringVar(&pcrs, "pcrs", "0,2,3,4,7,11", "registers of the profile")
 	return cmd
@@ -100,8 +100,7 @@ func (m *measurement) reference(pcr uint32, image *uki.Image, log *tpm.EventLog)
 		p := image.PCR4()
 		value, events, source = p.Value, p.Events, "computed from "+m.uki
 	case image != nil && pcr == 11:
-		p := image.PCR11(m.phases...)
-		value, events, source = p.Value, p.Events, "computed from "+m.uki
+		return m.imageReference(image), nil
 	case log != nil:
 		var err error
 		if value, events, err = log.Replay(pcr); err != nil {
@@ -118,6 +117,24 @@ func (m *measurement) reference(pcr uint32, image *uki.Image, log *tpm.EventLog)
 		events[i].Seq = 0
 	}
 	return policy.PCR{PCR: &pcr, Accept: []string{hexOf(value)}, Source: source, Events: events}, nil
+}
+
+// imageReference accepts PCR 11 at each of the boot phases that were named.
+func (m *measurement) imageReference(image *uki.Image) policy.PCR {
+	pcr := uint32(11)
+	ref := policy.PCR{PCR: &pcr, Source: "computed from " + m.uki}
+	paths := m.phases
+	if len(paths) == 0 {
+		paths = []string{""}
+	}
+	for _, path := range paths {
+		p := image.PCR11(strings.FieldsFunc(path, func(r rune) bool { return r == ':' })...)
+		ref.Accept = append(ref.Accept, hexOf(p.Value))
+		if ref.Events == nil {
+			ref.Events = p.Events
+		}
+	}
+	return ref
 }
 
 func printProfile(w io.Writer, p *policy.Profile) error {

@@ -92,7 +92,7 @@ func NewClient(opts ClientOptions) (*Client, error) {
 	c := &Client{retry: opts.Config.Retry, log: opts.Log, progress: opts.Progress, wait: wait}
 	for i := range opts.Config.Servers {
 		s := &opts.Config.Servers[i]
-		e, err := newEndpoint(s.Address, &atls.ClientConfig{
+		e, err := c.newEndpoint(s.Address, &atls.ClientConfig{
 			ServerName: s.Name, RootCAs: s.roots, PinnedSPKI: s.pins,
 			Identity: id, Issuers: opts.Issuers, Server: opts.Server, Timeout: opts.Timeout,
 		})
@@ -104,7 +104,7 @@ func NewClient(opts ClientOptions) (*Client, error) {
 	return c, nil
 }
 
-func newEndpoint(address string, cfg *atls.ClientConfig) (*endpoint, error) {
+func (c *Client) newEndpoint(address string, cfg *atls.ClientConfig) (*endpoint, error) {
 	e := &endpoint{address: address}
 	timeout := cfg.Timeout
 	if timeout == 0 {
@@ -112,7 +112,13 @@ func newEndpoint(address string, cfg *atls.ClientConfig) (*endpoint, error) {
 	}
 	var err error
 	e.conn, err = grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(atls.NewClientCredentials(cfg).OnFailure(e.failed)),
+		grpc.WithTransportCredentials(atls.NewClientCredentials(cfg).OnHandshake(func(err error, took time.Duration) {
+			if err != nil {
+				e.failed(err)
+				return
+			}
+			logStep(c.log, "attested", took)
+		})),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", addr)
 			if err != nil {

@@ -126,10 +126,15 @@ func (m *Manager) step(name string, f func() error) error {
 	err := f()
 	took := time.Since(started)
 	if err == nil {
-		m.log.Info("step", "step", name, "took_ms", float64(took.Microseconds())/1000, "uptime_s", uptime())
+		logStep(m.log, name, took)
 		m.progress(name, took)
 	}
 	return err
+}
+
+// logStep is one line of the timeline from power on to a mounted volume.
+func logStep(log *slog.Logger, name string, took time.Duration) {
+	log.Info("step", "step", name, "took_ms", float64(took.Microseconds())/1000, "uptime_s", uptime())
 }
 
 // unlock gets the key and maps the volume. The key lives no longer than this
@@ -380,7 +385,7 @@ func classifyLuks(err error) error {
 		{luks.ErrDeviceBusy, failure.DeviceBusy, "something else uses the device"},
 		{luks.ErrNameTaken, failure.DeviceBusy, "close the other mapping, or choose another name"},
 		{luks.ErrNotBlockDevice, failure.Configuration, "device must be a disk or a partition"},
-		{luks.ErrTooSmall, failure.Configuration, ""},
+		{luks.ErrDeviceSize, failure.Configuration, ""},
 		{luks.ErrNotActive, failure.NotFound, "the volume is not open"},
 	} {
 		if errors.Is(err, row.is) {
