@@ -22,6 +22,7 @@ type entry struct {
 }
 
 const (
+	typeMask    = 0o170000
 	typeDir     = 0o040000
 	typeRegular = 0o100000
 	typeSymlink = 0o120000
@@ -72,7 +73,7 @@ func (a *archive) bytes() []byte {
 
 func writeNewc(out *bytes.Buffer, inode int, name string, e entry) {
 	links := 1
-	if e.mode&typeDir == typeDir && e.mode&typeRegular != typeRegular {
+	if e.mode&typeMask == typeDir {
 		links = 2
 	}
 	// Fields: inode, mode, uid, gid, nlink, mtime, size, device (2), rdevice (2),
