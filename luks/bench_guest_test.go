@@ -37,62 +37,60 @@ func TestBenchmarkOpen(t *testing.T) {
 	run(t, "cryptsetup", append(format, slow)...)
 	t.Log(run(t, "cryptsetup", "luksDump", slow))
 
-	spent := func(rounds int, open, undo []string) time.Duration {
-		var times []time.Duration
+	// Contestants take turns, so that whatever else the machine does befalls all.
+	medians := func(rounds int, undo func(), opens ...func()) []time.Duration {
+		times := make([][]time.Duration, len(opens))
 		for range rounds {
-			began := time.Now()
-			run(t, open[0], open[1:]...)
-			times = append(times, time.Since(began))
-			if undo != nil {
-				run(t, undo[0], undo[1:]...)
+			for i, open := range opens {
+				began := time.Now()
+				open()
+				times[i] = append(times[i], time.Since(began))
+				undo()
 			}
 		}
-		slices.Sort(times)
-		return times[len(times)/2]
+		result := make([]time.Duration, len(opens))
+		for i := range times {
+			slices.Sort(times[i])
+			result[i] = times[i][rounds/2]
+		}
+		return result
+	}
+	process := func(command ...string) func() {
+		return func() { run(t, command[0], command[1:]...) }
 	}
 	report := func(name string, value float64, unit string) { fmt.Printf("BENCH %s %.2f %s\n", name, value, unit) }
+	ratio := func(a, b time.Duration) float64 { return float64(a) / float64(b) }
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
-	closing := []string{"cryptsetup", "close", "bench"}
-	weAre := spent(15, []string{opener, "open", ours, keys, mac, "bench"}, closing)
-	stockIs := spent(15, []string{"cryptsetup", "open", "--key-file", keys, stock, "bench"}, closing)
-	slowIs := spent(3, []string{"cryptsetup", "open", "--key-file", keys, slow, "bench"}, closing)
-	idle := spent(15, []string{"cryptsetup", "--version"}, nil)
-	weIdle := spent(15, []string{opener, "nothing"}, nil)
-	report("open-process-keyagent", ms(weAre), "ms")
-	report("open-process-cryptsetup-pbkdf2-1000", ms(stockIs), "ms")
-	report("open-process-cryptsetup-argon2id-default", ms(slowIs), "ms")
-	report("process-cryptsetup-that-does-nothing", ms(idle), "ms")
-	report("process-keyagent-that-does-nothing", ms(weIdle), "ms")
-	report("ratio-keyagent-to-cryptsetup-pbkdf2-1000-without-the-process", float64(weAre-weIdle)/float64(stockIs-idle), "x")
-	report("ratio-keyagent-to-cryptsetup-pbkdf2-1000", float64(weAre)/float64(stockIs), "x")
-	report("ratio-cryptsetup-argon2id-default-to-keyagent", float64(slowIs)/float64(weAre), "x")
+	closing := process("cryptsetup", "close", "bench")
+	m := medians(21, closing,
+		process(opener, "open", ours, keys, mac, "bench"),
+		process("cryptsetup", "open", "--key-file", keys, stock, "bench"))
+	a := medians(3, closing, process("cryptsetup", "open", "--key-file", keys, slow, "bench"))
+	idle := medians(21, func() {}, process(opener, "nothing"), process("cryptsetup", "--version"))
+	report("open-process-keyagent", ms(m[0]), "ms")
+	report("open-process-cryptsetup-pbkdf2-1000", ms(m[1]), "ms")
+	report("open-process-cryptsetup-argon2id-default", ms(a[0]), "ms")
+	report("process-keyagent-that-does-nothing", ms(idle[0]), "ms")
+	report("process-cryptsetup-that-does-nothing", ms(idle[1]), "ms")
+	report("ratio-process-keyagent-to-cryptsetup-pbkdf2-1000", ratio(m[0], m[1]), "x")
+	report("ratio-process-cryptsetup-argon2id-default-to-keyagent", ratio(a[0], m[0]), "x")
 
 	// The same without a process around it, as the agent does it; and
 	// libcryptsetup alone on the same volume, which shows what the guard costs.
 	v := newVolume(t, idData, dataKey(t))
-	inProcess := func(open func() error) time.Duration {
-		var times []time.Duration
-		for range 30 {
-			began := time.Now()
-			err := open()
-			times = append(times, time.Since(began))
-			must(t, err)
-			must(t, Close(context.Background(), "bench"))
-		}
-		slices.Sort(times)
-		return times[len(times)/2]
-	}
-	guardedIs := inProcess(func() error { _, err := v.open("bench"); return err })
-	bareIs := inProcess(func() error {
-		return withSession(v.device, "", func(s *session) error {
+	m = medians(51, func() { must(t, Close(context.Background(), "bench")) }, func() {
+		_, err := v.open("bench")
+		must(t, err)
+	}, func() {
+		must(t, withSession(v.device, "", func(s *session) error {
 			if err := s.load(v.id.UUID); err != nil {
 				return err
 			}
 			return s.unlock("bench", v.dek, activation{})
-		})
+		}))
 	})
-	report("open-in-process-keyagent", ms(guardedIs), "ms")
-	report("open-in-process-libcryptsetup-alone", ms(bareIs), "ms")
-	report("ratio-in-process-keyagent-to-libcryptsetup-alone", float64(guardedIs)/float64(bareIs), "x")
+	report("open-in-process-keyagent", ms(m[0]), "ms")
+	report("open-in-process-libcryptsetup-alone", ms(m[1]), "ms")
+	report("ratio-in-process-keyagent-to-libcryptsetup-alone", ratio(m[0], m[1]), "x")
 }
