@@ -155,6 +155,7 @@ type Outcome struct {
 	Remote        string
 	Peer          *attestation.Verified // nil if the evidence did not verify
 	Err           error                 // nil if accepted
+	Ended         bool                  // the connection ended before there was a verdict
 }
 
 // Identity is a key pair that lives as long as the process and says nothing

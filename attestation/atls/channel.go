@@ -223,7 +223,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 		}}})
 	}
 	if c.observe != nil {
-		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err})
+		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err, Ended: err != nil && isTransport(err)})
 	}
 	if err != nil {
 		return fmt.Errorf("%w (correlation id %s)", err, id)

@@ -275,6 +275,10 @@ func (s *Server) observe(o atls.Outcome) {
 		s.log.Info("attested", "correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity)
 		return // the request that follows is the decision
 	}
+	if o.Ended {
+		s.log.Info("connection ended before its attestation", "remote", o.Remote, "error", o.Err)
+		return
+	}
 	attrs := []any{"correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity, "error", o.Err}
 	var m *policy.MismatchError
 	if errors.As(o.Err, &m) {

@@ -11,7 +11,6 @@ package uki
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/sha256"
 	"debug/pe"
 	"encoding/hex"
@@ -20,8 +19,6 @@ import (
 	"io"
 	"os"
 	"strings"
-
-	"github.com/foxboron/go-uefi/authenticode"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/tpm"
@@ -126,14 +123,6 @@ func sectionContent(s *pe.Section, fileSize int) ([]byte, error) {
 	out := make([]byte, s.VirtualSize)
 	copy(out, raw)
 	return out, nil
-}
-
-func authenticodeDigest(image []byte) (digest []byte, err error) {
-	bin, err := authenticode.Parse(bytes.NewReader(image))
-	if err != nil {
-		return nil, err
-	}
-	return bin.Hash(crypto.SHA256), nil
 }
 
 // Stub returns what the stub says of itself.

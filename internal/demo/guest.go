@@ -1,0 +1,113 @@
+package demo
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/keyagent/keyagent/test/e2e/bed"
+)
+
+// KeyServiceAddress is where a guest of the bed finds the key service.
+const KeyServiceAddress = "10.0.2.101:8443"
+
+// agentConfig is the guest's configuration.
+const agentConfig = `servers:
+  - address: ` + KeyServiceAddress + `
+    name: keyservice.demo
+    ca: ca.pem
+callers:
+  - {uid: 0, operations: [open, format, close, status, list], volumes: ["*"]}
+volumes:
+  - id: data
+    device: /dev/disk/by-id/virtio-data
+    format: true
+    filesystem: ext4
+    mount: /data
+`
+
+// script is what the small guest does, the same in each boot.
+const script = `
+keyagent version
+mark keyagent
+if keyagent unlock --standalone --log-format json; then
+	mark unlocked
+	if [ -f /data/hello ]; then
+		echo "DEMO read: $(cat /data/hello)"
+	else
+		echo "written by the first boot" >/data/hello
+		echo "DEMO wrote: $(cat /data/hello)"
+	fi
+	keyagent close --standalone data
+else
+	echo "DEMO refused: exit code $?"
+	[ -e /dev/mapper/data ] && echo "DEMO the mapping exists"
+	[ -e /data/hello ] && echo "DEMO the file can be read"
+	exit 3
+fi
+`
+
+// referenceScript is for a boot that is trusted: it shows the event log.
+const referenceScript = "eventlog\n"
+
+// images are what the guests start from.
+type images struct {
+	dir    string
+	kernel *bed.Kernel
+}
+
+// AgentFiles are the agent's files in a guest, whatever init it has.
+func AgentFiles(ca string) ([]bed.File, error) {
+	text, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, err
+	}
+	return []bed.File{
+		{Path: "/etc/keyagent/agent.yaml", Data: []byte(agentConfig), Mode: 0o600},
+		{Path: "/etc/keyagent/ca.pem", Data: text},
+	}, nil
+}
+
+// build makes a disk to start from, and returns the path of the kernel image in
+// it as well.
+func (im images) build(ctx context.Context, name, script, command, program, ca string) (uki, esp string, err error) {
+	path := func(suffix string) string { return filepath.Join(im.dir, name+suffix) }
+	initramfs := bed.Initramfs{Kernel: im.kernel, Script: script}
+	if program != "" {
+		initramfs.Programs = []bed.File{{Path: "/sbin/keyagent", Source: program}}
+		if initramfs.Files, err = AgentFiles(ca); err != nil {
+			return "", "", err
+		}
+	}
+	if err := initramfs.Build(ctx, path(".initrd")); err != nil {
+		return "", "", err
+	}
+	if err := (bed.UKI{Kernel: im.kernel, Initrd: path(".initrd"), Command: command}).Build(ctx, path(".efi")); err != nil {
+		return "", "", err
+	}
+	return path(".efi"), path(".esp"), bed.BuildESP(ctx, path(".efi"), path(".esp"))
+}
+
+// Reference boots the firmware once with an image that is not the product's,
+// and returns its event log: the trusted boot for everything that the image
+// itself does not decide.
+func Reference(ctx context.Context, dir string, kernel *bed.Kernel, tpm *bed.TPM) ([]byte, error) {
+	_, esp, err := images{dir, kernel}.build(ctx, "reference", referenceScript, bed.CommandLine(), "", "")
+	if err != nil {
+		return nil, err
+	}
+	data := filepath.Join(dir, "reference.data")
+	if err := os.WriteFile(data, make([]byte, 1<<20), 0o600); err != nil {
+		return nil, err
+	}
+	g, err := bed.Boot(ctx, bed.Options{ESP: esp, TPM: tpm, Data: data})
+	if err != nil {
+		return nil, err
+	}
+	defer g.Close()
+	if status, err := g.Wait(ctx); err != nil || status != 0 {
+		return nil, fmt.Errorf("reference boot ended with %d: %w", status, err)
+	}
+	return g.Section("eventlog")
+}
