@@ -3,8 +3,8 @@ package atls
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
-	"time"
 
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
@@ -36,8 +36,8 @@ func FromPeer(p *peer.Peer) (*Channel, bool) {
 }
 
 // NewClientCredentials returns gRPC credentials for the side that dials.
-func NewClientCredentials(cfg *ClientConfig) *ClientCredentials {
-	return &ClientCredentials{cfg: cfg}
+func NewClientCredentials(cfg *ClientConfig) credentials.TransportCredentials {
+	return &clientCredentials{cfg: cfg}
 }
 
 // NewServerCredentials returns gRPC credentials for the side that listens.
@@ -56,45 +56,52 @@ func authInfo(c *Conn) AuthInfo {
 	}
 }
 
-// ClientCredentials implement credentials.TransportCredentials.
-type ClientCredentials struct {
-	cfg    *ClientConfig
-	report func(err error, took time.Duration)
-}
+type clientCredentials struct{ cfg *ClientConfig }
 
-// OnHandshake calls f after each handshake with its error, which gRPC hands to
-// callers as text only, or nil. f must be safe for concurrent use.
-func (c *ClientCredentials) OnHandshake(f func(err error, took time.Duration)) *ClientCredentials {
-	return &ClientCredentials{cfg: c.cfg, report: f}
-}
-
-// ClientHandshake implements credentials.TransportCredentials.
-func (c *ClientCredentials) ClientHandshake(ctx context.Context, _ string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	started := time.Now()
+func (c *clientCredentials) ClientHandshake(ctx context.Context, _ string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	conn, err := Client(ctx, raw, c.cfg)
-	if c.report != nil {
-		c.report(err, time.Since(started))
-	}
 	if err != nil {
 		return nil, nil, err
 	}
 	return conn, authInfo(conn), nil
 }
 
-// ServerHandshake implements credentials.TransportCredentials.
-func (*ClientCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (*clientCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errWrongSide
 }
 
-// Info implements credentials.TransportCredentials.
-func (*ClientCredentials) Info() credentials.ProtocolInfo { return protocolInfo }
+func (*clientCredentials) Info() credentials.ProtocolInfo { return protocolInfo }
 
-// Clone implements credentials.TransportCredentials.
-func (c *ClientCredentials) Clone() credentials.TransportCredentials { d := *c; return &d }
+func (c *clientCredentials) Clone() credentials.TransportCredentials { d := *c; return &d }
 
-// OverrideServerName implements credentials.TransportCredentials. The server's
-// name comes from the configuration alone.
-func (*ClientCredentials) OverrideServerName(string) error {
+func (*clientCredentials) OverrideServerName(string) error {
+	return errors.New("the server's name cannot be overridden")
+}
+
+// EstablishedCredentials are gRPC credentials for connections that [Client] has
+// already attested: for callers that want its errors as they are, and one
+// attempt at a time.
+func EstablishedCredentials() credentials.TransportCredentials { return established{} }
+
+type established struct{}
+
+func (established) ClientHandshake(_ context.Context, _ string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, ok := raw.(*Conn)
+	if !ok {
+		return nil, nil, fmt.Errorf("%w: %T is not an attested connection", ErrConnectionState, raw)
+	}
+	return conn, authInfo(conn), nil
+}
+
+func (established) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errWrongSide
+}
+
+func (established) Info() credentials.ProtocolInfo { return protocolInfo }
+
+func (e established) Clone() credentials.TransportCredentials { return e }
+
+func (established) OverrideServerName(string) error {
 	return errors.New("the server's name cannot be overridden")
 }
 

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/attestation"
 )
@@ -37,13 +38,16 @@ func OpenDevice(path string) (transport.TPMCloser, error) {
 		}
 		return &stream{rw: c}, nil
 	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	// Not by os.OpenFile: that would make the descriptor non-blocking, and the
+	// driver then answers reads before there is a response.
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w: %w (hint: is the tpm driver loaded? set tpm.device)", attestation.ErrNoDevice, err)
+		return nil, fmt.Errorf("%w: %s: %w (hint: is the tpm driver loaded? set tpm.device)", attestation.ErrNoDevice, path, err)
 	case err != nil:
-		return nil, fmt.Errorf("%w: %w", attestation.ErrNoDevice, err)
+		return nil, fmt.Errorf("%w: %s: %w", attestation.ErrNoDevice, path, err)
 	}
+	f := os.NewFile(uintptr(fd), path)
 	if st, err := f.Stat(); err != nil || st.Mode()&fs.ModeCharDevice == 0 {
 		f.Close()
 		return nil, fmt.Errorf("%w: %s is not a character device (hint: write unix:%s for a socket)", attestation.ErrNoDevice, path, path)

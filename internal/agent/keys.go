@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/peer"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation"
@@ -60,15 +59,22 @@ type Client struct {
 	preferred int // the endpoint that answered last
 }
 
-// endpoint keeps one connection, which gRPC makes, and makes again, on demand:
-// each time with a fresh attestation.
+// endpoint is one address of the key service, and the session with it.
 type endpoint struct {
 	address string
+	cfg     *atls.ClientConfig
+	log     *slog.Logger
+
+	mu      sync.Mutex
+	current *session
+}
+
+// session is one attested connection. It is never repaired: whatever goes wrong
+// with it ends it, and the next call attests anew.
+type session struct {
+	channel *atls.Channel
 	conn    *grpc.ClientConn
 	service keyservicev1.KeyServiceClient
-
-	mu  sync.Mutex
-	why error // of the last failed dial or handshake
 }
 
 // ClientOptions configure [NewClient].
@@ -92,80 +98,123 @@ func NewClient(opts ClientOptions) (*Client, error) {
 	c := &Client{retry: opts.Config.Retry, log: opts.Log, progress: opts.Progress, wait: wait}
 	for i := range opts.Config.Servers {
 		s := &opts.Config.Servers[i]
-		e, err := c.newEndpoint(s.Address, &atls.ClientConfig{
+		c.endpoints = append(c.endpoints, &endpoint{address: s.Address, log: opts.Log, cfg: &atls.ClientConfig{
 			ServerName: s.Name, RootCAs: s.roots, PinnedSPKI: s.pins,
 			Identity: id, Issuers: opts.Issuers, Server: opts.Server, Timeout: opts.Timeout,
-		})
-		if err != nil {
-			return nil, errors.Join(err, c.Close())
-		}
-		c.endpoints = append(c.endpoints, e)
+		}})
 	}
 	return c, nil
 }
 
-func (c *Client) newEndpoint(address string, cfg *atls.ClientConfig) (*endpoint, error) {
-	e := &endpoint{address: address}
-	timeout := cfg.Timeout
-	if timeout == 0 {
-		timeout = atls.DefaultTimeout
+// dialTimeout bounds how long an address may take to answer at all.
+const dialTimeout = 10 * time.Second
+
+// renewBefore the end of a verdict, the session is attested again.
+const renewBefore = 30 * time.Second
+
+// session returns the session, attested and with some time left.
+func (e *endpoint) session(ctx context.Context) (*session, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if s := e.current; s != nil {
+		if time.Until(s.channel.Verdict().Expires) > renewBefore {
+			return s, nil
+		}
+		if err := s.renew(ctx); err == nil {
+			return s, nil
+		}
+		e.drop()
 	}
-	var err error
-	e.conn, err = grpc.NewClient("passthrough:///"+address,
-		grpc.WithTransportCredentials(atls.NewClientCredentials(cfg).OnHandshake(func(err error, took time.Duration) {
-			if err != nil {
-				e.failed(err)
-				return
+	s, err := e.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	e.current = s
+	return s, nil
+}
+
+func (e *endpoint) connect(ctx context.Context) (*session, error) {
+	raw, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", e.address)
+	if err != nil {
+		return nil, failure.New(failure.Unreachable, err, "is the key service running, and does this network reach it?")
+	}
+	started := time.Now()
+	conn, err := atls.Client(ctx, raw, e.cfg)
+	if err != nil {
+		return nil, err
+	}
+	logStep(e.log, "attested", time.Since(started))
+	// gRPC gets this connection and no other: when it ends, so does the session.
+	handover := make(chan net.Conn, 1)
+	handover <- conn
+	client, err := grpc.NewClient("passthrough:///"+e.address,
+		grpc.WithTransportCredentials(atls.EstablishedCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-handover:
+				return c, nil
+			default:
+				return nil, errors.New("the connection to the key service ended")
 			}
-			logStep(c.log, "attested", took)
-		})),
-		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-			conn, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", addr)
-			if err != nil {
-				e.failed(failure.New(failure.Unreachable, err, "is the key service running, and does this network reach it?"))
-			}
-			return conn, err
 		}),
-		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: timeout}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame)),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 	)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, conn.Close())
 	}
-	e.service = keyservicev1.NewKeyServiceClient(e.conn)
-	return e, nil
+	return &session{conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
 }
 
-func (e *endpoint) failed(err error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.why = err
+// renew runs the attestation again on the same connection.
+func (s *session) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, atls.DefaultTimeout)
+	defer cancel()
+	stream, err := s.service.Reattest(ctx)
+	if err != nil {
+		return err
+	}
+	return s.channel.Reattest(ctx, stream)
 }
 
-// cause replaces gRPC's text about a failed connection with the error itself.
-func (e *endpoint) cause(err error) error {
-	if err == nil {
+// drop ends the session. The lock is held.
+func (e *endpoint) drop() {
+	if e.current != nil {
+		_ = e.current.conn.Close()
+		e.current = nil
+	}
+}
+
+// call runs f in a session. An error that says nothing of the key service's
+// decision ends the session.
+func (e *endpoint) call(ctx context.Context, f func(context.Context, *session) error) error {
+	s, err := e.session(ctx)
+	if err != nil {
+		return classify(err)
+	}
+	if err = f(ctx, s); err == nil {
 		return nil
 	}
-	e.mu.Lock()
-	why := e.why
-	e.why = nil
-	e.mu.Unlock()
-	if f := failure.Of(failure.FromStatus(err)); f.Class != failure.Unreachable || why == nil {
-		return failure.FromStatus(err)
+	err = classify(err)
+	if !isAnswer(err) {
+		e.mu.Lock()
+		if e.current == s {
+			e.drop()
+		}
+		e.mu.Unlock()
 	}
-	return why
+	return err
 }
 
 // Close closes the connections.
 func (c *Client) Close() error {
-	var err error
 	for _, e := range c.endpoints {
-		err = errors.Join(err, e.conn.Close())
+		e.mu.Lock()
+		e.drop()
+		e.mu.Unlock()
 	}
-	return err
+	return nil
 }
 
 // GetKey implements KeySource.
@@ -175,17 +224,12 @@ func (c *Client) GetKey(ctx context.Context, volume string, format bool) (*Key, 
 		op = keyservicev1.Operation_OPERATION_FORMAT
 	}
 	var key *Key
-	err := c.try(ctx, func(ctx context.Context, e *endpoint) error {
-		var p peer.Peer
-		resp, err := e.service.GetKey(ctx, &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op}, grpc.Peer(&p))
+	err := c.try(ctx, func(ctx context.Context, s *session) error {
+		resp, err := s.service.GetKey(ctx, &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op})
 		if err != nil {
-			return e.cause(err)
+			return failure.FromStatus(err)
 		}
-		ch, ok := atls.FromPeer(&p)
-		if !ok {
-			return failure.Newf(failure.ServerUntrusted, "", "the connection is not attested")
-		}
-		key, err = openKey(ch, volume, op, resp)
+		key, err = openKey(s.channel, volume, op, resp)
 		return err
 	})
 	return key, err
@@ -213,17 +257,20 @@ func openKey(ch *atls.Channel, volume string, op keyservicev1.Operation, resp *k
 
 // Confirm implements KeySource.
 func (c *Client) Confirm(ctx context.Context, k *Key, mac luks.MAC) error {
-	return c.try(ctx, func(ctx context.Context, e *endpoint) error {
-		_, err := e.service.ConfirmVolume(ctx, &keyservicev1.ConfirmVolumeRequest{
+	return c.try(ctx, func(ctx context.Context, s *session) error {
+		_, err := s.service.ConfirmVolume(ctx, &keyservicev1.ConfirmVolumeRequest{
 			VolumeId: k.Identity.Volume, Generation: k.Identity.Generation, KeyVersion: k.KeyVersion, HeaderMac: mac[:],
 		})
-		return e.cause(err)
+		if err != nil {
+			return failure.FromStatus(err)
+		}
+		return nil
 	})
 }
 
 // try calls f with one endpoint after the other until one succeeds, one gives
 // an answer that no other try can change, or the budget is used up.
-func (c *Client) try(ctx context.Context, f func(context.Context, *endpoint) error) error {
+func (c *Client) try(ctx context.Context, f func(context.Context, *session) error) error {
 	ctx, cancel := context.WithTimeout(ctx, c.retry.budget)
 	defer cancel()
 	pause := c.retry.first
@@ -247,7 +294,7 @@ func (c *Client) try(ctx context.Context, f func(context.Context, *endpoint) err
 }
 
 // round asks each endpoint once, the one that answered last first.
-func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) error) error {
+func (c *Client) round(ctx context.Context, f func(context.Context, *session) error) error {
 	c.mu.Lock()
 	start := c.preferred
 	c.mu.Unlock()
@@ -255,7 +302,7 @@ func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) e
 	for i := range c.endpoints {
 		n := (start + i) % len(c.endpoints)
 		e := c.endpoints[n]
-		err := classify(f(ctx, e))
+		err := e.call(ctx, f)
 		if err == nil {
 			c.mu.Lock()
 			c.preferred = n
