@@ -63,7 +63,8 @@ var (
 	ErrPeerUnattested = errors.New("peer does not attest itself")
 	// ErrNoEvidence: the peer demands evidence and this side has none.
 	ErrNoEvidence = errors.New("peer demands evidence, none can be given here")
-	// ErrExpired: the verdict on the peer has ended.
+	// ErrExpired: the verdict on the peer has ended: by its time, or because a
+	// renewal was refused.
 	ErrExpired = errors.New("attestation has expired")
 	// ErrEpoch: the peer was reset, or is another machine, since the channel's
 	// first attestation.
@@ -107,6 +108,17 @@ type Peers struct {
 func (p *Peers) check() error {
 	if len(p.Verifiers) == 0 || p.Appraiser == nil {
 		return fmt.Errorf("%w: evidence is demanded, but no verifier or no appraiser is set", ErrConfiguration)
+	}
+	return oneOfEachKind(p.Verifiers)
+}
+
+func oneOfEachKind[T interface{ Kind() attestation.Kind }](list []T) error {
+	seen := map[attestation.Kind]bool{}
+	for _, x := range list {
+		if seen[x.Kind()] {
+			return fmt.Errorf("%w: kind %q is set twice", ErrConfiguration, x.Kind())
+		}
+		seen[x.Kind()] = true
 	}
 	return nil
 }

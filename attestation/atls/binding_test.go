@@ -1,11 +1,11 @@
 package atls
 
 import (
+	"context"
 	"crypto/hpke"
 	"crypto/tls"
 	"errors"
 	"io"
-	"slices"
 	"testing"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
@@ -128,7 +128,7 @@ type fixedVerifier struct{ fakeVerifier }
 
 func (fixedVerifier) Kind() attestation.Kind { return "fake" }
 
-func (fixedVerifier) Begin(ctx contextT, offer []byte) (attestation.Question, error) {
+func (fixedVerifier) Begin(context.Context, []byte) (attestation.Question, error) {
 	return &fakeQuestion{"fake", []byte("always the same")}, nil
 }
 
@@ -194,21 +194,12 @@ func TestEachInputOfTheBinderIsCovered(t *testing.T) {
 			c.fromClient = change(helloOf, func(h *attestv1.Hello) { h.Offers = append(h.Offers, &attestv1.Item{Kind: "other"}) })
 		},
 		"a nonce that was changed": func(c *couple) {
-			c.fromServer = change(challengeOf, func(ch *attestv1.Challenge) {
-				ch.Nonce = slices.Clone(ch.Nonce)
-				ch.Nonce[0] ^= 1
-			})
+			c.fromServer = change(challengeOf, func(ch *attestv1.Challenge) { ch.Nonce[0] ^= 1 })
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCouple(node())
 			tamper(c)
-			if name == "a nonce that was changed" {
-				c.fromServer = copied(c.fromServer)
-			}
-			if name != "another exporter" {
-				c.fromClient = copied(c.fromClient)
-			}
 			c.wantRefusal(t, errUnbound)
 		})
 	}

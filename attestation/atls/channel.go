@@ -37,7 +37,7 @@ type Channel struct {
 
 	mu      sync.Mutex
 	peer    peerState
-	own     []ownKey // newest first; the one before stays for answers under way
+	own     []ownKey // newest first; one before stays for answers under way
 	verdict Verdict  // the peer's on this side
 }
 
@@ -47,6 +47,7 @@ type peerState struct {
 	key      hpke.PublicKey
 	expires  time.Time
 	id       string
+	refused  bool // a renewal was: what was accepted before no longer counts
 }
 
 // ownKey is an HPKE key that this side's evidence covered.
@@ -169,22 +170,33 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 		}
 		evidence.Items = append(evidence.Items, &attestv1.Item{Kind: ask.GetKind(), Data: data})
 	}
-	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Evidence{Evidence: evidence}}); err != nil {
-		return err
-	}
-	verdict, err := recv(fr, verdictOf)
-	if err != nil {
-		return err
-	}
-	if !verdict.GetAccepted() {
-		return refusalOf(verdict)
-	}
+	// The key can be used from here on: on another stream, an answer that is
+	// sealed to it may overtake the verdict.
+	c.mu.Lock()
+	before := c.own
+	c.own = append([]ownKey{{key, binder}}, before...)
+	c.mu.Unlock()
+	verdict, err := exchangeEvidence(fr, evidence)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.own = append([]ownKey{{key, binder}}, c.own...)
+	if err != nil {
+		c.own = before
+		return err
+	}
 	c.own = c.own[:min(2, len(c.own))]
 	c.verdict = Verdict{verdict.GetCorrelationId(), c.now().Add(time.Duration(verdict.GetLifetimeSeconds()) * time.Second)}
 	return nil
+}
+
+func exchangeEvidence(fr Frames, e *attestv1.Evidence) (*attestv1.Verdict, error) {
+	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Evidence{Evidence: e}}); err != nil {
+		return nil, err
+	}
+	verdict, err := recv(fr, verdictOf)
+	if err == nil && !verdict.GetAccepted() {
+		err = refusalOf(verdict)
+	}
+	return verdict, err
 }
 
 // recvChallenge also takes a verdict: a verifier may refuse the offer itself.
@@ -216,6 +228,11 @@ func cut(s string, n int) string { return s[:min(n, len(s))] }
 func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	id := newCorrelationID()
 	state, lifetime, err := c.examine(ctx, fr)
+	if errors.Is(err, attestation.ErrRefused) {
+		c.mu.Lock()
+		c.peer.refused = true
+		c.mu.Unlock()
+	}
 	if err != nil && !isTransport(err) {
 		// Best effort: the refusal stands whether or not the peer hears of it.
 		_ = fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
@@ -334,15 +351,32 @@ func findItem(items []*attestv1.Item, kind attestation.Kind) ([]byte, bool) {
 // the exchange that gave them. [ErrExpired] once the verdict has ended, and
 // [ErrPeerUnattested] if the peer never attested itself.
 func (c *Channel) Peer() (*attestation.Verified, string, error) {
+	p, err := c.accepted()
+	return p.verified, p.id, err
+}
+
+// accepted returns the peer's state while its verdict holds.
+func (c *Channel) accepted() (peerState, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	p := c.peer
+	c.mu.Unlock()
 	switch {
-	case c.peer.verified == nil:
-		return nil, "", ErrPeerUnattested
-	case !c.now().Before(c.peer.expires):
-		return nil, "", fmt.Errorf("%w at %s", ErrExpired, c.peer.expires.Format(time.RFC3339))
+	case p.verified == nil:
+		return peerState{}, ErrPeerUnattested
+	case p.refused:
+		return peerState{}, fmt.Errorf("%w: its renewal was refused", ErrExpired)
 	}
-	return c.peer.verified, c.peer.id, nil
+	if err := c.expired(p.expires); err != nil {
+		return peerState{}, err
+	}
+	return p, nil
+}
+
+func (c *Channel) expired(at time.Time) error {
+	if !c.now().Before(at) {
+		return fmt.Errorf("%w at %s", ErrExpired, at.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // PeerExpires returns when the verdict on the peer ends.
@@ -363,17 +397,15 @@ func (c *Channel) Verdict() Verdict {
 // Seal encrypts plain to the key that the peer's evidence covers. info says
 // what it is and is authenticated, together with the binder of that evidence.
 func (c *Channel) Seal(info []byte, plain *secret.Bytes) ([]byte, error) {
-	peer, _, err := c.Peer()
+	// Key and binder are of one exchange, also while another one ends.
+	peer, err := c.accepted()
 	if err != nil {
 		return nil, err
 	}
-	c.mu.Lock()
-	key := c.peer.key
-	c.mu.Unlock()
 	var sealed []byte
 	err = plain.Use(func(p []byte) (err error) {
 		secret.Do(func() {
-			sealed, err = hpke.Seal(key, hpke.HKDFSHA256(), hpke.AES256GCM(), sealInfo(peer.Binder(), info), p)
+			sealed, err = hpke.Seal(peer.key, hpke.HKDFSHA256(), hpke.AES256GCM(), sealInfo(peer.verified.Binder(), info), p)
 		})
 		return err
 	})

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 )
@@ -63,6 +65,7 @@ type pipe struct {
 }
 
 func (p pipe) Send(f *attestv1.Frame) error {
+	f = proto.Clone(f).(*attestv1.Frame) // what is changed on the way is not the sender's
 	if p.change != nil {
 		var err error
 		if f, err = p.change(f); err != nil {
@@ -131,6 +134,10 @@ func (c *couple) wantRefusal(t testing.TB, want error) {
 	if v, _, err := c.server.Peer(); err == nil {
 		t.Errorf("the server knows its peer as %s", v.Identity())
 	}
+}
+
+func challengeOf(f *attestv1.Frame) (*attestv1.Challenge, bool) {
+	return f.GetChallenge(), f.GetChallenge() != nil
 }
 
 // change runs f on the one frame of a kind.

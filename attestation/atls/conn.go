@@ -55,7 +55,8 @@ func (c *Conn) alive() error {
 	if c.channel.peers == nil {
 		return nil
 	}
-	if _, _, err := c.channel.Peer(); err != nil {
+	// Not a refused renewal: that verdict must still reach the peer.
+	if err := c.channel.expired(c.channel.PeerExpires()); err != nil {
 		_ = c.Conn.Close()
 		return err
 	}
@@ -101,9 +102,14 @@ func (c *Conn) Close() error {
 }
 
 // Reattest renews the verdicts of this connection. Both sides call it when no
-// application byte is under way.
+// application byte is under way. An error closes the connection: the two sides
+// no longer agree on where the next message begins.
 func (c *Conn) Reattest(ctx context.Context) error {
-	return c.exchange(ctx, DefaultTimeout)
+	err := c.exchange(ctx, DefaultTimeout)
+	if err != nil {
+		_ = c.Close()
+	}
+	return err
 }
 
 func (c *Conn) exchange(ctx context.Context, timeout time.Duration) error {
@@ -233,6 +239,9 @@ func clientTLS(cfg *ClientConfig) (*tls.Config, error) {
 	case cfg.Identity == nil:
 		return nil, fmt.Errorf("%w: no identity", ErrConfiguration)
 	}
+	if err := oneOfEachKind(cfg.Issuers); err != nil {
+		return nil, err
+	}
 	if cfg.Server != nil {
 		if err := cfg.Server.check(); err != nil {
 			return nil, err
@@ -264,6 +273,9 @@ func serverTLS(cfg *ServerConfig) (_ *tls.Config, local func() []byte, _ error) 
 		return nil, nil, fmt.Errorf("%w: a server needs a certificate and demands on its clients", ErrConfiguration)
 	}
 	if err := cfg.Clients.check(); err != nil {
+		return nil, nil, err
+	}
+	if err := oneOfEachKind(cfg.Issuers); err != nil {
 		return nil, nil, err
 	}
 	c := baseTLS(clock(cfg.Now))

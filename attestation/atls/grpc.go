@@ -47,7 +47,7 @@ func NewServerCredentials(cfg *ServerConfig) credentials.TransportCredentials {
 
 var errWrongSide = errors.New("credentials are for the other side")
 
-var protocolInfo = credentials.ProtocolInfo{SecurityProtocol: "attested-tls", SecurityVersion: "1"}
+var protocolInfo = credentials.ProtocolInfo{SecurityProtocol: "attested-tls"}
 
 func authInfo(c *Conn) AuthInfo {
 	return AuthInfo{
