@@ -65,7 +65,7 @@ func (c *Conn) alive() error {
 
 // expiredOr says why a read or write ended, if the end of the verdict is why.
 func (c *Conn) expiredOr(err error) error {
-	if err != nil && errors.Is(err, net.ErrClosed) {
+	if err != nil {
 		if e := c.alive(); e != nil {
 			return e
 		}
