@@ -74,6 +74,10 @@ func inspect(name string) (liveMapping, error) {
 
 func dmAsk(name string) ([]byte, error) {
 	control, err := os.OpenFile(dmControl, os.O_RDWR, 0)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENOENT) {
+		// A kernel without the device-mapper has no mapping of any name.
+		return nil, fmt.Errorf("%w: %s: the kernel has no device-mapper: %w", ErrNotActive, name, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("reach the device-mapper: %w", err)
 	}

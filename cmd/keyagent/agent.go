@@ -41,7 +41,7 @@ reached is tried again within the configured budget; a refusal is final.`,
 			}
 			cfg, err := agent.LoadConfig(path)
 			if err != nil {
-				return configError(err)
+				return err
 			}
 			notify := systemd.NewNotifier()
 			m, closer, err := newManager(cfg, log, notify.Waiting)

@@ -79,7 +79,6 @@ Start with "keyagent demo", which does all of that on this machine.`,
 	add := func(group string, cmds ...*cobra.Command) {
 		for _, c := range cmds {
 			c.GroupID = group
-			wrapArgs(c)
 			root.AddCommand(c)
 		}
 	}
@@ -88,6 +87,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 	add("proof", newEvidence(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())
 	root.SetHelpCommandGroupID("other")
+	wrapArgs(root)
 	return root
 }
 

@@ -139,7 +139,7 @@ service checks them. Freshness is not: the file holds its own challenge.`,
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		p, err := policy.Load(policyPath)
 		if err != nil {
-			return configError(err)
+			return failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 		}
 		saved, err := readSaved(args[0])
 		if err != nil {

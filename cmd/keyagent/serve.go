@@ -41,7 +41,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			}
 			cfg, err := keyservice.LoadConfig(path, override)
 			if err != nil {
-				return configError(err)
+				return err
 			}
 			if initMaster {
 				if err := initMasterSecret(cfg); err != nil {
@@ -53,10 +53,8 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				return err
 			}
 			if check {
-				ctx, cancel := context.WithCancel(cmd.Context())
-				cancel()
 				cmd.Println("the configuration is good")
-				return server.Run(ctx)
+				return server.Close()
 			}
 			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases)
 			go reloadOnHangup(cmd.Context(), func() {
@@ -94,13 +92,6 @@ func initMasterSecret(cfg *keyservice.Config) error {
 		return failure.New(failure.Configuration, err, "")
 	}
 	return nil
-}
-
-func configError(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return failure.New(failure.Configuration, err, "name the file with --config")
-	}
-	return failure.New(failure.Configuration, err, "")
 }
 
 // reloadOnHangup calls f for each SIGHUP until ctx ends.

@@ -61,7 +61,7 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	}
 	cfg, err := agent.LoadConfig(v.config)
 	if err != nil {
-		return nil, nil, configError(err)
+		return nil, nil, err
 	}
 	m, closer, err := newManager(cfg, log, nil)
 	if err != nil {

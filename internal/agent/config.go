@@ -99,7 +99,7 @@ func LoadConfig(path string) (*Config, error) {
 	c := &Config{}
 	doc, _, err := config.ReadFile(path, c)
 	if err != nil {
-		return nil, failure.New(failure.Configuration, err, "docs/configuration.md lists every field")
+		return nil, failure.New(failure.Configuration, err, config.Hint(err))
 	}
 	if err := c.check(doc, filepath.Dir(path)); err != nil {
 		return nil, failure.New(failure.Configuration, err, "")

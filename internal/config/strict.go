@@ -69,6 +69,14 @@ func Decode(name string, data []byte, v any) (*Document, error) {
 	return d, nil
 }
 
+// Hint says what to do about an error of ReadFile.
+func Hint(err error) string {
+	if errors.Is(err, fs.ErrNotExist) {
+		return "name the file with --config"
+	}
+	return "docs/configuration.md lists every field"
+}
+
 var unknownField = regexp.MustCompile(`field (\S+) not found in type \S+`)
 
 // readable turns the decoder's words into a person's.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"path/filepath"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -75,7 +76,13 @@ func LoadConfig(path string, override Config) (*Config, error) {
 	c := &Config{}
 	doc, _, err := config.ReadFile(path, c)
 	if err != nil {
-		return nil, failure.New(failure.Configuration, err, "docs/configuration.md lists every field")
+		return nil, failure.New(failure.Configuration, err, config.Hint(err))
+	}
+	// Files that the configuration names lie where it says, or beside it.
+	for _, p := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.Policy, &c.Audit} {
+		if *p != "" && !filepath.IsAbs(*p) {
+			*p = filepath.Join(filepath.Dir(path), *p)
+		}
 	}
 	for _, o := range []struct{ from, to *string }{
 		{&override.Listen, &c.Listen}, {&override.Policy, &c.Policy}, {&override.KMS, &c.KMS},
@@ -319,7 +326,12 @@ const stopTimeout = 10 * time.Second
 // everything.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return s.grpc.Serve(s.gate) })
+	group.Go(func() error {
+		if err := s.grpc.Serve(s.gate); !errors.Is(err, grpc.ErrServerStopped) {
+			return err
+		}
+		return nil
+	})
 	if s.web != nil {
 		web := &http.Server{Handler: s.metrics.handler(s.ready), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 8 << 10}
 		group.Go(func() error {
@@ -347,6 +359,10 @@ func (s *Server) ready() error {
 	}
 	return nil
 }
+
+// Close gives back everything that NewServer opened. It is for a server that
+// does not run.
+func (s *Server) Close() error { return s.close() }
 
 // close gives back everything in the reverse order of opening.
 func (s *Server) close() error {

@@ -1,0 +1,48 @@
+# Two commands on a fresh Debian 12 with Go: make demo, make test.
+
+GO      ?= go
+# Erase what computations with keys leave on stacks and heap, see internal/secret.
+export GOEXPERIMENT := runtimesecret
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+TOOL    := $(GO) tool -modfile=tools/go.mod
+
+.PHONY: all deps build demo test lint bench fuzz generate clean
+
+all: build
+
+deps: ## Debian packages that building and testing need
+	@./test/deps/install
+
+build: deps
+	$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/keyagent ./cmd/keyagent
+
+demo: build ## the whole main job on this machine
+	./bin/keyagent demo --out demo-out
+
+lint:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) vet -tags umlguest ./luks
+	$(TOOL) staticcheck ./...
+
+test: deps lint ## everything, with real kernels in guests; needs root
+	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 ./...
+
+bench: deps ## figures and ratios, see docs/BENCHMARKS.md
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/...
+	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/uml
+
+FUZZTIME ?= 30s
+fuzz: deps ## each fuzz target for FUZZTIME
+	@for pkg in $$($(GO) list ./...); do \
+		for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+			echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$pkg || exit 1; \
+		done; \
+	done
+
+generate: ## Go code of the protocols
+	./api/generate.sh
+
+clean:
+	rm -rf bin demo-out

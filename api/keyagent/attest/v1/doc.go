@@ -1,0 +1,2 @@
+// Package attestv1 holds the frames of the attestation exchange.
+package attestv1

@@ -1,0 +1,2 @@
+// Package nodev1 is the agent's local API.
+package nodev1

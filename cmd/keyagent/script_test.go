@@ -1,0 +1,224 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/test/swtpm"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"keyagent": func() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) },
+	})
+}
+
+// TestScripts runs testdata/script: a file for each behaviour of a command, as
+// a user sees it.
+func TestScripts(t *testing.T) {
+	lab := &laboratory{t: t}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Setup:               lab.setup,
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits":    exits,
+			"waitport": waitPort,
+			"zeros":    zeros,
+		},
+	})
+}
+
+// laboratory has one TPM for all scripts: each exchange leaves it as it was.
+type laboratory struct {
+	t    *testing.T
+	once sync.Once
+	tpm  *swtpm.TPM
+}
+
+// setup gives a script a certificate, a TPM and a free port.
+func (l *laboratory) setup(env *testscript.Env) error {
+	l.once.Do(func() {
+		l.tpm = swtpm.New(l.t, nil)
+		l.measure()
+	})
+	ca, err := pki.NewAuthority()
+	if err != nil {
+		return err
+	}
+	cert, err := ca.Server("127.0.0.1")
+	if err != nil {
+		return err
+	}
+	if err := ca.Write(env.WorkDir, cert); err != nil {
+		return err
+	}
+	maker, err := os.ReadFile(l.tpm.Authority.IssuerPath())
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(env.WorkDir, "maker.pem"), maker, 0o644); err != nil {
+		return err
+	}
+	port, err := freePort()
+	if err != nil {
+		return err
+	}
+	env.Setenv("PORT", port)
+	env.Setenv("TPM", l.tpm.Device)
+	for name, text := range map[string]string{
+		"good.yaml": fmt.Sprintf(`listen: 127.0.0.1:%s
+tls: {certificate: server.pem, key: server.key}
+policy: policy.yaml
+kms: kms://cluster-kms?file=master.secret
+storage: storage://file?dir=records
+audit: audit.log
+`, port),
+		"good-policy.yaml": fmt.Sprintf(`version: 1
+lifetime: 1h
+trust:
+  tpm:
+    roots: [{name: lab, file: maker.pem}]
+profiles:
+  - name: guest
+    tpm:
+      trust: ["root:lab"]
+      bank: sha256
+      event_log: optional
+      pcrs: [{pcr: 4, accept: ["%x"]}]
+grants:
+  - {name: data, profiles: [guest], volumes: ["data*"], operations: [open, format]}
+`, tpm.Extend(make([]byte, 32), make([]byte, 32))),
+		"agent.yaml": fmt.Sprintf(`servers: [{address: "127.0.0.1:%s", ca: ca.pem}]
+tpm: {device: "%s", event_log: /nonexistent}
+state_dir: %s/state
+socket: %s/agent.sock
+retry: {budget: 1s, first: 100ms, max: 200ms}
+callers: [{uid: 0, operations: [open, format, close, status, list], volumes: ["*"]}]
+volumes: [{id: data, device: %s/disk.img, name: keyagent-script}]
+`, port, l.tpm.Device, env.WorkDir, env.WorkDir, env.WorkDir),
+	} {
+		for variant, change := range variants[name] {
+			changed := strings.NewReplacer(append(change, "$WORK", env.WorkDir)...).Replace(text)
+			if err := os.WriteFile(filepath.Join(env.WorkDir, variant), []byte(changed), 0o644); err != nil {
+				return err
+			}
+		}
+		if err := os.WriteFile(filepath.Join(env.WorkDir, name), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	blank := make([]byte, 32<<20)
+	full := slices.Concat([]byte("a file that somebody needs"), blank[:32<<20-26])
+	for name, data := range map[string][]byte{"zeros.img": blank, "full.img": full, "full.copy": full} {
+		if err := os.WriteFile(filepath.Join(env.WorkDir, name), data, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// variants of the good files, each with one thing changed.
+var variants = map[string]map[string][]string{
+	"good-policy.yaml": {
+		"strict-policy.yaml": {`accept: ["`, `accept: ["` + strings.Repeat("ab", 32) + `"]}, {pcr: 7, warn_only: true, allow_unextended: true, accept: ["`},
+		"other-root.yaml":    {"maker.pem", "ca.pem"},
+	},
+	"agent.yaml": {
+		"other-disk.yaml":   {"disk.img", "full.img"},
+		"no-disk.yaml":      {"disk.img", "no-such-disk"},
+		"other-volume.yaml": {"id: data", "id: secret"},
+		"no-tpm.yaml":       {"tpm: {device: \"", "tpm: {device: \"/nonexistent/"},
+		"wrong-pin.yaml":    {"ca: ca.pem", "pins: [\"sha256:" + strings.Repeat("ab", 32) + "\"]"},
+	},
+}
+
+// measure gives PCR 4 a value, as a boot does: a register that nothing was
+// measured into proves nothing.
+func (l *laboratory) measure() {
+	dev, err := tpm.OpenDevice(l.tpm.Device)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer dev.Close()
+	if _, err := (tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: 4, Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}},
+	}).Execute(dev); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func freePort() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return strconv.Itoa(l.Addr().(*net.TCPAddr).Port), nil
+}
+
+// exits CODE COMMAND...: runs a command and demands its exit code.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE COMMAND...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	code := 0
+	if err != nil {
+		var exit interface{ ExitCode() int }
+		if e, ok := err.(interface{ ExitCode() int }); ok {
+			exit = e
+			code = exit.ExitCode()
+		} else {
+			ts.Fatalf("%v", err)
+		}
+	}
+	if strconv.Itoa(code) != args[0] {
+		ts.Fatalf("exit code %d, want %s", code, args[0])
+	}
+}
+
+// waitport: waits until something listens on $PORT.
+func waitPort(ts *testscript.TestScript, _ bool, _ []string) {
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		c, err := net.Dial("tcp", "127.0.0.1:"+ts.Getenv("PORT"))
+		if err == nil {
+			c.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("nothing listens on port %s", ts.Getenv("PORT"))
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// zeros FILE MIB: makes a blank disk image.
+func zeros(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) != 2 {
+		ts.Fatalf("usage: zeros FILE MIB")
+	}
+	var mib int64
+	_, err := fmt.Sscan(args[1], &mib)
+	ts.Check(err)
+	f, err := os.Create(ts.MkAbs(args[0]))
+	ts.Check(err)
+	ts.Check(f.Truncate(mib << 20))
+	ts.Check(f.Close())
+}
