@@ -237,12 +237,14 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 	if len(e.GetEventLog()) > MaxEventLog {
 		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLogTooLarge, len(e.GetEventLog()), MaxEventLog)
 	}
-	if !hmac.Equal(e.GetCredentialProof(), credentialProof(q.credential[:], binder)) {
-		return none, ErrCredential
-	}
+	// The quote first: of evidence that was relayed or replayed neither half
+	// fits, and the quote's refusal says so.
 	quote, err := q.verifyQuote(&e, binder)
 	if err != nil {
 		return none, err
+	}
+	if !hmac.Equal(e.GetCredentialProof(), credentialProof(q.credential[:], binder)) {
+		return none, ErrCredential
 	}
 	values, err := coveredPCRs(quote.info, q.pcrs, e.GetPcrValues())
 	if err != nil {
