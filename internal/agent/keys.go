@@ -224,7 +224,7 @@ func (c *Client) GetKey(ctx context.Context, volume string, format bool) (*Key, 
 		op = keyservicev1.Operation_OPERATION_FORMAT
 	}
 	var key *Key
-	err := c.try(ctx, func(ctx context.Context, s *session) error {
+	err := c.inSession(ctx, func(ctx context.Context, s *session) error {
 		resp, err := s.service.GetKey(ctx, &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op})
 		if err != nil {
 			return failure.FromStatus(err)
@@ -257,7 +257,7 @@ func openKey(ch *atls.Channel, volume string, op keyservicev1.Operation, resp *k
 
 // Confirm implements KeySource.
 func (c *Client) Confirm(ctx context.Context, k *Key, mac luks.MAC) error {
-	return c.try(ctx, func(ctx context.Context, s *session) error {
+	return c.inSession(ctx, func(ctx context.Context, s *session) error {
 		_, err := s.service.ConfirmVolume(ctx, &keyservicev1.ConfirmVolumeRequest{
 			VolumeId: k.Identity.Volume, Generation: k.Identity.Generation, KeyVersion: k.KeyVersion, HeaderMac: mac[:],
 		})
@@ -268,9 +268,14 @@ func (c *Client) Confirm(ctx context.Context, k *Key, mac luks.MAC) error {
 	})
 }
 
+// inSession calls f in an attested session with some endpoint.
+func (c *Client) inSession(ctx context.Context, f func(context.Context, *session) error) error {
+	return c.try(ctx, func(ctx context.Context, e *endpoint) error { return e.call(ctx, f) })
+}
+
 // try calls f with one endpoint after the other until one succeeds, one gives
 // an answer that no other try can change, or the budget is used up.
-func (c *Client) try(ctx context.Context, f func(context.Context, *session) error) error {
+func (c *Client) try(ctx context.Context, f func(context.Context, *endpoint) error) error {
 	ctx, cancel := context.WithTimeout(ctx, c.retry.budget)
 	defer cancel()
 	pause := c.retry.first
@@ -294,7 +299,7 @@ func (c *Client) try(ctx context.Context, f func(context.Context, *session) erro
 }
 
 // round asks each endpoint once, the one that answered last first.
-func (c *Client) round(ctx context.Context, f func(context.Context, *session) error) error {
+func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) error) error {
 	c.mu.Lock()
 	start := c.preferred
 	c.mu.Unlock()
@@ -302,7 +307,7 @@ func (c *Client) round(ctx context.Context, f func(context.Context, *session) er
 	for i := range c.endpoints {
 		n := (start + i) % len(c.endpoints)
 		e := c.endpoints[n]
-		err := e.call(ctx, f)
+		err := f(ctx, e)
 		if err == nil {
 			c.mu.Lock()
 			c.preferred = n

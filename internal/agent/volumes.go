@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/luks"
 )
 
@@ -151,7 +152,10 @@ func (m *Manager) unlock(ctx context.Context, v *VolumeConfig, format bool) (map
 	if err != nil {
 		return mapping, err
 	}
-	defer key.Close()
+	defer func() {
+		_ = key.Close()
+		secret.Forget() // what the computations with it left on the heap
+	}()
 	m.mu.Lock()
 	m.lastID[v.ID] = key.CorrelationID
 	m.mu.Unlock()
