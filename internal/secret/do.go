@@ -7,3 +7,6 @@ const Erases = false
 
 // Do calls f. See the package documentation.
 func Do(f func()) { f() }
+
+// Forget does nothing in this build. See the package documentation.
+func Forget() {}

@@ -14,7 +14,8 @@
 // What this package cannot do: a function that is handed the slice may copy it.
 // Callers run such code inside [Do], which erases the registers, the stack and
 // the heap allocations of the call when the binary is built with
-// GOEXPERIMENT=runtimesecret.
+// GOEXPERIMENT=runtimesecret: registers and stack before Do returns, the heap at
+// the next garbage collection, which [Forget] brings about.
 package secret
 
 import (
