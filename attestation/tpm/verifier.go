@@ -121,11 +121,13 @@ func parseOffer(data []byte) (offer, error) {
 	if o.ak, err = parse[tpm2.TPMTPublic]("attestation key", m.GetAkPublic(), maxPublic); err != nil {
 		return offer{}, err
 	}
-	name, err := tpm2.ObjectName(o.ak)
-	if err != nil {
-		return offer{}, fmt.Errorf("%w: %w", ErrAKUnfit, err)
+	if o.ak.NameAlg != tpm2.TPMAlgSHA256 {
+		return offer{}, fmt.Errorf("%w: only keys with SHA-256 names are accepted", ErrAKUnfit)
 	}
-	o.akName = name.Buffer
+	// The name of an object is the digest of its public area, which is canonical
+	// here: TPM 2.0 Library part 1, section 16.
+	sum := sha256.Sum256(m.GetAkPublic())
+	o.akName = append([]byte{0x00, 0x0B}, sum[:]...)
 	return o, nil
 }
 
@@ -175,6 +177,9 @@ func checkAK(pub *tpm2.TPMTPublic) (*ecdsa.PublicKey, error) {
 		{"restricted is not set", a.Restricted},
 		{"sign is not set", a.SignEncrypt},
 		{"decrypt is set", !a.Decrypt},
+		// A key from outside has no secret in the TPM, but may have a policy
+		// that authorises the activation of credentials.
+		{"it has a policy", len(pub.AuthPolicy.Buffer) == 0},
 	} {
 		if !attr.ok {
 			return nil, fmt.Errorf("%w: %s", ErrAKUnfit, attr.name)
