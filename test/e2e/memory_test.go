@@ -1,0 +1,255 @@
+package e2e
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/hkdf"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/test/e2e/bed"
+)
+
+// memoryScript holds a known pattern in memory while the host looks. Its encoding
+// comes with the script, it itself is only in memory.
+const memoryScript = `
+systemctl is-active keyagent-agent.service
+echo "E2E findmnt $(findmnt -n -o SOURCE /data)"
+echo "written before the dump" >/data/hello
+keyagent status --output json
+base64 -d /bed/planted.b64 >/run/planted
+await open
+systemctl stop keyagent-agent.service
+echo "E2E stopped: $(systemctl is-active keyagent-agent.service) $(cat /data/hello)"
+await stopped
+journalctl -b --no-pager -o verbose | gzip >/run/journal.gz
+section journal /run/journal.gz
+`
+
+// Show 7: after the unlock the DEK is nowhere: not in the memory of the whole
+// guest, where the agent still runs and the volume is mounted, nor after the
+// agent has ended; and not in anything that the guest or the service has written.
+// The first boot is the one with the most to forget: it formats, too.
+func TestTheDEKIsGone(t *testing.T) {
+	n := newNode(t, commandLine("e2e"))
+	planted := make([]byte, 32)
+	rand.Read(planted)
+	root := n.root(t, memoryScript, bed.File{Path: "/bed/planted.b64", Data: []byte(base64.StdEncoding.EncodeToString(planted))})
+	g := n.boot(t, n.path("expected.esp"), root)
+	dumps := map[string]string{}
+	for _, moment := range []string{"open", "stopped"} {
+		if _, err := g.WaitMark(t.Context(), moment); err != nil {
+			t.Fatal(err)
+		}
+		dumps[moment] = n.path("memory." + moment)
+		must(t, g.DumpMemory(t.Context(), dumps[moment]))
+		must(t, g.Continue())
+	}
+	wantStatus(t, g, 0)
+	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E stopped: inactive written before the dump")
+	status := statusOf(t, g)
+
+	dek := n.dek(t)
+	volumeKey := n.volumeKey(t, dek)
+	missing := append([]byte(nil), planted...)
+	missing[0] ^= 1
+	for moment, dump := range dumps {
+		t.Run(moment, func(t *testing.T) {
+			// The search finds what is there: a copy that was planted, and the volume
+			// key, which dm-crypt needs as long as the volume is mapped. The kernel has
+			// it as the beginnings of two key schedules, one per half.
+			for name, want := range map[string][]byte{
+				"the planted pattern": planted, "the volume key's first half": volumeKey[:32], "its second half": volumeKey[32:],
+			} {
+				count := search(t, dump, want)
+				t.Logf("%s is %d times in memory", name, count)
+				if count == 0 {
+					t.Errorf("the search does not find %s", name)
+				}
+			}
+			if count := search(t, dump, missing); count != 0 {
+				t.Errorf("a pattern that was never there is %d times in memory", count)
+			}
+			for name, form := range memoryForms(dek) {
+				if count := search(t, dump, form); count != 0 {
+					t.Errorf("the DEK (%s) is %d times in memory:%s", name, count, around(t, dump, form))
+				}
+			}
+			for name, label := range map[string]string{"header MAC": "keyagent luks2 header mac v1", "format marker": "keyagent luks2 format marker v1"} {
+				for half, form := range halves(derived(t, dek, label, status)) {
+					if count := search(t, dump, form); count != 0 {
+						t.Errorf("the key of the %s (%s) is %d times in memory:%s", name, half, count, around(t, dump, form))
+					}
+				}
+			}
+		})
+	}
+	n.nowhereWritten(t, g, dek)
+}
+
+// dek is the key of the volume, which whoever has the master secret can derive.
+func (n *node) dek(t *testing.T) []byte {
+	t.Helper()
+	master, err := cluster.LoadMasterSecret(n.service.MasterSecret())
+	must(t, err)
+	defer master.Close()
+	k, err := cluster.New(cluster.Options{MasterSecret: master})
+	must(t, err)
+	defer k.Close()
+	key, _, err := k.Generate(context.Background(), kms.Binding{VolumeID: "data", Purpose: kms.VolumeDEK, Version: 1, Length: 32})
+	must(t, err)
+	defer key.Close()
+	var dek []byte
+	must(t, key.Use(func(p []byte) error { dek = append(dek, p...); return nil }))
+	return dek
+}
+
+// volumeKey opens the keyslot on the disk, which proves that the DEK is the right
+// one, and returns what is in it.
+func (n *node) volumeKey(t *testing.T, dek []byte) []byte {
+	t.Helper()
+	out := n.path("volume.key")
+	cmd := exec.Command("cryptsetup", "luksDump", "-q", "--dump-volume-key", "--volume-key-file", out, "--key-file", "-", n.disk)
+	cmd.Env = append(os.Environ(), "PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin")
+	cmd.Stdin = bytes.NewReader(dek)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("the DEK does not open the disk: %v: %s (hint: make deps)", err, text)
+	}
+	key, err := os.ReadFile(out)
+	must(t, err)
+	if len(key) != 64 {
+		t.Fatalf("the volume key has %d bytes", len(key))
+	}
+	return key
+}
+
+// halves are what a search looks for: a buffer that was freed often has its first
+// bytes overwritten by the allocator, or its last ones by the next user.
+func halves(key []byte) map[string][]byte {
+	return map[string][]byte{"first half": key[:len(key)/2], "second half": key[len(key)/2:]}
+}
+
+// memoryForms are the forms in which the DEK could lie in memory: as it is, as
+// HMAC keeps a key, and as text.
+func memoryForms(dek []byte) map[string][]byte {
+	forms := textForms(dek)
+	for name, mask := range map[string]byte{"as it is": 0, "HMAC's inner pad": 0x36, "HMAC's outer pad": 0x5c} {
+		masked := make([]byte, len(dek))
+		for i := range dek {
+			masked[i] = dek[i] ^ mask
+		}
+		for half, form := range halves(masked) {
+			forms[name+", "+half] = form
+		}
+	}
+	return forms
+}
+
+// textForms are the forms in which it could stand in a log or a file.
+func textForms(dek []byte) map[string][]byte {
+	text := hex.EncodeToString(dek)
+	return map[string][]byte{
+		"binary": dek, "hex": []byte(text[:32]), "HEX": []byte(strings.ToUpper(text[:32])),
+		// Of each three bytes' four letters; the last ones depend on padding.
+		"base64": []byte(base64.StdEncoding.EncodeToString(dek[:24])), "base64url": []byte(base64.URLEncoding.EncodeToString(dek[:24])),
+	}
+}
+
+// derived is a key that package luks derives from the DEK, by its specification.
+func derived(t *testing.T, dek []byte, label string, v volumeStatus) []byte {
+	t.Helper()
+	info := binary.BigEndian.AppendUint32([]byte(label), uint32(len(v.ID)))
+	info = append(info, v.ID...)
+	info = binary.BigEndian.AppendUint64(info, v.Generation)
+	info = binary.BigEndian.AppendUint32(info, uint32(len(v.UUID)))
+	info = append(info, v.UUID...)
+	key, err := hkdf.Key(sha256.New, dek, nil, string(info), 32)
+	must(t, err)
+	return key
+}
+
+// nowhereWritten searches everything that was written during the boot.
+func (n *node) nowhereWritten(t *testing.T, g *bed.Guest, dek []byte) {
+	t.Helper()
+	packed, err := g.Section("journal")
+	must(t, err)
+	reader, err := gzip.NewReader(bytes.NewReader(packed))
+	must(t, err)
+	journal, err := io.ReadAll(reader)
+	must(t, err)
+	if !bytes.Contains(journal, []byte("keyagent-agent.service")) {
+		t.Error("the journal does not mention the unit: it is not the one that was meant")
+	}
+	var console strings.Builder
+	for _, l := range g.Lines() {
+		console.WriteString(l.Text + "\n")
+	}
+	must(t, os.WriteFile(n.path("journal.txt"), journal, 0o600))
+	must(t, os.WriteFile(n.path("console.txt"), []byte(console.String()), 0o600))
+	must(t, os.WriteFile(n.path("service.txt"), []byte(strings.Join(n.service.Log(), "\n")), 0o600))
+	files := []string{n.disk, n.path("journal.txt"), n.path("console.txt"), n.path("service.txt"), n.service.AuditLog()}
+	files = append(files, filesBelow(t, n.tpm.Dir)...)
+	files = append(files, filesBelow(t, filepath.Join(n.service.Dir, "records"))...)
+	for _, path := range files {
+		for name, form := range textForms(dek) {
+			if count := search(t, path, form); count != 0 {
+				t.Errorf("the DEK (%s) is %d times in %s", name, count, path)
+			}
+		}
+	}
+	t.Logf("searched %d files: %s", len(files), strings.Join(files, " "))
+}
+
+func filesBelow(t *testing.T, dir string) (files []string) {
+	t.Helper()
+	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			files = append(files, path)
+		}
+		return err
+	}))
+	if len(files) == 0 {
+		t.Fatalf("%s is empty", dir)
+	}
+	return files
+}
+
+// around shows what stands before and behind each occurrence, which often tells
+// whose buffer it is.
+func around(t *testing.T, path string, needle []byte) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	must(t, err)
+	const context = 48
+	var out strings.Builder
+	for at := 0; ; at++ {
+		i := bytes.Index(data[at:], needle)
+		if i < 0 {
+			return out.String()
+		}
+		at += i
+		end := at + len(needle)
+		fmt.Fprintf(&out, "\n  at %#x: %x [%d bytes] %x", at, data[max(at-context, 0):at], len(needle), data[end:min(end+context, len(data))])
+	}
+}
+
+func search(t *testing.T, path string, needle []byte) int {
+	t.Helper()
+	count, err := bed.SearchFile(path, needle)
+	must(t, err)
+	return count
+}
