@@ -162,3 +162,6 @@ func FromStatus(err error) error {
 	}
 	return &Error{Class: Unreachable, Err: errors.New(st.Message())}
 }
+
+// Classes returns how many classes there are.
+func Classes() int { return len(table) }
