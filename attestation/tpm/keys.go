@@ -39,8 +39,8 @@ type ek struct {
 }
 
 var eks = []ek{
-	{EKP384, 0x01c00016, 0x81010016, p384EKTemplate, emptyAuthSession},
-	{EKRSA2048, 0x01c00002, 0x81010001, tpm2.RSAEKTemplate, endorsementPolicySession},
+	{EKP384, 0x01c00016, 0x81010016, p384EKTemplate, endorsementPolicyBSession},
+	{EKRSA2048, 0x01c00002, 0x81010001, tpm2.RSAEKTemplate, endorsementPolicyASession},
 }
 
 // p384EKTemplate is template H-3 of the EK Credential Profile.
@@ -90,23 +90,55 @@ var akTemplate = tpm2.TPMTPublic{
 	}),
 }
 
-func emptyAuthSession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
-	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, tpm2.Auth(nil),
+// An EK is used under its policy and never under its empty password, although
+// template H-3 would allow that. A password counts for the TPM's protection against
+// guessing: each power cycle without a shutdown after its use is taken for a guess,
+// and a machine that was switched off hard a few times could not attest for hours.
+
+// endorsementPolicyASession satisfies PolicyA: knowledge of the endorsement
+// hierarchy's secret, which is empty.
+func endorsementPolicyASession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
+	return tpm2.Policy(tpm2.TPMAlgSHA256, 16, endorsementSecret,
 		tpm2.Salted(handle, pub), tpm2.AESEncryption(128, tpm2.EncryptOut))
 }
 
-func endorsementPolicySession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
+// endorsementPolicyBSession satisfies PolicyB, which is PolicyA or PolicyC.
+func endorsementPolicyBSession(handle tpm2.TPMHandle, pub tpm2.TPMTPublic) tpm2.Session {
 	policy := func(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
-		_, err := tpm2.PolicySecret{
-			AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
-			PolicySession: session,
-			NonceTPM:      nonce,
-		}.Execute(t)
+		if err := endorsementSecret(t, session, nonce); err != nil {
+			return err
+		}
+		_, err := tpm2.PolicyOr{PolicySession: session, PHashList: tpm2.TPMLDigest{Digests: []tpm2.TPM2BDigest{policyASHA384, policyCSHA384}}}.Execute(t)
 		return err
 	}
-	return tpm2.Policy(tpm2.TPMAlgSHA256, 16, policy,
+	return tpm2.Policy(tpm2.TPMAlgSHA384, 16, policy,
 		tpm2.Salted(handle, pub), tpm2.AESEncryption(128, tpm2.EncryptOut))
 }
+
+func endorsementSecret(t transport.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
+	_, err := tpm2.PolicySecret{
+		AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
+		PolicySession: session,
+		NonceTPM:      nonce,
+	}.Execute(t)
+	return err
+}
+
+// The branches of PolicyB, as the EK Credential Profile gives them for SHA-384.
+var (
+	policyASHA384 = tpm2.TPM2BDigest{Buffer: []byte{
+		0x8B, 0xBF, 0x22, 0x66, 0x53, 0x7C, 0x17, 0x1C, 0xB5, 0x6E, 0x40, 0x3C,
+		0x4D, 0xC1, 0xD4, 0xB6, 0x4F, 0x43, 0x26, 0x11, 0xDC, 0x38, 0x6E, 0x6F,
+		0x53, 0x20, 0x50, 0xC3, 0x27, 0x8C, 0x93, 0x0E, 0x14, 0x3E, 0x8B, 0xB1,
+		0x13, 0x38, 0x24, 0xCC, 0xB4, 0x31, 0x05, 0x38, 0x71, 0xC6, 0xDB, 0x53,
+	}}
+	policyCSHA384 = tpm2.TPM2BDigest{Buffer: []byte{
+		0xD6, 0x03, 0x2C, 0xE6, 0x1F, 0x2F, 0xB3, 0xC2, 0x40, 0xEB, 0x3C, 0xF6,
+		0xA3, 0x32, 0x37, 0xEF, 0x2B, 0x6A, 0x16, 0xF4, 0x29, 0x3C, 0x22, 0xB4,
+		0x55, 0xE2, 0x61, 0xCF, 0xFD, 0x21, 0x7A, 0xD5, 0xB4, 0x94, 0x7C, 0x2D,
+		0x73, 0xE6, 0x30, 0x05, 0xEE, 0xD2, 0xDC, 0x2B, 0x35, 0x93, 0xD1, 0x65,
+	}}
+)
 
 // object is a loaded key.
 type object struct {
