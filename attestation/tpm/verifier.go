@@ -53,8 +53,9 @@ type VerifierOptions struct {
 
 // Verifier checks TPM evidence.
 type Verifier struct {
-	trust func() Trust
-	now   func() time.Time
+	trust  func() Trust
+	now    func() time.Time
+	chains chainCache
 }
 
 var _ attestation.Verifier = (*Verifier)(nil)
@@ -372,10 +373,19 @@ func explain(values map[uint32][]byte, log []byte) (map[string]attestation.Measu
 		if err != nil {
 			return nil, err
 		}
+		// Into these the firmware measures, and the firmware writes the log. The
+		// others belong to later software, which may keep no log.
+		if pcr <= lastFirmwarePCR && len(events) == 0 && !unextended(v) {
+			return nil, fmt.Errorf("%w: pcr %d: the quote says %x, the log has no event of it", ErrEventLog, pcr, v)
+		}
 		out[Register(pcr)] = attestation.Measurement{Value: v, Events: events}
 	}
 	return out, nil
 }
+
+const lastFirmwarePCR = 7
+
+func unextended(value []byte) bool { return len(bytes.Trim(value, "\x00")) == 0 }
 
 // Register names a PCR in claims and policies.
 func Register(pcr uint32) string { return fmt.Sprintf("pcr%d", pcr) }

@@ -2,12 +2,15 @@ package tpm
 
 import (
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/big"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -131,13 +134,18 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 	now := v.now()
 	var expired error
 	for _, root := range roots {
+		key := chainKey(root.Certificate, leaf, intermediates)
+		if v.chains.holds(key, now) {
+			return "root:" + root.Name, nil
+		}
 		one := x509.NewCertPool()
 		one.AddCert(root.Certificate)
-		_, err := leaf.Verify(x509.VerifyOptions{
+		chains, err := leaf.Verify(x509.VerifyOptions{
 			Roots: one, Intermediates: pool, CurrentTime: now,
 			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 		})
 		if err == nil {
+			v.chains.add(key, chains[0])
 			return "root:" + root.Name, nil
 		}
 		var invalid x509.CertificateInvalidError
@@ -150,6 +158,54 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		return "", expired
 	}
 	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", ErrEKUntrusted, leaf.Issuer)
+}
+
+// chainCache remembers chains that verified, since a machine comes back with
+// the same one for years. What it remembers holds for exactly these bytes, and
+// only while every certificate in the chain is valid.
+type chainCache struct {
+	mu    sync.Mutex
+	known map[[sha256.Size]byte]validity
+}
+
+type validity struct{ from, to time.Time }
+
+// maxChains bounds the cache; a full one is emptied.
+const maxChains = 4096
+
+func chainKey(root, leaf *x509.Certificate, intermediates [][]byte) (key [sha256.Size]byte) {
+	h := sha256.New()
+	for _, der := range append([][]byte{root.Raw, leaf.Raw}, intermediates...) {
+		h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(der))))
+		h.Write(der)
+	}
+	h.Sum(key[:0])
+	return key
+}
+
+func (c *chainCache) holds(key [sha256.Size]byte, now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v, ok := c.known[key]
+	return ok && !now.Before(v.from) && !now.After(v.to)
+}
+
+func (c *chainCache) add(key [sha256.Size]byte, chain []*x509.Certificate) {
+	v := validity{chain[0].NotBefore, chain[0].NotAfter}
+	for _, cert := range chain[1:] {
+		if cert.NotBefore.After(v.from) {
+			v.from = cert.NotBefore
+		}
+		if cert.NotAfter.Before(v.to) {
+			v.to = cert.NotAfter
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.known == nil || len(c.known) >= maxChains {
+		c.known = map[[sha256.Size]byte]validity{}
+	}
+	c.known[key] = v
 }
 
 func verifyECDSA(key *ecdsa.PublicKey, digest, r, s []byte) bool {
