@@ -233,20 +233,35 @@ func read(path string) (*secret.Bytes, error) {
 }
 
 // InitMasterSecret writes a new master secret to path. A file that exists is
-// an error: nothing is ever overwritten.
+// an error: nothing is ever overwritten. The file appears with all of its content,
+// or not at all: one that is cut off would keep every later start from making
+// another.
 func InitMasterSecret(path string) error {
+	if err := initMasterSecret(path); err != nil {
+		return fmt.Errorf("new master secret: %w", err)
+	}
+	return nil
+}
+
+func initMasterSecret(path string) error {
 	s, err := secret.Random(NewMasterSecret)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	// Readable by its owner alone, and left behind only by a crash.
+	f, err := os.CreateTemp(filepath.Dir(path), ".new-master-secret-*")
 	if err != nil {
-		return fmt.Errorf("new master secret: %w", err)
+		return err
 	}
+	defer os.Remove(f.Name())
 	err = s.Use(func(b []byte) error { _, err := f.Write(b); return err })
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("new master secret: %w", errors.Join(err, os.Remove(path)))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	// Unlike a rename, a link fails where a file is.
+	if err := os.Link(f.Name(), path); err != nil {
+		return err
 	}
 	return syncDir(filepath.Dir(path))
 }
