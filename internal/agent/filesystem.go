@@ -11,7 +11,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -87,6 +89,11 @@ func makeFilesystem(ctx context.Context, device string) error {
 		return failure.New(failure.Configuration, err, "install e2fsprogs")
 	}
 	cmd.Err = nil
+	// It must not go on writing when this process is killed: the next one begins
+	// again. The kernel ends it with the thread that started it.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("make the filesystem: %w: %s", err, strings.TrimSpace(string(out)))
 	}
