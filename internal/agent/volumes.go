@@ -194,6 +194,10 @@ func (m *Manager) provision(ctx context.Context, v *VolumeConfig, key *Key) (luk
 	}); err != nil {
 		return mapping, err
 	}
+	// The kernel has the volume key now; making the filesystem takes a while.
+	if err := key.Close(); err != nil {
+		return mapping, err
+	}
 	err = m.settle(ctx, v, key, mapping, mac)
 	if err != nil {
 		// A pending volume is not left open: nobody may use it yet.

@@ -54,6 +54,11 @@ func readTimeline(title string, lines []bed.Line) Timeline {
 			}
 		}
 	}
+	// The first key waits for the attestation, which has a line of its own.
+	if key, ok := found["key"]; ok && key.Took > found["attested"].Took {
+		key.Took -= found["attested"].Took
+		found["key"] = key
+	}
 	for _, name := range wanted {
 		if m, ok := found[name]; ok {
 			t.Moments = append(t.Moments, m)
