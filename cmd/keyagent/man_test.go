@@ -55,4 +55,6 @@ func TestManPagesAreThoseOfTheCommands(t *testing.T) {
 	}
 }
 
-func replaceSpaces(s string) string { return string(bytes.ReplaceAll([]byte(s), []byte(" "), []byte("-"))) }
+func replaceSpaces(s string) string {
+	return string(bytes.ReplaceAll([]byte(s), []byte(" "), []byte("-")))
+}
