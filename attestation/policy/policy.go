@@ -360,6 +360,9 @@ func (c *checker) grant(g *Grant, i int) {
 	for n, op := range g.Operations {
 		c.demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format)", op), "grants", i, "operations", n)
 	}
+	for n, name := range g.Adopts {
+		c.demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)
+	}
 	if g.When != "" {
 		var err error
 		if g.when, err = compile(g.When); err != nil {
