@@ -103,7 +103,7 @@ func TestExpressions(t *testing.T) {
 		`tpm.no_such_fact == 1`:                        false, // an error allows nothing
 		`tpm.firmware > 1`:                             false,
 		`1u/(tpm.reset_count - tpm.reset_count) == 1u`: false,
-		`tpm.event_log`:                                true,
+		`tpm.event_log == true`:                        true,
 		`size(volume.replace("a", "b")) > 0 || true`:   false,
 		`[1,2,3,4,5,6,7,8,9].all(a, [1,2,3,4,5,6,7,8,9].all(b, [1,2,3,4,5,6,7,8,9].all(c, [1,2,3,4,5,6,7,8,9].all(d, [1,2,3,4,5,6,7,8,9].all(e, a+b+c+d+e > 0)))))`: false,
 	} {

@@ -233,8 +233,9 @@ func parse(line []byte) (Entry, error) {
 	if err := d.Decode(&e); err != nil {
 		return e, err
 	}
-	if d.More() {
-		return e, errors.New("more than one object on the line")
+	// Not More, which takes a closing bracket for an end.
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return e, errors.New("something follows the object on the line")
 	}
 	return e, nil
 }
