@@ -21,6 +21,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/google/uuid"
+
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
@@ -30,6 +32,8 @@ import (
 const (
 	schemeDerived = "hkdf-sha256"
 	schemeWrapped = "aes-256-gcm"
+	// schemeConstellation derives as Constellation's cluster KMS did.
+	schemeConstellation = "constellation-hkdf-sha256"
 )
 
 // Domains of the info that HKDF receives.
@@ -53,13 +57,18 @@ type Options struct {
 	MasterSecret *secret.Bytes
 	// Salt of HKDF. It is not secret. Default none.
 	Salt []byte
+	// Constellation makes volume keys the way that Constellation's cluster KMS
+	// made them, for disks that come from there: the volume's ID must be its
+	// LUKS UUID, and there is one version of its key.
+	Constellation bool
 }
 
 // KMS derives keys from a master secret. Close wipes it.
 type KMS struct {
-	master *secret.Bytes
-	salt   []byte
-	id     string
+	master        *secret.Bytes
+	salt          []byte
+	id            string
+	constellation bool
 }
 
 var _ kms.KMS = (*KMS)(nil)
@@ -73,7 +82,7 @@ func New(opts Options) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{master: master, salt: opts.Salt}
+	k := &KMS{master: master, salt: opts.Salt, constellation: opts.Constellation}
 	id, err := k.derive([]byte(domainID), 8)
 	if err != nil {
 		return nil, errors.Join(err, master.Close())
@@ -109,11 +118,26 @@ func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.W
 	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
 		return nil, kms.Wrapped{}, err
 	}
-	key, err := k.derive(b.Encode(domainDerive), b.Length)
+	w := kms.Wrapped{Scheme: schemeDerived, KEK: k.id}
+	if k.constellation && b.Purpose == kms.VolumeDEK {
+		w.Scheme = schemeConstellation
+	}
+	key, err := k.derived(b, w.Scheme)
 	if err != nil {
 		return nil, kms.Wrapped{}, err
 	}
-	return key, kms.Wrapped{Scheme: schemeDerived, KEK: k.id}, nil
+	return key, w, nil
+}
+
+func (k *KMS) derived(b kms.Binding, scheme string) (*secret.Bytes, error) {
+	if scheme == schemeDerived {
+		return k.derive(b.Encode(domainDerive), b.Length)
+	}
+	id, err := uuid.Parse(b.VolumeID)
+	if err != nil || len(b.VolumeID) != len(id.String()) || b.Version != 1 {
+		return nil, fmt.Errorf("%w: a key as Constellation made it is of a LUKS UUID, version 1", kms.ErrBinding)
+	}
+	return k.derive([]byte("key-"+id.String()), b.Length)
 }
 
 // Wrap implements kms.KMS.
@@ -143,11 +167,14 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 		return nil, fmt.Errorf("%w: it was made under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.id)
 	}
 	switch w.Scheme {
-	case schemeDerived:
+	case schemeDerived, schemeConstellation:
 		if len(w.Blob) != 0 {
 			return nil, fmt.Errorf("%w: a derived key has no blob", kms.ErrWrongKey)
 		}
-		return k.derive(b.Encode(domainDerive), b.Length)
+		if w.Scheme == schemeConstellation && (!k.constellation || b.Purpose != kms.VolumeDEK) {
+			return nil, fmt.Errorf("%w: it is derived as Constellation did, which is not enabled", kms.ErrWrongKey)
+		}
+		return k.derived(b, w.Scheme)
 	case schemeWrapped:
 		return k.open(b, w.Blob)
 	}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/keyagent/keyagent/internal/config"
@@ -116,5 +117,59 @@ func TestMasterSecretFiles(t *testing.T) {
 	}
 	if _, err := LoadCredential("master"); err != nil {
 		t.Errorf("credential: %v", err)
+	}
+}
+
+// TestConstellationsKeysComeBack compares with values that another language's
+// HKDF gave. There, the length is no input of the derivation.
+func TestConstellationsKeysComeBack(t *testing.T) {
+	const id = "6f1d3a52-1c6b-4f0c-9a53-0d8a4a6b7c11"
+	for _, tt := range []struct {
+		salt   string
+		volume string
+		length int
+		want   string
+	}{
+		{"", id, 32, "7028e6118b4b2749c36bc2fe4835416802aae4845d8b55c439fea5243134a771"},
+		{"", strings.ToUpper(id), 32, "7028e6118b4b2749c36bc2fe4835416802aae4845d8b55c439fea5243134a771"},
+		{"some salt", id, 32, "632939e484bd968ef833bb5391f7e1cf747409f0c3cc103eb48542c59fc9ab19"},
+		{"", id, 64, "7028e6118b4b2749c36bc2fe4835416802aae4845d8b55c439fea5243134a771f1f8c62e43a53b11c1e730432bf104fa8e13fa07230109d3b781f05ee1c50204"},
+		{"", id, 16, "7028e6118b4b2749c36bc2fe48354168"},
+	} {
+		master, err := secret.From([]byte(testMaster))
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := New(Options{MasterSecret: master, Salt: []byte(tt.salt), Constellation: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := kms.Binding{VolumeID: tt.volume, Purpose: kms.VolumeDEK, Version: 1, Length: tt.length}
+		key, w, err := k.Generate(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = key.Use(func(got []byte) error {
+			if hex.EncodeToString(got) != tt.want {
+				t.Errorf("salt %q length %d: got %x", tt.salt, tt.length, got)
+			}
+			return nil
+		})
+		if again, err := k.Unwrap(t.Context(), b, w); err != nil || !again.Equal(key) {
+			t.Errorf("the key does not come back: %v", err)
+		}
+		if _, err := newKMS(t, testMaster, tt.salt).Unwrap(t.Context(), b, w); !errors.Is(err, kms.ErrWrongKey) {
+			t.Errorf("without the option: %v", err)
+		}
+		for name, change := range map[string]func(*kms.Binding){
+			"a name instead of a UUID": func(b *kms.Binding) { b.VolumeID = "data-1" },
+			"another version":          func(b *kms.Binding) { b.Version = 2 },
+		} {
+			bad := b
+			change(&bad)
+			if _, _, err := k.Generate(t.Context(), bad); !errors.Is(err, kms.ErrBinding) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
 	}
 }

@@ -5,7 +5,8 @@
 //	kms://cluster-kms?credential=NAME    master secret as a systemd credential
 //	storage://file?dir=PATH              records in a folder
 //
-// kms://cluster-kms also takes salt=TEXT. A parameter that a backend does not
+// kms://cluster-kms also takes salt=TEXT, and derivation=constellation for disks
+// that come from a Constellation cluster. A parameter that a backend does not
 // know is refused by name; no error repeats a value.
 package setup
 
@@ -51,7 +52,7 @@ func MasterSecretFile(uri string) (string, error) {
 }
 
 func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
-	path, credential, salt := u.Optional("file"), u.Optional("credential"), u.Optional("salt")
+	path, credential, salt, derivation := u.Optional("file"), u.Optional("credential"), u.Optional("salt"), u.Optional("derivation")
 	if err := u.Done(); err != nil {
 		return nil, err
 	}
@@ -60,6 +61,8 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 	switch {
 	case (path == "") == (credential == ""):
 		return nil, fmt.Errorf("%w: kms://cluster-kms needs either the parameter \"file\" or \"credential\"", kms.ErrURI)
+	case derivation != "" && derivation != "constellation":
+		return nil, fmt.Errorf("%w: the parameter \"derivation\" is constellation, or left out", kms.ErrURI)
 	case path != "":
 		master, err = cluster.LoadMasterSecret(path)
 	default:
@@ -69,7 +72,7 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 		return nil, err
 	}
 	defer master.Close()
-	return cluster.New(cluster.Options{MasterSecret: master, Salt: []byte(salt)})
+	return cluster.New(cluster.Options{MasterSecret: master, Salt: []byte(salt), Constellation: derivation != ""})
 }
 
 // Storage opens the backend that uri names. The caller closes it.
