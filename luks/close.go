@@ -32,6 +32,9 @@ func closeMapping(ctx context.Context, name string) error {
 	if _, ours := luksUUID(live.uuid, name); !ours {
 		return fmt.Errorf("%w: it has the UUID %.100q", ErrNameTaken, live.uuid)
 	}
+	if uuid, _ := luksUUID(live.uuid, name); live.unborn(uuid, name) {
+		return removeUnborn(live, name)
+	}
 	// libcryptsetup would try again for a second before it says so.
 	if live.open > 0 {
 		return fmt.Errorf("%w: it is held open %d times", ErrDeviceBusy, live.open)
@@ -66,6 +69,9 @@ func status(ctx context.Context, name string) (Mapping, error) {
 	uuid, ours := luksUUID(live.uuid, name)
 	if !ours {
 		return Mapping{}, fmt.Errorf("%w: it has the UUID %.100q", ErrNameTaken, live.uuid)
+	}
+	if live.unborn(uuid, name) {
+		return Mapping{}, fmt.Errorf("%w: %s was never finished", ErrNotActive, name)
 	}
 	return checkTable(live, name, uuid)
 }

@@ -53,6 +53,7 @@ type liveMapping struct {
 	dev      DevNum
 	open     int32
 	readOnly bool
+	empty    bool // no table is in force; one may be loaded
 	table    []liveTarget
 }
 
@@ -113,6 +114,7 @@ func parseLive(buf []byte) (liveMapping, error) {
 		dev:      DevNum{unix.Major(dev), unix.Minor(dev)},
 		open:     int32(ne.Uint32(buf[offDMOpen:])),
 		readOnly: flags&dmReadOnly != 0,
+		empty:    flags&dmActivePresent == 0,
 	}
 	if flags&dmActivePresent == 0 || flags&dmSuspended != 0 {
 		return m, nil // no table serves it

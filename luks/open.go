@@ -81,6 +81,10 @@ func open(ctx context.Context, device, name string, id Identity, want MAC, dek *
 		return Mapping{}, fmt.Errorf("%w: %s", ErrNotBlockDevice, device)
 	}
 	switch live, err := inspect(name); {
+	case err == nil && live.unborn(id.UUID, name):
+		if err := removeUnborn(live, name); err != nil {
+			return Mapping{}, err
+		}
 	case err == nil:
 		return sameVolume(live, name, id, d)
 	case !errors.Is(err, ErrNotActive):
@@ -108,7 +112,7 @@ func sameVolume(live liveMapping, name string, id Identity, d *disk) (Mapping, e
 	if m.DataDevice != d.rdev {
 		return Mapping{}, fmt.Errorf("%w: %s lies on device %v, not on %s (%v)", ErrNameTaken, name, m.DataDevice, d.path, d.rdev)
 	}
-	return m, nil
+	return m, ensureNode(m)
 }
 
 // examine reads the header and accepts it or says why not.
