@@ -1,3 +1,5 @@
+//go:build linux && amd64
+
 package e2e
 
 import (
@@ -8,12 +10,16 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/test/e2e/bed"
+	"github.com/keyagent/keyagent/test/e2e/inject"
 )
 
 // program is the keyagent under test, built as it is released.
 var program string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+func TestMain(m *testing.M) {
+	inject.Main()
+	os.Exit(run(m))
+}
 
 func run(m *testing.M) int {
 	if err := bed.Check(); err != nil {

@@ -1,12 +1,17 @@
+//go:build linux && amd64
+
 package e2e
 
 import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/test/e2e/bed"
 )
 
@@ -69,6 +74,26 @@ func unitsHold(t *testing.T, g *bed.Guest) {
 		t.Logf("keyagent-%s.service: exposure %.1f, at most %.1f", unit, score, most)
 		if score < 0 || score > most {
 			t.Errorf("keyagent-%s.service has an exposure of %.1f, at most %.1f is allowed", unit, score, most)
+		}
+	}
+}
+
+// What another attempt may change is tried again, and nothing else.
+func TestTheAgentsUnitTriesAgainWhatMayChange(t *testing.T) {
+	var final []string
+	for line := range strings.Lines(string(unitFile(t, "keyagent-agent.service"))) {
+		if list, ok := strings.CutPrefix(line, "RestartPreventExitStatus="); ok {
+			final = strings.Fields(list)
+		}
+	}
+	for class, again := range map[failure.Class]bool{
+		failure.Internal: true, failure.Unreachable: true, failure.DeviceBusy: true,
+		failure.Usage: false, failure.Configuration: false, failure.ServerUntrusted: false, failure.EvidenceRefused: false,
+		failure.PolicyDenied: false, failure.WrongKey: false, failure.HeaderRefused: false, failure.NotFound: false,
+		failure.NotBlank: false, failure.NoDevice: false, failure.Tampered: false, failure.State: false,
+	} {
+		if slices.Contains(final, strconv.Itoa(failure.ExitCode(class))) == again {
+			t.Errorf("%s, exit code %d: tried again must be %v", class, failure.ExitCode(class), again)
 		}
 	}
 }

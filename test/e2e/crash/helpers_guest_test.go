@@ -5,10 +5,18 @@ package crash
 import (
 	"errors"
 	"io"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/keyagent/keyagent/test/e2e/inject"
 )
+
+func TestMain(m *testing.M) {
+	inject.Main()
+	os.Exit(m.Run())
+}
 
 func must(t *testing.T, err error) {
 	t.Helper()

@@ -6,7 +6,11 @@
 // strace counts the calls of each thread apart, and the threads of a Go program
 // take turns as they like, so "the n-th write" is nothing that it could find again.
 // This package follows the whole process with ptrace(2) and counts over all of
-// its threads and the programs that it starts.
+// its threads and the programs that it starts. A seccomp filter stops it at the
+// calls that may write, so that all others take no longer than they do.
+//
+// A test binary that uses it calls [Main] first thing in its TestMain: the binary
+// is also the helper that puts the filter on and becomes the program.
 package inject
 
 import (
@@ -79,10 +83,11 @@ func (p *Process) Signal(s syscall.Signal) error { return syscall.Kill(p.PID, s)
 type tracer struct {
 	process *Process
 	kill    int
-	threads map[int]bool // all that are followed; whether inside a system call
+	threads map[int]bool // all that were seen
 }
 
 func (t *tracer) start(cmd *exec.Cmd) error {
+	throughHelper(cmd)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true, Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return err
@@ -96,13 +101,13 @@ func (t *tracer) start(cmd *exec.Cmd) error {
 	if _, err := wait(pid, &status); err != nil {
 		return err
 	}
-	const options = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK |
+	const options = unix.PTRACE_O_TRACESECCOMP | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEFORK |
 		unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
 	if err := syscall.PtraceSetOptions(pid, options); err != nil {
 		return err
 	}
-	t.threads[pid] = false
-	return syscall.PtraceSyscall(pid, 0)
+	t.threads[pid] = true
+	return syscall.PtraceCont(pid, 0)
 }
 
 func wait(pid int, status *syscall.WaitStatus) (int, error) {
@@ -134,7 +139,7 @@ func (t *tracer) follow() error {
 			continue
 		}
 		// One that is being killed may be gone already.
-		if err := syscall.PtraceSyscall(tid, int(t.stopped(tid, status.StopSignal(), status.TrapCause()))); err != nil && !errors.Is(err, syscall.ESRCH) {
+		if err := syscall.PtraceCont(tid, int(t.stopped(tid, status.StopSignal(), status.TrapCause()))); err != nil && !errors.Is(err, syscall.ESRCH) {
 			return fmt.Errorf("inject: continue: %w", err)
 		}
 	}
@@ -142,19 +147,15 @@ func (t *tracer) follow() error {
 
 // stopped returns the signal with which the thread goes on.
 func (t *tracer) stopped(tid int, sig syscall.Signal, event int) syscall.Signal {
-	const sysgood = 0x80
-	inside, known := t.threads[tid]
+	known := t.threads[tid]
+	t.threads[tid] = true
 	switch {
-	case sig == syscall.SIGTRAP|sysgood:
-		t.threads[tid] = !inside
-		if !inside {
-			t.entered(tid)
-		}
+	case sig == syscall.SIGTRAP && event == unix.PTRACE_EVENT_SECCOMP:
+		t.entered(tid)
 		return 0
 	case sig == syscall.SIGTRAP && event > 0:
 		return 0
 	case sig == syscall.SIGSTOP && !known: // how a new one begins
-		t.threads[tid] = false
 		return 0
 	}
 	return sig
