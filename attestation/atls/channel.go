@@ -73,25 +73,12 @@ func (c *Channel) run(ctx context.Context, fr Frames) error {
 	c.exchange.Lock()
 	defer c.exchange.Unlock()
 	mine := &attestv1.Open{Version: protocolVersion, WantsEvidence: c.peers != nil, HasEvidence: len(c.issuers) > 0}
-	var theirs *attestv1.Open
-	send := func() error { return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Open{Open: mine}}) }
-	receive := func() (err error) { theirs, err = recv(fr, openOf); return err }
-	steps := []func() error{send, receive}
-	if c.self == serverRole {
-		steps = []func() error{receive, send}
-	}
-	for _, step := range steps {
-		if err := step(); err != nil {
-			return err
+	theirs, err := c.opening(fr, mine)
+	if err != nil {
+		if c.observe != nil {
+			c.observe(Outcome{CorrelationID: newCorrelationID(), Remote: c.remote, Err: err, Ended: isTransport(err)})
 		}
-	}
-	switch {
-	case theirs.GetVersion() != protocolVersion:
-		return fmt.Errorf("%w: peer speaks version %d, this side %d", ErrFrame, theirs.GetVersion(), protocolVersion)
-	case mine.WantsEvidence && !theirs.GetHasEvidence():
-		return ErrPeerUnattested
-	case theirs.GetWantsEvidence() && !mine.HasEvidence:
-		return ErrNoEvidence
+		return err
 	}
 	for _, attester := range []role{serverRole, clientRole} {
 		var err error
@@ -109,6 +96,30 @@ func (c *Channel) run(ctx context.Context, fr Frames) error {
 		c.renewed()
 	}
 	return nil
+}
+
+// opening exchanges the Open frames, the client's first.
+func (c *Channel) opening(fr Frames, mine *attestv1.Open) (theirs *attestv1.Open, err error) {
+	send := func() error { return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Open{Open: mine}}) }
+	receive := func() (err error) { theirs, err = recv(fr, openOf); return err }
+	steps := []func() error{send, receive}
+	if c.self == serverRole {
+		steps = []func() error{receive, send}
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case theirs.GetVersion() != protocolVersion:
+		return nil, fmt.Errorf("%w: peer speaks version %d, this side %d", ErrFrame, theirs.GetVersion(), protocolVersion)
+	case mine.WantsEvidence && !theirs.GetHasEvidence():
+		return nil, ErrPeerUnattested
+	case theirs.GetWantsEvidence() && !mine.HasEvidence:
+		return nil, ErrNoEvidence
+	}
+	return theirs, nil
 }
 
 // binder computes what the evidence of one half of the exchange covers.

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"io"
 	"math/big"
 	"net"
@@ -241,7 +242,12 @@ func TestWhatIsNotSetIsAConfigurationError(t *testing.T) {
 func TestAPeerWithoutEvidenceIsRefused(t *testing.T) {
 	w := newWorld(t)
 	w.client.Issuers = nil
+	var seen []Outcome
+	w.server.Observe = func(o Outcome) { seen = append(seen, o) }
 	c, s := w.meet(t)
+	if len(seen) != 1 || !errors.Is(seen[0].Err, ErrPeerUnattested) || seen[0].CorrelationID == "" || seen[0].Ended {
+		t.Errorf("the server observes %+v", seen)
+	}
 	wantErr(t, s.err, ErrPeerUnattested)
 	wantErr(t, c.err, ErrNoEvidence)
 
