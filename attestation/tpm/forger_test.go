@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport"
 	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
@@ -94,23 +95,47 @@ func (f *forger) quoteOf(qualifying []byte) (tpm2.TPM2BAttest, tpm2.TPMTSignatur
 // timeOf is TPM2_GetTime, which the library sends without its authorisations.
 func (f *forger) timeOf(qualifying []byte) (tpm2.TPM2BAttest, tpm2.TPMTSignature) {
 	f.t.Helper()
-	u32, u16 := binary.BigEndian.AppendUint32, binary.BigEndian.AppendUint16
-	password := append(u32(nil, 0x40000009), 0, 0, 0, 0, 0)
-	body := u32(u32(nil, 0x4000000B), uint32(f.ak.handle))
-	body = u32(body, uint32(2*len(password)))
-	body = append(append(body, password...), password...)
-	body = append(u16(body, uint16(len(qualifying))), qualifying...)
-	body = u16(body, uint16(tpm2.TPMAlgNull))
-	command := append(u32(u32(u16(nil, 0x8002), uint32(10+len(body))), uint32(tpm2.TPMCCGetTime)), body...)
-	rsp := must[[]byte](f.t)(f.tpm.Send(command))
-	if rc := binary.BigEndian.Uint32(rsp[6:10]); rc != 0 {
-		f.t.Fatalf("TPM2_GetTime: %#x", rc)
+	params := append(binary.BigEndian.AppendUint16(nil, uint16(len(qualifying))), qualifying...)
+	params = binary.BigEndian.AppendUint16(params, uint16(tpm2.TPMAlgNull))
+	rsp := command(f.t, f.tpm, tpm2.TPMCCGetTime, []tpm2.TPMHandle{tpm2.TPMRHEndorsement, f.ak.handle}, params)
+	n := binary.BigEndian.Uint16(rsp)
+	sig := must[*tpm2.TPMTSignature](f.t)(tpm2.Unmarshal[tpm2.TPMTSignature](rsp[2+n:]))
+	return tpm2.BytesAs2B[tpm2.TPMSAttest](rsp[2 : 2+n]), *sig
+}
+
+// command sends one that the library does not have, each handle with an empty
+// password, and returns the parameters of the response.
+func command(t testing.TB, d transport.TPM, code tpm2.TPMCC, handles []tpm2.TPMHandle, params []byte) []byte {
+	t.Helper()
+	u32 := binary.BigEndian.AppendUint32
+	var body, auth []byte
+	for _, h := range handles {
+		body = u32(body, uint32(h))
+		auth = append(u32(auth, uint32(tpm2.TPMRSPW)), 0, 0, 0, 0, 0)
 	}
-	n := binary.BigEndian.Uint16(rsp[14:16])
-	attest := rsp[16 : 16+n]
-	end := 14 + binary.BigEndian.Uint32(rsp[10:14])
-	sig := must[*tpm2.TPMTSignature](f.t)(tpm2.Unmarshal[tpm2.TPMTSignature](rsp[16+n : end]))
-	return tpm2.BytesAs2B[tpm2.TPMSAttest](attest), *sig
+	body = append(append(u32(body, uint32(len(auth))), auth...), params...)
+	head := u32(u32([]byte{0x80, 0x02}, uint32(10+len(body))), uint32(code))
+	rsp := must[[]byte](t)(d.Send(append(head, body...)))
+	if rc := binary.BigEndian.Uint32(rsp[6:10]); rc != 0 {
+		t.Fatalf("TPM command %#x: %#x", uint32(code), rc)
+	}
+	return rsp[14 : 14+binary.BigEndian.Uint32(rsp[10:14])]
+}
+
+// allocate turns on more banks, as a firmware's setup does.
+func allocate(t testing.TB, p *swtpm.TPM, algs ...tpm2.TPMAlgID) {
+	t.Helper()
+	d := must[transport.TPMCloser](t)(OpenDevice(p.Device))
+	var s tpm2.TPMLPCRSelection
+	for _, alg := range algs {
+		s.PCRSelections = append(s.PCRSelections, tpm2.TPMSPCRSelection{Hash: alg, PCRSelect: []byte{0xff, 0xff, 0xff}})
+	}
+	const pcrAllocate = 0x12B
+	if rsp := command(t, d, pcrAllocate, []tpm2.TPMHandle{tpm2.TPMRHPlatform}, tpm2.Marshal(s)); rsp[0] != 1 {
+		t.Fatalf("banks %v were not allocated", algs)
+	}
+	d.Close()
+	p.Restart(t)
 }
 
 // show goes through the exchange with a verifier, who expects testBinder, and

@@ -6,7 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
-	"crypto/sha512"
+	"slices"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -67,37 +67,37 @@ func coveredErr(s tpm2.TPMLPCRSelection, pcrs []uint32) error {
 	return err
 }
 
-// Case 24 as it was found in the field: a verified quote over the SHA-512 bank,
-// beside which lie SHA-256 values that no signature covers.
+// Case 24 as it was found in the field: a machine with two banks gives a genuine
+// quote over SHA-512, beside which lie the SHA-256 values that it would like to
+// have, and that no signature covers.
 func TestValuesOfABankThatWasNotQuotedAreRefused(t *testing.T) {
 	p := swtpm.New(t, nil)
+	allocate(t, p, tpm2.TPMAlgSHA256, tpm2.TPMAlgSHA512)
 	extendAll(t, p, 0, 4, 7, 11)
-	good := make([][]byte, 4)
-	for i := range good {
-		good[i] = sha256.New().Sum(nil)
+	v := newVerifier(t, trustOf(t, p))
+	if err := newForger(t, p).show(v); err != nil {
+		t.Fatalf("the honest machine: %v", err)
 	}
-	f := newForger(t, p)
-	f.values = good
-	f.sign = func(qualifying []byte) (tpm2.TPM2BAttest, tpm2.TPMTSignature) {
-		f.pcrs = banks(bank(tpm2.TPMAlgSHA512, 0, 4, 7, 11))
-		return f.quoteOf(qualifying)
-	}
-	wantErr(t, f.show(newVerifier(t, trustOf(t, p))), ErrSelection)
-
-	// Each way of having two banks in one signed structure: values that fit
-	// neither, the unverified or the verified one.
-	h := sha512.Sum512([]byte("the other bank"))
-	for _, values := range [][][]byte{{h[:]}, {h[:32]}, {good[0]}} {
-		sum := sha256.New()
-		for _, x := range values {
-			sum.Write(x)
-		}
-		info := &tpm2.TPMSQuoteInfo{PCRSelect: banks(bank(tpm2.TPMAlgSHA512, 4), bank(tpm2.TPMAlgSHA256, 4)),
-			PCRDigest: tpm2.TPM2BDigest{Buffer: sum.Sum(nil)}}
-		got, err := coveredPCRs(info, []uint32{4}, values)
-		wantErr(t, err, ErrSelection)
-		if got != nil {
-			t.Error("values came back")
+	for name, s := range map[string]tpm2.TPMLPCRSelection{
+		"the other bank":       banks(bank(tpm2.TPMAlgSHA512, 0, 4, 7, 11)),
+		"both, the good first": banks(bank(tpm2.TPMAlgSHA256, 0, 4, 7, 11), bank(tpm2.TPMAlgSHA512, 0, 4, 7, 11)),
+		"both, the good last":  banks(bank(tpm2.TPMAlgSHA512, 0, 4, 7, 11), bank(tpm2.TPMAlgSHA256, 0, 4, 7, 11)),
+	} {
+		for which, values := range map[string][][]byte{"good values": nil, "values of its own": slices.Repeat([][]byte{make([]byte, 32)}, 4)} {
+			t.Run(name+", "+which, func(t *testing.T) {
+				f := newForger(t, p)
+				f.values = values
+				f.sign = func(qualifying []byte) (tpm2.TPM2BAttest, tpm2.TPMTSignature) {
+					f.pcrs = s
+					quote, signature := f.quoteOf(qualifying)
+					info := must[*tpm2.TPMSQuoteInfo](t)(must[*tpm2.TPMSAttest](t)(quote.Contents()).Attested.Quote())
+					if got := info.PCRSelect.PCRSelections; len(got) != len(s.PCRSelections) || got[0].PCRSelect[0] != 0x91 {
+						t.Errorf("the TPM quotes %+v", got)
+					}
+					return quote, signature
+				}
+				wantErr(t, f.show(v), ErrSelection)
+			})
 		}
 	}
 }
