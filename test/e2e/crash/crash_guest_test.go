@@ -25,7 +25,7 @@ import (
 // What package e2e hands in by the environment.
 var (
 	program = os.Getenv("KEYAGENT_TEST_PROGRAM")
-	maker   = os.Getenv("KEYAGENT_TEST_TPM") // a TPM's state, and its maker's certificate
+	maker   = os.Getenv("KEYAGENT_TEST_TPM")    // a TPM's state, and its maker's certificate
 	budget  = os.Getenv("KEYAGENT_TEST_BUDGET") // of the longer walk; the other gets half
 )
 
