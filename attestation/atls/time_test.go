@@ -2,15 +2,15 @@ package atls
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"crypto/tls"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 )
@@ -41,12 +41,14 @@ func silent(t *testing.T, f func(*tls.Conn)) (error, time.Duration) {
 	w := newWorld(t)
 	w.server.Timeout = time.Minute
 	a, b := net.Pipe()
-	defer a.Close()
 	cfg := baseTLS(time.Now)
 	cfg.ServerName, cfg.RootCAs = "127.0.0.1", w.pki.Pool()
 	cfg.Certificates = []tls.Certificate{newIdentity(t).certificate}
+	var peer sync.WaitGroup
+	defer peer.Wait()
+	defer a.Close()
 	if f != nil {
-		go f(tls.Client(a, cfg))
+		peer.Go(func() { f(tls.Client(a, cfg)) })
 	}
 	started := time.Now()
 	_, err := Server(context.Background(), b, w.server)
