@@ -1,6 +1,7 @@
 package atls
 
 import (
+	"errors"
 	"net"
 	"sync"
 )
@@ -18,6 +19,7 @@ type Gate struct {
 	waiting [2]queue // by stage: no TLS session yet, TLS session but no verdict
 	count   int
 	evicted uint64
+	closed  bool
 }
 
 // NewGate guards l. limit must be positive.
@@ -31,6 +33,10 @@ func (g *Gate) Accept() (net.Conn, error) {
 	}
 	gc := &gatedConn{Conn: c, gate: g}
 	g.mu.Lock()
+	if g.closed {
+		g.mu.Unlock()
+		return nil, errors.Join(net.ErrClosed, c.Close())
+	}
 	var victim *gatedConn
 	if g.count == g.limit {
 		if victim = g.waiting[0].oldest(); victim == nil {
@@ -46,6 +52,26 @@ func (g *Gate) Accept() (net.Conn, error) {
 		_ = victim.Conn.Close()
 	}
 	return gc, nil
+}
+
+// Close implements net.Listener. It also closes the connections that are not
+// attested yet: who is silent must not hold up a server that stops.
+func (g *Gate) Close() error {
+	err := g.Listener.Close()
+	g.mu.Lock()
+	g.closed = true
+	var waiting []*gatedConn
+	for i := range g.waiting {
+		for c := g.waiting[i].oldest(); c != nil; c = g.waiting[i].oldest() {
+			g.remove(c)
+			waiting = append(waiting, c)
+		}
+	}
+	g.mu.Unlock()
+	for _, c := range waiting {
+		_ = c.Conn.Close()
+	}
+	return err
 }
 
 // Waiting returns how many connections are unattested now, and how many were

@@ -119,3 +119,26 @@ func TestAGateForgetsWhatWasClosed(t *testing.T) {
 		t.Error("the queues are not empty")
 	}
 }
+
+// Case 32: silent connections do not hold up a server that stops; attested ones
+// finish what they do.
+func TestAGateThatClosesLetsTheUnattestedGo(t *testing.T) {
+	g, s := newGate(8)
+	attested, encrypted, idle := arrive(t, g, s), arrive(t, g, s), arrive(t, g, s)
+	attested.gated.Attested()
+	encrypted.gated.Encrypted()
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if attested.gone() || !encrypted.gone() || !idle.gone() {
+		t.Errorf("gone: attested %v, encrypted %v, idle %v", attested.gone(), encrypted.gone(), idle.gone())
+	}
+	far, late := net.Pipe()
+	defer far.Close()
+	s.conns <- late
+	_, err := g.Accept()
+	wantErr(t, err, net.ErrClosed)
+	if _, err := late.Read(make([]byte, 1)); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("one that came late is still open: %v", err)
+	}
+}

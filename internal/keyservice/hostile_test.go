@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/attestation/atls"
@@ -283,4 +284,27 @@ func TestManyMachinesAtOnceAreAllServed(t *testing.T) {
 	wg.Wait()
 	_, _, err := w.get(m, "other", formatOp)
 	wantClass(t, err, failure.PolicyDenied)
+}
+
+// Case 34: whatever became of its clients, a service that has stopped has
+// nothing running.
+func TestAServiceThatStoppedLeavesNothingRunning(t *testing.T) {
+	before := goleak.IgnoreCurrent()
+	t.Run("service", func(t *testing.T) {
+		w := newWorld(t)
+		w.honest(1)
+		closeAll := w.wave(200, func(c net.Conn) { c.Write([]byte{22, 3}) })
+		t.Cleanup(closeAll) // they outlive the service
+		c, err := w.encrypted()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		started := time.Now()
+		w.stop()
+		if took := time.Since(started); took >= stopTimeout {
+			t.Errorf("strangers kept it from stopping for %s", took)
+		}
+	})
+	goleak.VerifyNone(t, before)
 }

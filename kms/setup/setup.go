@@ -33,7 +33,11 @@ func KMS(_ context.Context, uri string) (interface {
 	}
 	switch u.Name {
 	case "cluster-kms":
-		return clusterKMS(u)
+		k, err := clusterKMS(u)
+		if err != nil {
+			return nil, err // and not k, which would be an interface that is not nil
+		}
+		return k, nil
 	}
 	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms)", kms.ErrURI, u.Name)
 }
@@ -93,7 +97,11 @@ func Storage(_ context.Context, uri string) (interface {
 		if err := u.Done(); err != nil {
 			return nil, err
 		}
-		return file.Open(dir)
+		s, err := file.Open(dir)
+		if err != nil {
+			return nil, err
+		}
+		return s, nil
 	}
 	return nil, fmt.Errorf("%w: no storage backend has the name %q (hint: file)", kms.ErrURI, u.Name)
 }
