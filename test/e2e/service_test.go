@@ -139,7 +139,7 @@ func TestAKilledServiceConverges(t *testing.T) {
 		}
 	}
 	if total < 20 {
-		t.Errorf("a first start and a first volume write %d times: the calls are not followed", total)
+		t.Errorf("a first start and a first volume write %d times: the calls are not followed (hint: only root sees what an undumpable process writes to)", total)
 	}
 }
 
