@@ -244,14 +244,15 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 		c.peer.refused = true
 		c.mu.Unlock()
 	}
+	// First here and then to the peer: whoever asks for a correlation ID finds it.
+	if c.observe != nil {
+		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err, Ended: err != nil && isTransport(err)})
+	}
 	if err != nil && !isTransport(err) {
 		// Best effort: the refusal stands whether or not the peer hears of it.
 		_ = fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
 			CorrelationId: id, RefusalClass: classOf(err), Detail: peerDetail(err),
 		}}})
-	}
-	if c.observe != nil {
-		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err, Ended: err != nil && isTransport(err)})
 	}
 	if err != nil {
 		return fmt.Errorf("%w (correlation id %s)", err, id)
