@@ -16,7 +16,7 @@ import (
 
 // crashBudget is what the walk over the points at which a first provision is killed
 // may take. What does not fit is sampled, and the log says how much that was.
-const crashBudget = "2m"
+const crashBudget = "3m"
 
 // Show 6, cases 38 and 40: the agent is killed at each call that writes, on a real
 // dm-crypt, with a key service and a TPM beside it in the same guest.

@@ -26,7 +26,7 @@ import (
 var (
 	program = os.Getenv("KEYAGENT_TEST_PROGRAM")
 	maker   = os.Getenv("KEYAGENT_TEST_TPM")    // a TPM's state, and its maker's certificate
-	budget  = os.Getenv("KEYAGENT_TEST_BUDGET") // of the longer walk; the other gets half
+	budget  = os.Getenv("KEYAGENT_TEST_BUDGET") // of the longer walk; the other gets a quarter
 )
 
 // deviceSize leaves 4 MiB for data.
@@ -236,7 +236,7 @@ func TestAnAgentKilledWhileItOpensAVolumeLosesNothing(t *testing.T) {
 	calls := v.unlockKilledAt(t, 0).Calls
 	v.mustRun(t, "close", v.id)
 	t.Logf("CRASH opening makes %d calls that write:\n%s", len(calls), strings.Join(calls, "\n"))
-	walk(t, "opening a volume", 2, len(calls), func(n int) {
+	walk(t, "opening a volume", 4, len(calls), func(n int) {
 		res := v.unlockKilledAt(t, n)
 		v.mustRun(t, "unlock")
 		if got, err := os.ReadFile(file); err != nil || string(got) != "precious" {
