@@ -124,7 +124,7 @@ func TestTheNonceAloneMakesEvidenceFresh(t *testing.T) {
 	again.wantRefusal(t, errUnbound)
 }
 
-type fixedVerifier struct{ fakeVerifier }
+type fixedVerifier struct{}
 
 func (fixedVerifier) Kind() attestation.Kind { return "fake" }
 

@@ -36,7 +36,7 @@ func (w *world) inMemory(t testing.TB) (client, server *Conn) {
 
 // silent lets a peer get as far as f and then waits for the server to lose
 // patience.
-func silent(t *testing.T, f func(*tls.Conn)) (error, time.Duration) {
+func silent(t *testing.T, f func(*tls.Conn)) (time.Duration, error) {
 	t.Helper()
 	w := newWorld(t)
 	w.server.Timeout = time.Minute
@@ -52,7 +52,7 @@ func silent(t *testing.T, f func(*tls.Conn)) (error, time.Duration) {
 	}
 	started := time.Now()
 	_, err := Server(context.Background(), b, w.server)
-	return err, time.Since(started)
+	return time.Since(started), err
 }
 
 // Case 34: a peer that is silent, or trickles, is let go when its time is up.
@@ -69,7 +69,7 @@ func TestAPeerThatIsTooSlowIsLetGo(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				err, took := silent(t, f)
+				took, err := silent(t, f)
 				if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("ended by %v", err)
 				}
