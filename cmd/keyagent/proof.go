@@ -261,6 +261,7 @@ type policySummary struct {
 	PCRs     []uint32       `json:"pcrs"`
 	Profiles []string       `json:"profiles"`
 	WarnOnly []string       `json:"warn_only,omitempty"`
+	AnyTPM   []string       `json:"any_tpm,omitempty"` // profiles that a whole root vouches for
 	Grants   []policy.Grant `json:"grants"`
 }
 
@@ -268,6 +269,9 @@ func summarize(p *policy.Policy) policySummary {
 	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants()}
 	for _, pr := range p.Profiles() {
 		s.Profiles = append(s.Profiles, pr.Name)
+		if slices.ContainsFunc(pr.TPM.Trust, func(t string) bool { return strings.HasPrefix(t, "root:") }) {
+			s.AnyTPM = append(s.AnyTPM, pr.Name)
+		}
 		for _, r := range pr.TPM.PCRs {
 			if r.WarnOnly {
 				s.WarnOnly = append(s.WarnOnly, fmt.Sprintf("%s pcr%d", pr.Name, *r.PCR))
@@ -290,6 +294,9 @@ func (s policySummary) print(w io.Writer) {
 			fmt.Fprintf(w, " when %s", g.When)
 		}
 		fmt.Fprintln(w)
+	}
+	for _, p := range s.AnyTPM {
+		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; whoever has one to himself can imitate a machine (docs/LIMITATIONS.md)\n", p)
 	}
 	for _, f := range s.WarnOnly {
 		fmt.Fprintf(w, "WARNING: %s is warn_only: a machine that differs there still gets keys\n", f)

@@ -10,8 +10,6 @@ package cluster
 
 import (
 	"context"
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/sha256"
 	"encoding/hex"
@@ -39,7 +37,6 @@ const (
 // Domains of the info that HKDF receives.
 const (
 	domainDerive = "keyagent derived key v1"
-	domainWrap   = "keyagent wrapped key v1"
 	domainID     = "keyagent KEK id v1"
 	domainWrapEK = "keyagent wrapping KEK v1"
 )
@@ -145,17 +142,13 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
 		return kms.Wrapped{}, err
 	}
-	if key.Len() != b.Length {
-		return kms.Wrapped{}, fmt.Errorf("%w: the key has %d bytes, the binding says %d", kms.ErrBinding, key.Len(), b.Length)
+	kek, err := k.derive([]byte(domainWrapEK), 32)
+	if err != nil {
+		return kms.Wrapped{}, err
 	}
-	w := kms.Wrapped{Scheme: schemeWrapped, KEK: k.id}
-	err := k.withAEAD(func(a cipher.AEAD) error {
-		return key.Use(func(p []byte) error {
-			w.Blob = a.Seal(nil, nil, p, b.Encode(domainWrap))
-			return nil
-		})
-	})
-	return w, err
+	defer kek.Close()
+	blob, err := kms.SealEnvelope(kek, b, key)
+	return kms.Wrapped{Scheme: schemeWrapped, KEK: k.id, Blob: blob}, err
 }
 
 // Unwrap implements kms.KMS.
@@ -181,41 +174,13 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 	return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
 }
 
-func (k *KMS) open(b kms.Binding, blob []byte) (key *secret.Bytes, err error) {
-	err = k.withAEAD(func(a cipher.AEAD) error {
-		if len(blob) != b.Length+a.Overhead() {
-			return fmt.Errorf("%w: it has %d bytes", kms.ErrWrongKey, len(blob))
-		}
-		p, err := a.Open(nil, nil, blob, b.Encode(domainWrap))
-		if err != nil {
-			return kms.ErrWrongKey
-		}
-		key, err = secret.From(p)
-		return err
-	})
-	return key, err
-}
-
-func (k *KMS) withAEAD(f func(cipher.AEAD) error) error {
+func (k *KMS) open(b kms.Binding, blob []byte) (*secret.Bytes, error) {
 	kek, err := k.derive([]byte(domainWrapEK), 32)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer kek.Close()
-	return kek.Use(func(b []byte) (err error) {
-		secret.Do(func() {
-			var block cipher.Block
-			if block, err = aes.NewCipher(b); err != nil {
-				return
-			}
-			var a cipher.AEAD
-			if a, err = cipher.NewGCMWithRandomNonce(block); err != nil {
-				return
-			}
-			err = f(a)
-		})
-		return err
-	})
+	return kms.OpenEnvelope(kek, b, blob)
 }
 
 // LoadMasterSecret reads a master secret of raw bytes. The file must belong to

@@ -1,0 +1,69 @@
+package kms
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"fmt"
+
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// envelopeDomain begins the associated data of an envelope.
+const envelopeDomain = "keyagent wrapped key v1"
+
+// SealEnvelope wraps key under kek, a key of 16, 24 or 32 bytes that the caller
+// holds: a random nonce of 12 bytes, then AES-GCM with the encoding of b as
+// associated data. It is for backends whose KEK is at hand, and for services
+// that have no associated data of their own.
+func SealEnvelope(kek *secret.Bytes, b Binding, key *secret.Bytes) ([]byte, error) {
+	if err := b.Validate(); err != nil {
+		return nil, err
+	}
+	if key.Len() != b.Length {
+		return nil, fmt.Errorf("%w: the key has %d bytes, the binding says %d", ErrBinding, key.Len(), b.Length)
+	}
+	var blob []byte
+	err := withGCM(kek, func(a cipher.AEAD) error {
+		return key.Use(func(p []byte) error {
+			blob = a.Seal(nil, nil, p, b.Encode(envelopeDomain))
+			return nil
+		})
+	})
+	return blob, err
+}
+
+// OpenEnvelope returns the key in blob, or an error that wraps [ErrWrongKey].
+func OpenEnvelope(kek *secret.Bytes, b Binding, blob []byte) (key *secret.Bytes, err error) {
+	if err := b.Validate(); err != nil {
+		return nil, err
+	}
+	err = withGCM(kek, func(a cipher.AEAD) error {
+		if len(blob) != b.Length+a.Overhead() {
+			return fmt.Errorf("%w: it has %d bytes", ErrWrongKey, len(blob))
+		}
+		p, err := a.Open(nil, nil, blob, b.Encode(envelopeDomain))
+		if err != nil {
+			return ErrWrongKey
+		}
+		key, err = secret.From(p)
+		return err
+	})
+	return key, err
+}
+
+func withGCM(kek *secret.Bytes, f func(cipher.AEAD) error) error {
+	return kek.Use(func(k []byte) (err error) {
+		secret.Do(func() {
+			var block cipher.Block
+			if block, err = aes.NewCipher(k); err != nil {
+				return
+			}
+			var a cipher.AEAD
+			if a, err = cipher.NewGCMWithRandomNonce(block); err != nil {
+				return
+			}
+			err = f(a)
+		})
+		return err
+	})
+}
