@@ -3,10 +3,12 @@
 //
 //	kms://cluster-kms?file=PATH          master secret in a file
 //	kms://cluster-kms?credential=NAME    master secret as a systemd credential
+//	kms://command?command=TEXT           a KEK that a command prints
 //	storage://file?dir=PATH              records in a folder
 //
 // kms://cluster-kms also takes salt=TEXT, and derivation=constellation for disks
-// that come from a Constellation cluster. A parameter that a backend does not
+// that come from a Constellation cluster. kms://command also takes encoding=raw,
+// base64 or hex, and deadline= and cache= as durations. A parameter that a backend does not
 // know is refused by name; no error repeats a value.
 package setup
 
@@ -14,16 +16,19 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log/slog"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/kms/command"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/file"
 )
 
 // KMS opens the backend that uri names. The caller closes it.
-func KMS(_ context.Context, uri string) (interface {
+func KMS(ctx context.Context, uri string) (interface {
 	kms.KMS
 	io.Closer
 }, error) {
@@ -31,15 +36,49 @@ func KMS(_ context.Context, uri string) (interface {
 	if err != nil {
 		return nil, err
 	}
+	// An error comes with a literal nil: a nil *KMS would be an interface that is
+	// not nil.
 	switch u.Name {
 	case "cluster-kms":
 		k, err := clusterKMS(u)
 		if err != nil {
-			return nil, err // and not k, which would be an interface that is not nil
+			return nil, err
+		}
+		return k, nil
+	case "command":
+		k, err := commandKMS(ctx, u)
+		if err != nil {
+			return nil, err
 		}
 		return k, nil
 	}
-	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms)", kms.ErrURI, u.Name)
+	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms, command)", kms.ErrURI, u.Name)
+}
+
+func commandKMS(ctx context.Context, u *kms.URI) (*command.KMS, error) {
+	text, err := u.Required("command")
+	if err != nil {
+		return nil, err
+	}
+	opts := command.Options{Command: text, Encoding: command.Encoding(u.Optional("encoding")), Log: slog.Default()}
+	for _, p := range []struct {
+		name string
+		to   *time.Duration
+	}{{"deadline", &opts.Deadline}, {"cache", &opts.Cache}} {
+		v := u.Optional(p.name)
+		if v == "" {
+			continue
+		}
+		d, err := time.ParseDuration(v)
+		if err != nil || d < time.Second || d > 24*time.Hour {
+			return nil, fmt.Errorf("%w: the parameter %q is a duration from 1s to 24h", kms.ErrURI, p.name)
+		}
+		*p.to = d
+	}
+	if err := u.Done(); err != nil {
+		return nil, err
+	}
+	return command.New(ctx, opts)
 }
 
 // MasterSecretFile returns the file that a kms://cluster-kms?file=PATH URI

@@ -1,0 +1,324 @@
+// Package command is a KMS whose KEK an arbitrary command prints: whatever key
+// management somebody has, as one unix command.
+//
+// The command is run by /bin/sh. Its standard output is the KEK: exactly 16, 24
+// or 32 bytes, raw or encoded, read straight into locked memory. Its standard
+// error goes to the log. It has a deadline, after which it and everything that it
+// started is killed. DEKs are random and wrapped under the KEK by AES-GCM, see
+// docs/spec/keys.md.
+package command
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+)
+
+// Encoding is how the command prints the KEK.
+type Encoding string
+
+// The encodings.
+const (
+	Raw    Encoding = "raw"
+	Base64 Encoding = "base64"
+	Hex    Encoding = "hex"
+)
+
+// The defaults of [Options].
+const (
+	DefaultDeadline = 30 * time.Second
+	DefaultCache    = time.Hour
+)
+
+// maxOutput bounds what a command may print; the longest KEK in hex is 64 bytes.
+const maxOutput = 256
+
+// maxLogged bounds what of a command's standard error is logged, in lines.
+const maxLogged = 100
+
+// ErrCommand: the command failed, took too long, or printed no KEK.
+var ErrCommand = fmt.Errorf("%w: key command", kms.ErrUnavailable)
+
+// Options configure [New].
+type Options struct {
+	Command  string        // for /bin/sh -c. Required
+	Encoding Encoding      // default Raw
+	Deadline time.Duration // of one run; default DefaultDeadline
+	Cache    time.Duration // how long a KEK is kept; default DefaultCache
+	Log      *slog.Logger  // default none
+	Now      func() time.Time
+}
+
+// Source runs the command.
+type Source struct {
+	opts Options
+}
+
+// NewSource checks the options. It runs nothing.
+func NewSource(opts Options) (*Source, error) {
+	switch {
+	case opts.Command == "":
+		return nil, errors.New("key command is not set")
+	case opts.Encoding == "":
+		opts.Encoding = Raw
+	case opts.Encoding != Raw && opts.Encoding != Base64 && opts.Encoding != Hex:
+		return nil, fmt.Errorf("unknown encoding %q of the key command (hint: raw, base64 or hex)", opts.Encoding)
+	}
+	if opts.Deadline == 0 {
+		opts.Deadline = DefaultDeadline
+	}
+	if opts.Cache == 0 {
+		opts.Cache = DefaultCache
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
+	return &Source{opts}, nil
+}
+
+// Fetch runs the command once and returns what it printed. The error wraps
+// [ErrCommand].
+func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.opts.Deadline)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", s.opts.Command)
+	// A group of its own: what the command started goes with it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
+	}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
+	}
+	var logged sync.WaitGroup
+	logged.Go(func() { s.logLines(stderr) })
+	out, readErr := secret.Read(stdout, maxOutput)
+	defer out.Close()
+	// A command that prints without end is not waited for.
+	if readErr != nil {
+		_ = cmd.Cancel()
+	}
+	logged.Wait()
+	waitErr := cmd.Wait()
+	switch {
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("%w: it did not end within %s and was killed", ErrCommand, s.opts.Deadline)
+	case readErr != nil:
+		return nil, fmt.Errorf("%w: its output: %w", ErrCommand, readErr)
+	case waitErr != nil:
+		return nil, fmt.Errorf("%w: %w", ErrCommand, waitErr)
+	}
+	kek, err := s.decode(out)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
+	}
+	return kek, nil
+}
+
+func (s *Source) logLines(r io.Reader) {
+	scan := bufio.NewScanner(r)
+	for n := 0; scan.Scan(); n++ {
+		if n < maxLogged {
+			s.opts.Log.Warn("key command", "stderr", scan.Text())
+		}
+	}
+	_, _ = io.Copy(io.Discard, r)
+}
+
+var errLength = errors.New("it printed no key of 16, 24 or 32 bytes")
+
+func validLength(n int) bool { return n == 16 || n == 24 || n == 32 }
+
+// decode gives the KEK. One newline at the end is forgiven where it cannot be
+// part of the key: behind an encoded key, and behind a raw one whose length is
+// right without it.
+func (s *Source) decode(out *secret.Bytes) (kek *secret.Bytes, err error) {
+	err = out.Use(func(p []byte) error {
+		text, newline := bytes.CutSuffix(p, []byte("\n"))
+		if s.opts.Encoding == Raw {
+			if validLength(len(p)) {
+				text, newline = p, false
+			}
+			if !validLength(len(text)) {
+				return errLength
+			}
+			if newline {
+				s.opts.Log.Info("the key command's output ends with a newline, which is not taken as part of the key")
+			}
+			kek, err = secret.New(len(text))
+			if err != nil {
+				return err
+			}
+			return kek.Use(func(k []byte) error { copy(k, text); return nil })
+		}
+		decoded := make([]byte, maxOutput)
+		defer secret.Wipe(decoded)
+		var n int
+		if s.opts.Encoding == Hex {
+			n, err = hex.Decode(decoded, text)
+		} else {
+			n, err = base64.StdEncoding.Strict().Decode(decoded, text)
+		}
+		if err != nil {
+			return fmt.Errorf("it printed no key in %s", s.opts.Encoding) // the decoder's error names bytes of it
+		}
+		if !validLength(n) {
+			return errLength
+		}
+		kek, err = secret.New(n)
+		if err != nil {
+			return err
+		}
+		return kek.Use(func(k []byte) error { copy(k, decoded[:n]); return nil })
+	})
+	return kek, err
+}
+
+const (
+	schemeWrapped = "command-aes-gcm"
+	domainID      = "keyagent command KEK id v1"
+)
+
+// KMS wraps keys under the KEK that the command prints.
+type KMS struct {
+	source *Source
+
+	mu      sync.Mutex
+	kek     *secret.Bytes
+	id      string
+	fetched time.Time
+}
+
+var _ kms.KMS = (*KMS)(nil)
+
+// New runs the command, which must succeed.
+func New(ctx context.Context, opts Options) (*KMS, error) {
+	s, err := NewSource(opts)
+	if err != nil {
+		return nil, err
+	}
+	k := &KMS{source: s}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k, k.refresh(ctx)
+}
+
+// Close wipes the KEK.
+func (k *KMS) Close() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.kek.Close()
+}
+
+// refresh runs the command. The lock is held.
+func (k *KMS) refresh(ctx context.Context) error {
+	kek, err := k.source.Fetch(ctx)
+	if err != nil {
+		return err
+	}
+	var id string
+	err = kek.Use(func(b []byte) error {
+		sum, err := hkdf.Key(sha256.New, b, nil, domainID, 8)
+		id = "command:" + hex.EncodeToString(sum)
+		return err
+	})
+	if err != nil {
+		return errors.Join(err, kek.Close())
+	}
+	if err := k.kek.Close(); err != nil {
+		return errors.Join(err, kek.Close())
+	}
+	k.kek, k.id, k.fetched = kek, id, k.source.opts.Now()
+	return nil
+}
+
+// use calls f with the KEK. One that is too old is fetched again first, and so
+// is one that is not the KEK that want names: it may have been changed. A KEK
+// whose refresh fails is not used any longer.
+func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id string) error) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if k.source.opts.Now().Sub(k.fetched) >= k.source.opts.Cache || (want != "" && want != k.id) {
+		if err := k.refresh(ctx); err != nil {
+			return err
+		}
+	}
+	if want != "" && want != k.id {
+		return fmt.Errorf("%w: it was made under %q, the command prints %q", kms.ErrKEKVersion, want, k.id)
+	}
+	return f(k.kek, k.id)
+}
+
+// Generate implements kms.KMS.
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+	if err := b.Validate(); err != nil {
+		return nil, kms.Wrapped{}, err
+	}
+	key, err := secret.Random(b.Length)
+	if err != nil {
+		return nil, kms.Wrapped{}, err
+	}
+	w, err := k.Wrap(ctx, b, key)
+	if err != nil {
+		return nil, kms.Wrapped{}, errors.Join(err, key.Close())
+	}
+	return key, w, nil
+}
+
+// Wrap implements kms.KMS.
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+	if err := b.Validate(); err != nil {
+		return kms.Wrapped{}, err
+	}
+	w := kms.Wrapped{Scheme: schemeWrapped}
+	err := k.use(ctx, "", func(kek *secret.Bytes, id string) (err error) {
+		w.KEK = id
+		w.Blob, err = kms.SealEnvelope(kek, b, key)
+		return err
+	})
+	return w, err
+}
+
+// Unwrap implements kms.KMS.
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+	if err := b.Validate(); err != nil {
+		return nil, err
+	}
+	if w.Scheme != schemeWrapped || w.KEK == "" {
+		return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
+	}
+	var key *secret.Bytes
+	err := k.use(ctx, w.KEK, func(kek *secret.Bytes, _ string) (err error) {
+		key, err = kms.OpenEnvelope(kek, b, w.Blob)
+		return err
+	})
+	return key, err
+}
