@@ -146,27 +146,3 @@ func pathString(path []any) string {
 	}
 	return b.String()
 }
-
-// CheckSecretFile refuses a file of secrets that others may read.
-func CheckSecretFile(path string) error {
-	st, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if !st.Mode().IsRegular() {
-		return fmt.Errorf("%w: %s is not a regular file", ErrInvalid, path)
-	}
-	if st.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("%w: %s has mode %04o, others can read or write the secret in it (hint: chmod 600 %s)",
-			ErrInvalid, path, st.Mode().Perm(), path)
-	}
-	return checkOwner(path, st)
-}
-
-func checkOwner(path string, st fs.FileInfo) error {
-	uid, ok := ownerOf(st)
-	if ok && uid != 0 && uid != os.Geteuid() {
-		return fmt.Errorf("%w: %s belongs to uid %d (hint: chown it to root or to the service's user)", ErrInvalid, path, uid)
-	}
-	return nil
-}

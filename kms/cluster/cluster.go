@@ -186,40 +186,25 @@ func (k *KMS) open(b kms.Binding, blob []byte) (*secret.Bytes, error) {
 // LoadMasterSecret reads a master secret of raw bytes. The file must belong to
 // root or to this user, and be readable by nobody else.
 func LoadMasterSecret(path string) (*secret.Bytes, error) {
-	if err := config.CheckSecretFile(path); err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("master secret: %w (hint: keyagent serve --init-master-secret makes one, once)", err)
-		}
-		return nil, fmt.Errorf("master secret: %w", err)
+	s, err := config.ReadSecretFile(path, MaxMasterSecret)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%w (hint: keyagent serve --init-master-secret makes one, once)", err)
 	}
-	return read(path)
+	return longEnough(s, err)
 }
 
 // LoadCredential reads a master secret from a systemd credential of this
 // service, see systemd.exec(5), LoadCredential=.
 func LoadCredential(name string) (*secret.Bytes, error) {
-	dir := os.Getenv("CREDENTIALS_DIRECTORY")
-	if dir == "" {
-		return nil, fmt.Errorf("master secret: this process has no credentials (hint: LoadCredential=%s:PATH in the unit)", name)
-	}
-	if filepath.Base(name) != name {
-		return nil, errors.New("master secret: a credential's name has no slash")
-	}
-	return read(filepath.Join(dir, name))
+	return longEnough(config.ReadCredential(name, MaxMasterSecret))
 }
 
-func read(path string) (*secret.Bytes, error) {
-	f, err := os.Open(path)
+func longEnough(s *secret.Bytes, err error) (*secret.Bytes, error) {
 	if err != nil {
 		return nil, fmt.Errorf("master secret: %w", err)
 	}
-	defer f.Close()
-	s, err := secret.Read(f, MaxMasterSecret)
-	if err != nil {
-		return nil, fmt.Errorf("master secret %s: %w", path, err)
-	}
 	if s.Len() < MinMasterSecret {
-		return nil, errors.Join(fmt.Errorf("master secret %s: %w: %d bytes, at least %d", path, secret.ErrSize, s.Len(), MinMasterSecret), s.Close())
+		return nil, errors.Join(fmt.Errorf("master secret: %w: %d bytes, at least %d", secret.ErrSize, s.Len(), MinMasterSecret), s.Close())
 	}
 	return s, nil
 }

@@ -4,6 +4,8 @@
 //	kms://cluster-kms?file=PATH          master secret in a file
 //	kms://cluster-kms?credential=NAME    master secret as a systemd credential
 //	kms://command?command=TEXT           a KEK that a command prints
+//	kms://vault?address=URL&key=NAME&tokenFile=PATH&caFile=PATH
+//	                                     transit engine of Vault or OpenBao
 //	storage://file?dir=PATH              records in a folder
 //
 // kms://cluster-kms also takes salt=TEXT, and derivation=constellation for disks
@@ -14,15 +16,19 @@ package setup
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/kms/command"
+	"github.com/keyagent/keyagent/kms/vault"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/file"
 )
@@ -45,6 +51,12 @@ func KMS(ctx context.Context, uri string) (interface {
 			return nil, err
 		}
 		return k, nil
+	case "vault":
+		k, err := vaultKMS(u)
+		if err != nil {
+			return nil, err
+		}
+		return k, nil
 	case "command":
 		k, err := commandKMS(ctx, u)
 		if err != nil {
@@ -52,8 +64,50 @@ func KMS(ctx context.Context, uri string) (interface {
 		}
 		return k, nil
 	}
-	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms, command)", kms.ErrURI, u.Name)
+	return nil, fmt.Errorf("%w: no key management backend has the name %q (hint: cluster-kms, command, vault)", kms.ErrURI, u.Name)
 }
+
+// vaultKMS takes the token from a file or a systemd credential, and reads it
+// again for each call: an agent of Vault renews it there.
+func vaultKMS(u *kms.URI) (*vault.KMS, error) {
+	opts := vault.Options{Mount: u.Optional("mount"), Namespace: u.Optional("namespace")}
+	var err error
+	if opts.Address, err = u.Required("address"); err != nil {
+		return nil, err
+	}
+	if opts.Key, err = u.Required("key"); err != nil {
+		return nil, err
+	}
+	ca, err := u.Required("caFile")
+	if err != nil {
+		return nil, err
+	}
+	file, credential := u.Optional("tokenFile"), u.Optional("tokenCredential")
+	if err := u.Done(); err != nil {
+		return nil, err
+	}
+	if (file == "") == (credential == "") {
+		return nil, fmt.Errorf("%w: kms://vault needs either the parameter \"tokenFile\" or \"tokenCredential\"", kms.ErrURI)
+	}
+	text, err := os.ReadFile(ca)
+	if err != nil {
+		return nil, fmt.Errorf("vault certificate authority: %w", err)
+	}
+	opts.RootCAs = x509.NewCertPool()
+	if !opts.RootCAs.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("vault certificate authority: %s holds no certificate in PEM form", ca)
+	}
+	opts.Token = func(context.Context) (*secret.Bytes, error) {
+		if file != "" {
+			return config.ReadSecretFile(file, maxToken)
+		}
+		return config.ReadCredential(credential, maxToken)
+	}
+	return vault.New(opts)
+}
+
+// maxToken bounds a token in bytes.
+const maxToken = 8 << 10
 
 func commandKMS(ctx context.Context, u *kms.URI) (*command.KMS, error) {
 	text, err := u.Required("command")

@@ -1,0 +1,70 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// ReadSecretFile reads a file of at most limit bytes into locked memory. See
+// [CheckSecretFile] for what it refuses.
+func ReadSecretFile(path string, limit int) (*secret.Bytes, error) {
+	if err := CheckSecretFile(path); err != nil {
+		return nil, err
+	}
+	return readSecret(path, limit)
+}
+
+// ReadCredential reads a systemd credential of this service, see
+// systemd.exec(5), LoadCredential=, of at most limit bytes.
+func ReadCredential(name string, limit int) (*secret.Bytes, error) {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if dir == "" {
+		return nil, fmt.Errorf("this process has no credentials (hint: LoadCredential=%s:PATH in the unit)", name)
+	}
+	if filepath.Base(name) != name {
+		return nil, errors.New("a credential's name has no slash")
+	}
+	return readSecret(filepath.Join(dir, name), limit)
+}
+
+func readSecret(path string, limit int) (*secret.Bytes, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	s, err := secret.Read(f, limit)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return s, nil
+}
+
+// CheckSecretFile refuses a file of secrets that others may read.
+func CheckSecretFile(path string) error {
+	st, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !st.Mode().IsRegular() {
+		return fmt.Errorf("%w: %s is not a regular file", ErrInvalid, path)
+	}
+	if st.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%w: %s has mode %04o, others can read or write the secret in it (hint: chmod 600 %s)",
+			ErrInvalid, path, st.Mode().Perm(), path)
+	}
+	return checkOwner(path, st)
+}
+
+func checkOwner(path string, st fs.FileInfo) error {
+	uid, ok := ownerOf(st)
+	if ok && uid != 0 && uid != os.Geteuid() {
+		return fmt.Errorf("%w: %s belongs to uid %d (hint: chown it to root or to the service's user)", ErrInvalid, path, uid)
+	}
+	return nil
+}
