@@ -181,5 +181,9 @@ func (v *Verified) Identity() string {
 // side.
 var ErrRefused = errors.New("evidence refused")
 
+// ErrLocal is wrapped by errors of this machine's own issuers: it cannot prove
+// itself, whatever the peer is.
+var ErrLocal = errors.New("this machine cannot attest itself")
+
 // ErrNoDevice is wrapped by issuers that find no hardware of their kind.
 var ErrNoDevice = errors.New("no attestation device")

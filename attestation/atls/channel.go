@@ -137,6 +137,15 @@ func (c *Channel) binder(attester role, h *attestv1.Hello, ch *attestv1.Challeng
 	}.binder(), nil
 }
 
+// localFault marks an error of this machine's own hardware, unless the exchange
+// was ended from outside.
+func localFault(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
+	return fmt.Errorf("%w: %w", attestation.ErrLocal, err)
+}
+
 // attest is the attester's half.
 func (c *Channel) attest(ctx context.Context, fr Frames) error {
 	key, err := hpke.MLKEM768X25519().GenerateKey()
@@ -153,7 +162,7 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 	for _, i := range c.issuers {
 		a, err := i.Begin(ctx)
 		if err != nil {
-			return fmt.Errorf("begin %s attestation: %w", i.Kind(), err)
+			return localFault(ctx, fmt.Errorf("begin %s attestation: %w", i.Kind(), err))
 		}
 		attempts[i.Kind()] = a
 		hello.Offers = append(hello.Offers, &attestv1.Item{Kind: string(i.Kind()), Data: a.Offer()})
@@ -177,7 +186,7 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 		}
 		data, err := a.Evidence(ctx, ask.GetData(), binder)
 		if err != nil {
-			return fmt.Errorf("make %s evidence: %w", ask.GetKind(), err)
+			return localFault(ctx, fmt.Errorf("make %s evidence: %w", ask.GetKind(), err))
 		}
 		evidence.Items = append(evidence.Items, &attestv1.Item{Kind: ask.GetKind(), Data: data})
 	}

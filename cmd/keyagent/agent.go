@@ -3,7 +3,6 @@ package main
 import (
 	"io"
 	"log/slog"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -49,6 +48,9 @@ reached is tried again within the configured budget; a refusal is final.`,
 				return err
 			}
 			defer closer.Close()
+			if err := cfg.CheckServing(); err != nil {
+				return err
+			}
 			if check {
 				cmd.Println("the configuration is good")
 				return nil
@@ -81,7 +83,7 @@ func newManager(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*
 	if err != nil {
 		return nil, nil, failure.New(failure.Configuration, err, "")
 	}
-	return agent.NewManager(cfg, client, log, func(string, time.Duration) {}), client, nil
+	return agent.NewManager(cfg, client, log, progress), client, nil
 }
 
 // serverDemands is what the key service must prove, if anything.

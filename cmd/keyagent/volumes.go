@@ -46,10 +46,11 @@ type volumes interface {
 // connect finds the agent. Only where none listens does the verb work alone.
 func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	if !v.standalone {
-		c, err := net.DialTimeout("unix", v.socket, 2*time.Second)
+		socket := v.agentSocket(cmd)
+		c, err := net.DialTimeout("unix", socket, 2*time.Second)
 		if err == nil {
 			_ = c.Close()
-			return dialAgent(v.socket)
+			return dialAgent(socket)
 		}
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, nil, failure.New(failure.Unreachable, fmt.Errorf("agent: %w", err), "--standalone works without the agent")
@@ -70,6 +71,18 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	return local{m}, func() { _ = closer.Close() }, nil
 }
 
+// agentSocket is the one that was named, else the configuration's. A caller who
+// may not read the configuration finds the agent at the usual place.
+func (v *volumeVerb) agentSocket(cmd *cobra.Command) string {
+	if cmd.Flags().Changed("socket") {
+		return v.socket
+	}
+	if cfg, err := agent.LoadConfig(v.config); err == nil {
+		return cfg.Socket
+	}
+	return v.socket
+}
+
 func newUnlock() *cobra.Command {
 	v := &volumeVerb{}
 	cmd := &cobra.Command{
@@ -84,6 +97,7 @@ func newUnlock() *cobra.Command {
 				return err
 			}
 			defer done()
+			optional := map[string]bool{}
 			if len(ids) == 0 {
 				all, err := vs.list(cmd.Context())
 				if err != nil {
@@ -91,16 +105,25 @@ func newUnlock() *cobra.Command {
 				}
 				for _, one := range all {
 					ids = append(ids, one.GetId())
+					optional[one.GetId()] = one.GetOptional()
 				}
 			}
+			// One volume that stays shut does not keep the others shut.
+			var first error
 			for _, id := range ids {
 				one, err := vs.open(cmd.Context(), id, false)
-				if err != nil {
-					return err
+				switch {
+				case err == nil:
+					cmd.Printf("%s is %s\n", id, describe(one))
+				case optional[id]:
+					cmd.PrintErrf("%s is optional and stays closed: %v\n", id, err)
+				case first == nil:
+					first = err
+				default:
+					cmd.PrintErrf("%s stays closed: %v\n", id, err)
 				}
-				cmd.Printf("%s is %s\n", id, describe(one))
 			}
-			return nil
+			return first
 		},
 	}
 	v.flags(cmd)

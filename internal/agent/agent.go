@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -42,14 +41,15 @@ func New(cfg *Config, m *Manager, log *slog.Logger, notify *systemd.Notifier) *A
 // serves the local API until ctx ends. Volumes stay open afterwards: they are
 // closed on request, or by the machine's power off.
 func (a *Agent) Run(ctx context.Context) error {
-	if len(a.cfg.Callers) == 0 {
-		return failure.Newf(failure.Configuration, "name at least root, uid: 0", "callers: empty: nobody could use the local API")
+	if err := a.cfg.CheckServing(); err != nil {
+		return err
 	}
 	listener, err := listenUnix(a.cfg.Socket)
 	if err != nil {
 		return failure.New(failure.Configuration, err, "")
 	}
 	server := newNodeServer(a.manager, a.cfg.Callers, a.log)
+	stop := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		if err := server.Serve(listener); !errors.Is(err, grpc.ErrServerStopped) {
@@ -67,13 +67,14 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	group.Go(func() error {
 		if err := a.manager.OpenAll(ctx); err != nil {
+			if stop.Err() != nil {
+				return nil // asked to stop while it waited
+			}
 			return err
 		}
 		a.log.Info("ready", "volumes", len(a.cfg.Volumes), "uptime_s", uptime())
 		a.notify.Ready(fmt.Sprintf("%d volumes are open", len(a.cfg.Volumes)))
 		return a.notify.Watch(ctx)
 	})
-	err = group.Wait()
-	_ = os.Remove(a.cfg.Socket)
-	return err
+	return group.Wait()
 }

@@ -114,6 +114,9 @@ func (c *Config) check(doc *config.Document, dir string) error {
 	if c.StateDir == "" {
 		c.StateDir = defaultStateDir
 	}
+	if c.ServerPolicy != "" && !filepath.IsAbs(c.ServerPolicy) {
+		c.ServerPolicy = filepath.Join(dir, c.ServerPolicy)
+	}
 	if len(c.Servers) == 0 {
 		return doc.Errorf([]any{"servers"}, "empty: there is no key service to ask")
 	}
@@ -268,6 +271,15 @@ func (v *VolumeConfig) check(doc *config.Document, i int) error {
 	}
 	if _, err := mountFlags(v.Options); err != nil {
 		return doc.Errorf(at("options"), "%w", err)
+	}
+	return nil
+}
+
+// CheckServing says whether an agent could serve with this configuration. The
+// verbs that run alone need less.
+func (c *Config) CheckServing() error {
+	if len(c.Callers) == 0 {
+		return failure.Newf(failure.Configuration, "name at least root, uid: 0", "callers: empty: nobody could use the local API")
 	}
 	return nil
 }

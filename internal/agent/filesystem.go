@@ -159,9 +159,10 @@ func mount(device, target string, options []string) error {
 	return nil
 }
 
-func unmount(target string) error {
+// unmount takes device off target. What else is mounted there stays.
+func unmount(device, target string) error {
 	mounted, err := mountedAt(target)
-	if err != nil || mounted == nil {
+	if err != nil || mounted == nil || *mounted != deviceNumber(device) {
 		return err
 	}
 	if err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW); err != nil {

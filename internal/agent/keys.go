@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation"
@@ -112,25 +113,28 @@ const dialTimeout = 10 * time.Second
 // renewBefore the end of a verdict, the session is attested again.
 const renewBefore = 30 * time.Second
 
-// session returns the session, attested and with some time left.
-func (e *endpoint) session(ctx context.Context) (*session, error) {
+// callTimeout bounds one request in a session.
+const callTimeout = 30 * time.Second
+
+// session returns the session, attested and with some time left, and whether
+// its attestation is of this moment.
+func (e *endpoint) session(ctx context.Context) (s *session, fresh bool, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if s := e.current; s != nil {
 		if time.Until(s.channel.Verdict().Expires) > renewBefore {
-			return s, nil
+			return s, false, nil
 		}
 		if err := s.renew(ctx); err == nil {
-			return s, nil
+			return s, true, nil
 		}
 		e.drop()
 	}
-	s, err := e.connect(ctx)
-	if err != nil {
-		return nil, err
+	if s, err = e.connect(ctx); err != nil {
+		return nil, false, err
 	}
 	e.current = s
-	return s, nil
+	return s, true, nil
 }
 
 func (e *endpoint) connect(ctx context.Context) (*session, error) {
@@ -160,6 +164,9 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame)),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
+		// A peer that went away without a word is noticed; an idle session stays.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 10 * time.Second}),
+		grpc.WithIdleTimeout(0),
 	)
 	if err != nil {
 		return nil, errors.Join(err, conn.Close())
@@ -187,24 +194,32 @@ func (e *endpoint) drop() {
 }
 
 // call runs f in a session. An error that says nothing of the key service's
-// decision ends the session.
+// decision ends the session, and so does a refusal of its evidence: the policy
+// may have changed since, and evidence of this moment may fit it.
 func (e *endpoint) call(ctx context.Context, f func(context.Context, *session) error) error {
-	s, err := e.session(ctx)
-	if err != nil {
-		return classify(err)
-	}
-	if err = f(ctx, s); err == nil {
-		return nil
-	}
-	err = classify(err)
-	if !isAnswer(err) {
-		e.mu.Lock()
-		if e.current == s {
-			e.drop()
+	for {
+		s, fresh, err := e.session(ctx)
+		if err != nil {
+			return classify(err)
 		}
-		e.mu.Unlock()
+		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
+		err = classify(f(callCtx, s))
+		cancel()
+		if err == nil {
+			return nil
+		}
+		refused := failure.Of(err).Class == failure.EvidenceRefused
+		if refused || !isAnswer(err) {
+			e.mu.Lock()
+			if e.current == s {
+				e.drop()
+			}
+			e.mu.Unlock()
+		}
+		if !refused || fresh {
+			return err
+		}
 	}
-	return err
 }
 
 // Close closes the connections.
@@ -276,12 +291,16 @@ func (c *Client) inSession(ctx context.Context, f func(context.Context, *session
 // try calls f with one endpoint after the other until one succeeds, one gives
 // an answer that no other try can change, or the budget is used up.
 func (c *Client) try(ctx context.Context, f func(context.Context, *endpoint) error) error {
+	asked := ctx
 	ctx, cancel := context.WithTimeout(ctx, c.retry.budget)
 	defer cancel()
 	pause := c.retry.first
 	for {
-		err := c.round(ctx, f)
-		if err == nil || !worthAnotherTry(err) {
+		again, err := c.round(ctx, f)
+		if asked.Err() != nil {
+			return asked.Err() // the caller gave up, and not the budget
+		}
+		if err == nil || !again {
 			return err
 		}
 		// Full jitter keeps a thousand nodes that boot together apart.
@@ -292,14 +311,19 @@ func (c *Client) try(ctx context.Context, f func(context.Context, *endpoint) err
 			c.progress("waiting for the key service: "+err.Error(), d)
 		}
 		if waitErr := c.wait(ctx, d); waitErr != nil {
+			if asked.Err() != nil {
+				return asked.Err()
+			}
 			f := failure.Of(err)
 			return failure.New(f.Class, fmt.Errorf("gave up after %s: %w", c.retry.budget, err), f.Hint)
 		}
 	}
 }
 
-// round asks each endpoint once, the one that answered last first.
-func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) error) error {
+// round asks each endpoint once, the one that answered last first. again says
+// that another round may give another result: one endpoint that cannot be had
+// now is enough, whatever the others are.
+func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) error) (again bool, _ error) {
 	c.mu.Lock()
 	start := c.preferred
 	c.mu.Unlock()
@@ -307,20 +331,27 @@ func (c *Client) round(ctx context.Context, f func(context.Context, *endpoint) e
 	for i := range c.endpoints {
 		n := (start + i) % len(c.endpoints)
 		e := c.endpoints[n]
+		if c.progress != nil {
+			c.progress("asking the key service "+e.address, atls.DefaultTimeout+callTimeout)
+		}
 		err := f(ctx, e)
 		if err == nil {
 			c.mu.Lock()
 			c.preferred = n
 			c.mu.Unlock()
-			return nil
+			return false, nil
 		}
 		err = withContext(err, fmt.Sprintf("key service %s", e.address))
-		if isAnswer(err) || ctx.Err() != nil {
-			return err
+		if isAnswer(err) {
+			return false, err
 		}
+		again = again || worthAnotherTry(err)
 		errs = append(errs, err)
+		if ctx.Err() != nil {
+			break
+		}
 	}
-	return worst(errs)
+	return again, worst(errs)
 }
 
 func withContext(err error, what string) error {
@@ -372,8 +403,10 @@ func classify(err error) error {
 		return failure.New(failure.ServerUntrusted, fmt.Errorf("%w; this machine's clock says %s", err, time.Now().UTC().Format(time.RFC3339)), "check the clock, then the server's certificate")
 	case errors.Is(err, atls.ErrServerUntrusted), errors.Is(err, attestation.ErrRefused), errors.Is(err, atls.ErrPeerUnattested):
 		return failure.New(failure.ServerUntrusted, err, "is this the right server? see servers in the configuration")
-	case errors.Is(err, attestation.ErrNoDevice):
+	case errors.Is(err, attestation.ErrNoDevice), errors.Is(err, attestation.ErrLocal):
 		return failure.New(failure.NoDevice, err, "keyagent evidence shows what this machine can prove")
+	case errors.Is(err, atls.ErrConfiguration), errors.Is(err, atls.ErrNoEvidence):
+		return failure.New(failure.Configuration, err, "")
 	case errors.Is(err, context.Canceled):
 		return err
 	default:

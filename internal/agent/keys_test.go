@@ -50,6 +50,7 @@ func TestOnlyWhatAnotherTryCanChangeIsTriedAgain(t *testing.T) {
 		{"a server with another key", atls.ErrServerUntrusted, false, failure.ServerUntrusted},
 		{"a server that cannot attest itself", atls.ErrPeerUnattested, false, failure.ServerUntrusted},
 		{"a machine without a TPM", attestation.ErrNoDevice, false, failure.NoDevice},
+		{"a TPM that is not the pinned one", fmt.Errorf("x: %w", attestation.ErrLocal), false, failure.NoDevice},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c, pauses := tries(time.Minute, 1)
@@ -116,6 +117,35 @@ func TestAServerThatIsNotTrustedIsNamedBeforeOneThatIsDown(t *testing.T) {
 		return classify(atls.ErrServerUntrusted)
 	})
 	if failure.Of(err).Class != failure.ServerUntrusted {
+		t.Fatal(err)
+	}
+}
+
+func TestOneBadEndpointDoesNotStopTheRetriesOfAGoodOne(t *testing.T) {
+	c, pauses := tries(time.Minute, 2)
+	round := 0
+	err := c.try(t.Context(), func(_ context.Context, e *endpoint) error {
+		if e.address == "endpoint-0" {
+			return classify(atls.ErrServerUntrusted)
+		}
+		if round++; round < 3 {
+			return failure.New(failure.Unreachable, errors.New("restarting"), "")
+		}
+		return nil
+	})
+	if err != nil || len(*pauses) != 2 {
+		t.Fatalf("%v after %d pauses", err, len(*pauses))
+	}
+}
+
+func TestACallerWhoGivesUpIsNotToldOfABudget(t *testing.T) {
+	c, _ := tries(time.Minute, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	err := c.try(ctx, func(context.Context, *endpoint) error {
+		cancel()
+		return failure.New(failure.Unreachable, errors.New("no"), "")
+	})
+	if !errors.Is(err, context.Canceled) {
 		t.Fatal(err)
 	}
 }

@@ -109,7 +109,7 @@ func (n *node) List(ctx context.Context, _ *nodev1.ListRequest) (*nodev1.ListRes
 func Message(v Volume) *nodev1.Volume {
 	return &nodev1.Volume{
 		Id: v.ID, Device: v.Device, Mapped: v.Mapped, MountPoint: v.Mount, State: v.State,
-		LuksUuid: v.UUID, Generation: v.Generation, LastError: v.LastError, CorrelationId: v.CorrelationID,
+		LuksUuid: v.UUID, Generation: v.Generation, LastError: v.LastError, CorrelationId: v.CorrelationID, Optional: v.Optional,
 	}
 }
 

@@ -37,6 +37,7 @@ type Volume struct {
 	Generation    uint64
 	LastError     string
 	CorrelationID string
+	Optional      bool
 }
 
 // Manager opens and closes the volumes of this node. Every local interface uses
@@ -141,12 +142,12 @@ func logStep(log *slog.Logger, name string, took time.Duration) {
 // unlock gets the key and maps the volume. The key lives no longer than this
 // call.
 func (m *Manager) unlock(ctx context.Context, v *VolumeConfig, format bool) (mapping luks.Mapping, err error) {
-	if _, err := os.Stat(v.Device); errors.Is(err, fs.ErrNotExist) {
-		return mapping, failure.New(failure.NotFound, err, "is the disk attached, and is device right in the configuration?")
+	if err := m.awaitDevice(ctx, v.Device); err != nil {
+		return mapping, err
 	}
 	var key *Key
 	err = m.step("key", func() (err error) {
-		key, err = m.keys.GetKey(ctx, v.ID, format)
+		key, err = m.key(ctx, v.ID, format)
 		return err
 	})
 	if err != nil {
@@ -171,6 +172,42 @@ func (m *Manager) unlock(ctx context.Context, v *VolumeConfig, format bool) (map
 		return mapping, failure.WithID(classifyLuks(err), key.CorrelationID)
 	}
 	return mapping, m.remember(v, key.Identity)
+}
+
+// key asks for the key of a volume that exists, and only if there is none, and
+// it may be created, for a new one.
+func (m *Manager) key(ctx context.Context, id string, format bool) (*Key, error) {
+	key, err := m.keys.GetKey(ctx, id, false)
+	if class := failure.Of(err).Class; err != nil && format && (class == failure.NotFound || class == failure.State) {
+		return m.keys.GetKey(ctx, id, true)
+	}
+	return key, err
+}
+
+// maxDeviceWait is how long a disk may take to appear.
+const maxDeviceWait = time.Minute
+
+// awaitDevice waits for a disk that is attached, or found, a moment later than
+// the agent starts.
+func (m *Manager) awaitDevice(ctx context.Context, device string) error {
+	limit := min(m.cfg.Retry.budget, maxDeviceWait)
+	deadline := time.Now().Add(limit)
+	for first := true; ; first = false {
+		_, err := os.Stat(device)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if !time.Now().Before(deadline) {
+			return failure.New(failure.NotFound, err, "is the disk attached, and is device right in the configuration?")
+		}
+		if first {
+			m.log.Info("waiting for the disk", "device", device, "at_most", limit)
+			m.progress("waiting for "+device, limit)
+		}
+		if err := wait(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 func (v *VolumeConfig) openOptions() luks.OpenOptions {
@@ -296,8 +333,9 @@ func (m *Manager) Close(ctx context.Context, id string) (Volume, error) {
 		return Volume{}, err
 	}
 	defer unlock()
-	if v.Mount != "" {
-		if err := unmount(v.Mount); err != nil {
+	mapping, err := luks.Status(ctx, v.Name)
+	if err == nil && v.Mount != "" {
+		if err := unmount(mapping.Path, v.Mount); err != nil {
 			return m.status(ctx, v), err
 		}
 	}
@@ -332,7 +370,7 @@ func (m *Manager) List(ctx context.Context) []Volume {
 func (m *Manager) status(ctx context.Context, v *VolumeConfig) Volume {
 	m.mu.Lock()
 	lastErr := m.lastErr[v.ID]
-	out := Volume{ID: v.ID, Device: v.Device, State: StateClosed, CorrelationID: m.lastID[v.ID]}
+	out := Volume{ID: v.ID, Device: v.Device, State: StateClosed, CorrelationID: m.lastID[v.ID], Optional: v.Optional}
 	m.mu.Unlock()
 	if lastErr != nil {
 		out.LastError = lastErr.Error()

@@ -111,6 +111,14 @@ func (l *Log) load(visit func(Entry)) error {
 	return nil
 }
 
+// Err returns why the log takes no more entries, or nil. It stays that way until
+// the log is opened again.
+func (l *Log) Err() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.broken
+}
+
 // Recovered returns how many bytes of an unfinished entry Open cut off.
 func (l *Log) Recovered() int64 { return l.recovered }
 
@@ -133,7 +141,14 @@ func (l *Log) Append(e Entry) error {
 	if l.synced >= n {
 		return nil // somebody's sync came after this write
 	}
-	written := l.Head().Entries
+	l.mu.Lock()
+	written, broken := l.head.Entries, l.broken
+	l.mu.Unlock()
+	if broken != nil {
+		// The kernel reports a failed sync once: a second one would succeed, and
+		// the entry need not be there.
+		return fmt.Errorf("audit: %w", broken)
+	}
 	if err := l.file.Sync(); err != nil {
 		l.mu.Lock()
 		defer l.mu.Unlock()

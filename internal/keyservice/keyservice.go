@@ -157,6 +157,8 @@ type decision struct {
 	policy.Decision
 	caller caller
 	entry  *audit.Entry
+	// also authorises another operation of the same caller on the volume.
+	also func(policy.Operation) error
 }
 
 // decide authorises a request, runs act, and records a refusal, whoever refused.
@@ -205,7 +207,11 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, volume stri
 		return failure.New(failure.PolicyDenied, err, "")
 	}
 	entry.Grant, entry.Profile = d.Grant, d.Profile
-	return act(&decision{Decision: d, caller: c, entry: entry})
+	also := func(other policy.Operation) error {
+		_, err := p.Authorize(a, policy.Request{Volume: volume, Operation: other, Now: s.now()})
+		return failure.New(failure.PolicyDenied, err, "")
+	}
+	return act(&decision{Decision: d, caller: c, entry: entry, also: also})
 }
 
 // refuse logs, audits and answers. The caller learns no more than the class,
@@ -245,6 +251,7 @@ func classify(err error) error {
 		{storage.ErrCorrupt, failure.Tampered, ""},
 		{kms.ErrWrongKey, failure.WrongKey, ""},
 		{kms.ErrUnavailable, failure.Unreachable, "try again later"},
+		{storage.ErrConflict, failure.Unreachable, "try again"},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
 	} {
 		if errors.Is(err, row.is) {
@@ -320,8 +327,11 @@ func (s *Service) recordFor(ctx context.Context, d *decision, req *keyservicev1.
 	switch {
 	case err != nil:
 		return nil, err
-	case rec.State == Active, rec.State == Pending && req.GetOperation() == keyservicev1.Operation_OPERATION_FORMAT:
+	case rec.State == Pending && req.GetOperation() == keyservicev1.Operation_OPERATION_FORMAT:
 		return rec, nil
+	case rec.State == Active:
+		// Who may only create volumes does not get the key of one with data.
+		return rec, d.also(policy.Open)
 	}
 	return nil, fmt.Errorf("%w: it is %s", errNotActive, rec.State)
 }

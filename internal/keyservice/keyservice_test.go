@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"google.golang.org/grpc"
@@ -24,7 +25,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/memfs"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
 )
@@ -550,4 +554,70 @@ func TestReattestationOverGRPC(t *testing.T) {
 	if !strings.Contains(w.logged.String(), "machine changed while the channel lived") {
 		t.Error("the log does not say why")
 	}
+}
+
+// slowStorage lets a test act between the read of a record and its use.
+type slowStorage struct {
+	storage.Storage
+	afterGet func()
+}
+
+func (s *slowStorage) Get(ctx context.Context, name string) ([]byte, storage.Version, error) {
+	data, v, err := s.Storage.Get(ctx, name)
+	if f := s.afterGet; f != nil {
+		s.afterGet = nil
+		f()
+	}
+	return data, v, err
+}
+
+func TestAChangeThatLandsDuringAReadIsNoRollback(t *testing.T) {
+	master, err := secret.Random(32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := cluster.New(cluster.Options{MasterSecret: master})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow := &slowStorage{Storage: memfs.New()}
+	r, err := openRecords(t.Context(), k, slow, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow.afterGet = func() {
+		if _, err := r.obtain(t.Context(), "data-1", "grant"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, _, err := r.get(t.Context(), "data-1"); !errors.Is(err, ErrNoVolume) {
+		t.Errorf("while it was created: %v", err)
+	}
+	slow.afterGet = func() {
+		if _, err := r.confirm(t.Context(), "data-1", 1, 1, testMAC); err != nil {
+			t.Error(err)
+		}
+	}
+	if rec, _, err := r.get(t.Context(), "data-1"); err != nil || rec.State != Pending {
+		t.Errorf("while it was confirmed: %+v, %v", rec, err)
+	}
+}
+
+func TestWhoMayOnlyCreateDoesNotGetTheKeyOfAVolumeWithData(t *testing.T) {
+	w := newWorld(t)
+	w.writePolicy(w.pcr(4), `["data-*"]`, "[format]")
+	if err := w.server.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	m := w.machine()
+	resp, _, err := w.get(m, "data-1", formatOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.ConfirmVolume(t.Context(), &keyservicev1.ConfirmVolumeRequest{
+		VolumeId: "data-1", Generation: resp.GetGeneration(), KeyVersion: 1, HeaderMac: testMAC}); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = w.get(m, "data-1", formatOp)
+	wantClass(t, err, failure.PolicyDenied)
 }

@@ -117,8 +117,10 @@ func (r *records) lastSeen(volume string) uint64 {
 // now, or an older one, is never taken for a new one.
 func (r *records) get(ctx context.Context, volume string) (*Record, storage.Version, error) {
 	name := objectName(volume)
-	data, version, err := r.storage.Get(ctx, name)
+	// What was seen before the read: a change that lands during it is newer than
+	// what is read, and no rollback.
 	seen := r.lastSeen(volume)
+	data, version, err := r.storage.Get(ctx, name)
 	if errors.Is(err, storage.ErrNotFound) {
 		if seen > 0 {
 			return nil, "", fmt.Errorf("%w: volume %q is gone, its revision %d was seen", ErrRollback, volume, seen)

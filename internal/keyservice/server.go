@@ -217,11 +217,7 @@ func (s *Server) openService(ctx context.Context) error {
 		}
 	})
 	if err != nil {
-		class := failure.Configuration
-		if errors.Is(err, audit.ErrBroken) {
-			class = failure.Tampered
-		}
-		return failure.New(class, fmt.Errorf("audit log %w", err), "keyagent audit verify says where; nothing is served until it is whole")
+		return auditError(err)
 	}
 	s.closers = append(s.closers, log)
 	if n := log.Recovered(); n > 0 {
@@ -233,6 +229,19 @@ func (s *Server) openService(ctx context.Context) error {
 	}
 	s.closers = append(s.closers, s.service)
 	return nil
+}
+
+func auditError(err error) error {
+	class, hint := failure.Configuration, ""
+	switch {
+	case errors.Is(err, audit.ErrBroken):
+		class, hint = failure.Tampered, "keyagent audit verify says where; nothing is served until it is whole"
+	case errors.Is(err, fs.ErrNotExist):
+		hint = "make its folder"
+	case errors.Is(err, syscall.EWOULDBLOCK):
+		hint = "is another keyagent serve running?"
+	}
+	return failure.New(class, fmt.Errorf("audit log: %w", err), hint)
 }
 
 func (s *Server) wire() error {
@@ -357,7 +366,8 @@ func (s *Server) ready() error {
 	if s.stopping.Load() {
 		return errors.New("stopping")
 	}
-	return nil
+	// Without its log the service refuses everybody, until it starts again.
+	return s.service.audit.Err()
 }
 
 // Close gives back everything that NewServer opened. It is for a server that

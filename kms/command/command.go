@@ -115,6 +115,10 @@ func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
 	}
+	// A child that left the group keeps the pipes open: they are not waited for
+	// beyond the deadline.
+	stop := context.AfterFunc(ctx, func() { _ = stdout.Close(); _ = stderr.Close() })
+	defer stop()
 	var logged sync.WaitGroup
 	logged.Go(func() { s.logLines(stderr) })
 	out, readErr := secret.Read(stdout, maxOutput)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -105,6 +106,29 @@ func TestACommandThatHangsIsKilledWithItsChildren(t *testing.T) {
 	status, err := os.ReadFile("/proc/" + strings.TrimSpace(string(child)) + "/status")
 	if err == nil && !strings.Contains(string(status), "State:\tZ") {
 		t.Fatalf("the command's child still runs: %s", status)
+	}
+}
+
+func TestAChildThatLeftTheGroupHoldsNobodyUp(t *testing.T) {
+	pid := filepath.Join(t.TempDir(), "pid")
+	s, err := NewSource(Options{Command: fmt.Sprintf("setsid sh -c 'echo $$ >%s; exec sleep 1000' & wait", pid), Deadline: 300 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Fetch(t.Context()); !errors.Is(err, ErrCommand) {
+		t.Fatalf("got %v", err)
+	}
+	// It is still there, and Fetch came back all the same.
+	var child int
+	data, err := os.ReadFile(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(string(data), &child); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(child, syscall.SIGKILL); err != nil {
+		t.Errorf("the child was gone: %v", err)
 	}
 }
 

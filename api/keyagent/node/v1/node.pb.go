@@ -35,6 +35,7 @@ type Volume struct {
 	Generation    uint64                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
 	LastError     string                 `protobuf:"bytes,8,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	CorrelationId string                 `protobuf:"bytes,9,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"` // of the last exchange with the key service
+	Optional      bool                   `protobuf:"varint,10,opt,name=optional,proto3" json:"optional,omitempty"`                              // the node is ready without it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -130,6 +131,13 @@ func (x *Volume) GetCorrelationId() string {
 		return x.CorrelationId
 	}
 	return ""
+}
+
+func (x *Volume) GetOptional() bool {
+	if x != nil {
+		return x.Optional
+	}
+	return false
 }
 
 type OpenRequest struct {
@@ -488,7 +496,7 @@ var File_keyagent_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\x82\x02\n" +
+	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\x9e\x02\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x16\n" +
@@ -502,7 +510,9 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"generation\x12\x1d\n" +
 	"\n" +
 	"last_error\x18\b \x01(\tR\tlastError\x12%\n" +
-	"\x0ecorrelation_id\x18\t \x01(\tR\rcorrelationId\"5\n" +
+	"\x0ecorrelation_id\x18\t \x01(\tR\rcorrelationId\x12\x1a\n" +
+	"\boptional\x18\n" +
+	" \x01(\bR\boptional\"5\n" +
 	"\vOpenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\bR\x06format\"@\n" +
