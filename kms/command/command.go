@@ -122,10 +122,10 @@ func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
 	var logged sync.WaitGroup
 	logged.Go(func() { s.logLines(stderr) })
 	out, readErr := secret.Read(stdout, maxOutput)
-	defer out.Close()
-	// A command that prints without end is not waited for.
 	if readErr != nil {
-		_ = cmd.Cancel()
+		_ = cmd.Cancel() // a command that prints without end is not waited for
+	} else {
+		defer out.Close()
 	}
 	logged.Wait()
 	waitErr := cmd.Wait()

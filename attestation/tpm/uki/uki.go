@@ -30,6 +30,10 @@ var ErrNotUKI = errors.New("not a unified kernel image")
 // maxImage bounds an image in bytes.
 const maxImage = 1 << 30
 
+// maxPadding bounds by how much all sections together may be larger in memory
+// than in the file, in bytes.
+const maxPadding = 1 << 20
+
 // measured are the sections that the stub measures, in its order. The signature
 // of the PCR value itself, .pcrsig, cannot be among them.
 var measured = []struct{ section, name string }{
@@ -87,7 +91,12 @@ func Parse(data []byte) (*Image, error) {
 	}
 	defer file.Close()
 	img := &Image{sections: map[string][]byte{}}
+	room := uint64(len(data)) + maxPadding
 	for _, s := range file.Sections {
+		if uint64(s.VirtualSize) > room {
+			return nil, fmt.Errorf("%w: section %s is larger than the file", ErrNotUKI, s.Name)
+		}
+		room -= uint64(s.VirtualSize)
 		content, err := sectionContent(s, len(data))
 		if err != nil {
 			return nil, fmt.Errorf("%w: section %s: %w", ErrNotUKI, s.Name, err)
@@ -113,7 +122,7 @@ func Parse(data []byte) (*Image, error) {
 // sectionContent is what the stub sees in memory: the virtual size, padded with
 // zeros where the file has less.
 func sectionContent(s *pe.Section, fileSize int) ([]byte, error) {
-	if int64(s.Size) > int64(fileSize) || s.VirtualSize > maxImage {
+	if int64(s.Size) > int64(fileSize) {
 		return nil, errors.New("size out of bounds")
 	}
 	raw, err := s.Data()
