@@ -1,8 +1,10 @@
 package kms
 
 import (
+	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"errors"
 	"fmt"
 
 	"github.com/keyagent/keyagent/internal/secret"
@@ -10,6 +12,23 @@ import (
 
 // envelopeDomain begins the associated data of an envelope.
 const envelopeDomain = "keyagent wrapped key v1"
+
+// GenerateWrapped is Generate for backends that cannot derive: a random key, and
+// what wrap makes of it.
+func GenerateWrapped(ctx context.Context, b Binding, wrap func(context.Context, Binding, *secret.Bytes) (Wrapped, error)) (*secret.Bytes, Wrapped, error) {
+	if err := b.Validate(); err != nil {
+		return nil, Wrapped{}, err
+	}
+	key, err := secret.Random(b.Length)
+	if err != nil {
+		return nil, Wrapped{}, err
+	}
+	w, err := wrap(ctx, b, key)
+	if err != nil {
+		return nil, Wrapped{}, errors.Join(err, key.Close())
+	}
+	return key, w, nil
+}
 
 // SealEnvelope wraps key under kek, a key of 16, 24 or 32 bytes that the caller
 // holds: a random nonce of 12 bytes, then AES-GCM with the encoding of b as

@@ -71,6 +71,23 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	return local{m}, func() { _ = closer.Close() }, nil
 }
 
+// onOne is a verb on the one volume that is named.
+func (v *volumeVerb) onOne(do func(context.Context, volumes, string) (*nodev1.Volume, error)) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, ids []string) error {
+		vs, done, err := v.connect(cmd)
+		if err != nil {
+			return err
+		}
+		defer done()
+		one, err := do(cmd.Context(), vs, ids[0])
+		if err != nil {
+			return err
+		}
+		cmd.Printf("%s is %s\n", ids[0], describe(one))
+		return nil
+	}
+}
+
 // agentSocket is the one that was named, else the configuration's. A caller who
 // may not read the configuration finds the agent at the usual place.
 func (v *volumeVerb) agentSocket(cmd *cobra.Command) string {
@@ -142,19 +159,9 @@ must be blank. A volume that exists is opened and never formatted again. What
 was interrupted goes on where it stopped.`,
 		Example: "  keyagent format data",
 		Args:    cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			vs, done, err := v.connect(cmd)
-			if err != nil {
-				return err
-			}
-			defer done()
-			one, err := vs.open(cmd.Context(), ids[0], true)
-			if err != nil {
-				return err
-			}
-			cmd.Printf("%s is %s\n", ids[0], describe(one))
-			return nil
-		},
+		RunE: v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
+			return vs.open(ctx, id, true)
+		}),
 	}
 	v.flags(cmd)
 	return cmd
@@ -167,19 +174,9 @@ func newClose() *cobra.Command {
 		Short:   "Unmount and close a volume",
 		Example: "  keyagent close data",
 		Args:    cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			vs, done, err := v.connect(cmd)
-			if err != nil {
-				return err
-			}
-			defer done()
-			one, err := vs.close(cmd.Context(), ids[0])
-			if err != nil {
-				return err
-			}
-			cmd.Printf("%s is %s\n", ids[0], describe(one))
-			return nil
-		},
+		RunE: v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
+			return vs.close(ctx, id)
+		}),
 	}
 	v.flags(cmd)
 	return cmd

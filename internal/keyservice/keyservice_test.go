@@ -3,9 +3,7 @@ package keyservice
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -15,215 +13,18 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-tpm/tpm2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/peer"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
-	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
-	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/memfs"
-	"github.com/keyagent/keyagent/test/pki"
-	"github.com/keyagent/keyagent/test/swtpm"
 )
-
-const (
-	formatOp = keyservicev1.Operation_OPERATION_FORMAT
-	openOp   = keyservicev1.Operation_OPERATION_OPEN
-)
-
-// world is a key service on loopback and a machine with a TPM.
-type world struct {
-	t      testing.TB
-	dir    string
-	tpm    *swtpm.TPM
-	pki    *pki.Authority
-	cfg    *Config
-	logged *syncBuffer
-	issuer *tpm.Issuer
-	server *Server
-	stop   func()
-}
-
-// syncBuffer is a log that tests read while it is written.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
-}
-
-func newWorld(t testing.TB) *world {
-	t.Helper()
-	w := &world{t: t, dir: t.TempDir(), tpm: swtpm.New(t, nil), pki: pki.New(t), logged: &syncBuffer{}}
-	cert, err := w.pki.Server("127.0.0.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := w.pki.Write(w.dir, cert); err != nil {
-		t.Fatal(err)
-	}
-	if w.issuer, err = tpm.NewIssuer(tpm.IssuerOptions{Device: w.tpm.Device, EventLog: "/nonexistent"}); err != nil {
-		t.Fatal(err)
-	}
-	w.extend(4)
-	w.writePolicy(w.pcr(4), `["data-*"]`, "[open, format]")
-	if err := cluster.InitMasterSecret(filepath.Join(w.dir, "master")); err != nil {
-		t.Fatal(err)
-	}
-	w.cfg = &Config{
-		Listen: "127.0.0.1:0", Policy: filepath.Join(w.dir, "policy.yaml"),
-		TLS:     TLSConfig{filepath.Join(w.dir, "server.pem"), filepath.Join(w.dir, "server.key")},
-		KMS:     "kms://cluster-kms?file=" + filepath.Join(w.dir, "master"),
-		Storage: "storage://file?dir=" + filepath.Join(w.dir, "records"),
-		Audit:   filepath.Join(w.dir, "audit.log"), MaxUnattested: 64,
-	}
-	w.start()
-	t.Cleanup(func() { w.stop() })
-	return w
-}
-
-func (w *world) start() {
-	w.t.Helper()
-	log := slog.New(slog.NewTextHandler(w.logged, nil))
-	server, err := NewServer(context.Background(), w.cfg, log)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- server.Run(ctx) }()
-	w.server = server
-	w.stop = sync.OnceFunc(func() {
-		cancel()
-		if err := <-done; err != nil {
-			w.t.Errorf("server: %v", err)
-		}
-	})
-}
-
-func (w *world) restart() {
-	w.t.Helper()
-	w.stop()
-	w.start()
-}
-
-func (w *world) writePolicy(pcr4, volumes, ops string) {
-	w.t.Helper()
-	text := fmt.Sprintf(`version: 1
-lifetime: 1h
-trust:
-  tpm:
-    roots: [{name: lab, file: %s}]
-profiles:
-  - name: guest
-    tpm:
-      trust: ["root:lab"]
-      bank: sha256
-      event_log: optional
-      pcrs: [{pcr: 4, accept: ["%s"]}]
-grants:
-  - {name: data, profiles: [guest], volumes: %s, operations: %s}
-`, w.tpm.Authority.IssuerPath(), pcr4, volumes, ops)
-	if err := os.WriteFile(filepath.Join(w.dir, "policy.yaml"), []byte(text), 0o644); err != nil {
-		w.t.Fatal(err)
-	}
-}
-
-// extend measures something into a PCR, as a boot would.
-func (w *world) extend(pcr uint32) {
-	w.t.Helper()
-	dev, err := tpm.OpenDevice(w.tpm.Device)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer dev.Close()
-	if _, err := (tpm2.PCRExtend{
-		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
-		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: make([]byte, 32)}}},
-	}).Execute(dev); err != nil {
-		w.t.Fatal(err)
-	}
-}
-
-func (w *world) pcr(n uint) string {
-	w.t.Helper()
-	dev, err := tpm.OpenDevice(w.tpm.Device)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer dev.Close()
-	rsp, err := tpm2.PCRRead{PCRSelectionIn: tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
-		Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(n)}}}}.Execute(dev)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return hex.EncodeToString(rsp.PCRValues.Digests[0].Buffer)
-}
-
-// machine is a client with this world's TPM.
-func (w *world) machine() keyservicev1.KeyServiceClient {
-	w.t.Helper()
-	id, err := atls.NewIdentity()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	conn, err := grpc.NewClient("passthrough:///"+w.server.Addr().String(),
-		grpc.WithTransportCredentials(atls.NewClientCredentials(&atls.ClientConfig{
-			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{w.issuer},
-		})))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { conn.Close() })
-	return keyservicev1.NewKeyServiceClient(conn)
-}
-
-// get returns the opened DEK of a volume.
-func (w *world) get(m keyservicev1.KeyServiceClient, volume string, op keyservicev1.Operation) (*keyservicev1.GetKeyResponse, string, error) {
-	var p peer.Peer
-	resp, err := m.GetKey(w.t.Context(), &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op}, grpc.Peer(&p))
-	if err != nil {
-		return nil, "", failure.FromStatus(err)
-	}
-	ch, ok := atls.FromPeer(&p)
-	if !ok {
-		w.t.Fatal("the channel is not attested")
-	}
-	dek, err := ch.Open(keyservicev1.SealInfo(volume, op, resp), resp.GetSealedDek())
-	if err != nil {
-		return resp, "", err
-	}
-	defer dek.Close()
-	text := ""
-	_ = dek.Use(func(b []byte) error { text = hex.EncodeToString(b); return nil })
-	return resp, text, nil
-}
-
-func wantClass(t testing.TB, err error, class failure.Class) {
-	t.Helper()
-	if err == nil || failure.Of(err).Class != class {
-		t.Fatalf("got %q (%v), want %q", failure.Of(err).Class, err, class)
-	}
-}
-
-var testMAC = bytes.Repeat([]byte{7}, 32)
 
 func TestTheLifeOfAVolume(t *testing.T) {
 	w := newWorld(t)

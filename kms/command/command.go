@@ -283,18 +283,7 @@ func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
-	if err := b.Validate(); err != nil {
-		return nil, kms.Wrapped{}, err
-	}
-	key, err := secret.Random(b.Length)
-	if err != nil {
-		return nil, kms.Wrapped{}, err
-	}
-	w, err := k.Wrap(ctx, b, key)
-	if err != nil {
-		return nil, kms.Wrapped{}, errors.Join(err, key.Close())
-	}
-	return key, w, nil
+	return kms.GenerateWrapped(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
