@@ -249,10 +249,15 @@ func TestAnAgentWaitsForItsServiceAndTellsSystemd(t *testing.T) {
 		}
 		_, extend, _ := strings.Cut(said, "EXTEND_TIMEOUT_USEC=")
 		var usec int64
-		if _, err := fmt.Sscan(extend, &usec); err != nil || usec < time.Minute.Microseconds() || !strings.Contains(said, "STATUS=waiting for the key service") {
+		if _, err := fmt.Sscan(extend, &usec); err != nil || usec < time.Minute.Microseconds() {
+			t.Errorf("it asks for no time: %q", said)
+		}
+		switch {
+		case strings.Contains(said, "STATUS=waiting for the key service"):
+			waits++
+		case !strings.Contains(said, "STATUS=asking the key service"):
 			t.Errorf("while it waits it says %q", said)
 		}
-		waits++
 	}
 	service := l.serve(t, dir, 0)
 	defer stop(t, service)
