@@ -30,6 +30,9 @@ var (
 	ErrTooLarge = errors.New("object is too large")
 	// ErrCorrupt: what the backend holds is not what was written.
 	ErrCorrupt = errors.New("object is corrupt")
+	// ErrDenied: the service knows who asks and does not allow it. The text
+	// after it names the permission.
+	ErrDenied = errors.New("missing permission")
 )
 
 // Version identifies one state of one object. It is never used again, also not

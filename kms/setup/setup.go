@@ -7,6 +7,13 @@
 //	kms://vault?address=URL&key=NAME&tokenFile=PATH&caFile=PATH
 //	                                     transit engine of Vault or OpenBao
 //	storage://file?dir=PATH              records in a folder
+//	storage://aws?bucket=NAME&region=NAME&prefix=PATH
+//	                                     records in a bucket of S3
+//
+// storage://aws also takes endpoint, createBucket=true, encryption, kmsKey and
+// bucketOwner. Its credentials come from the SDK's default chain, or from
+// accessKeyID and accessKey, each also as …File or …Credential. The build tag
+// keyagent_noaws leaves it out.
 //
 // kms://cluster-kms also takes salt=TEXT, and derivation=constellation for disks
 // that come from a Constellation cluster. kms://command also takes encoding=raw,
@@ -172,8 +179,14 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 	return cluster.New(cluster.Options{MasterSecret: master, Salt: []byte(salt), Constellation: derivation != ""})
 }
 
+// store is a backend of storage with what it holds open.
+type store interface {
+	storage.Storage
+	io.Closer
+}
+
 // Storage opens the backend that uri names. The caller closes it.
-func Storage(_ context.Context, uri string) (interface {
+func Storage(ctx context.Context, uri string) (interface {
 	storage.Storage
 	io.Closer
 }, error) {
@@ -195,8 +208,10 @@ func Storage(_ context.Context, uri string) (interface {
 			return nil, err
 		}
 		return s, nil
+	case "aws":
+		return awsStorage(ctx, u)
 	}
-	return nil, fmt.Errorf("%w: no storage backend has the name %q (hint: file)", kms.ErrURI, u.Name)
+	return nil, fmt.Errorf("%w: no storage backend has the name %q (hint: file, aws)", kms.ErrURI, u.Name)
 }
 
 func parse(uri, scheme string) (*kms.URI, error) {
