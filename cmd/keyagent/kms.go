@@ -90,7 +90,7 @@ func (r *checkReport) step(backend, name string, f func() error) error {
 		s.Error = err.Error()
 		class := failure.Unreachable
 		switch {
-		case errors.Is(err, kms.ErrURI):
+		case errors.Is(err, kms.ErrURI), errors.Is(err, storage.ErrDenied):
 			class = failure.Configuration
 		case errors.Is(err, kms.ErrWrongKey), errors.Is(err, errCheck):
 			class = failure.WrongKey

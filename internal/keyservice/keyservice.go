@@ -252,6 +252,7 @@ func classify(err error) error {
 		{kms.ErrWrongKey, failure.WrongKey, ""},
 		{kms.ErrUnavailable, failure.Unreachable, "try again later"},
 		{storage.ErrConflict, failure.Unreachable, "try again"},
+		{storage.ErrDenied, failure.Configuration, ""},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
 	} {
 		if errors.Is(err, row.is) {
