@@ -110,7 +110,7 @@ func TestHalfOpenConnectionsHinderNobody(t *testing.T) {
 	w := newWorld(t)
 	w.cfg.MaxUnattested = defaultMaxUnattested
 	w.restart()
-	before := w.honest(5)
+	before := w.honest(20)
 	const total = 10_000
 	batch := min(2_000, moreFiles(t)/4)
 	// The first bytes of a TLS record that announces more than ever comes.
@@ -122,7 +122,7 @@ func TestHalfOpenConnectionsHinderNobody(t *testing.T) {
 		func(c net.Conn) { c.(*net.TCPConn).CloseWrite() },
 		func(c net.Conn) { c.Write([]byte("GET / HTTP/1.1\r\n\r\n")) },
 	}
-	var during []time.Duration
+	var arriving, standing []time.Duration
 	n, goroutines := 0, 0
 	for n < total {
 		var mu sync.Mutex
@@ -143,9 +143,9 @@ func TestHalfOpenConnectionsHinderNobody(t *testing.T) {
 			closeAll = end
 		})
 		<-started
-		during = append(during, w.honest(2)...)
+		arriving = append(arriving, w.honest(2)...)
 		wg.Wait()
-		during = append(during, w.honest(2)...) // all of the batch is there
+		standing = append(standing, w.honest(10)...) // all of the batch is there
 		goroutines = max(goroutines, runtime.NumGoroutine())
 		if rss := resident(t); rss > rssLimit {
 			t.Fatalf("%d MiB after %d connections", rss>>20, n+batch)
@@ -161,7 +161,10 @@ func TestHalfOpenConnectionsHinderNobody(t *testing.T) {
 	if goroutines > 20*w.cfg.MaxUnattested {
 		t.Errorf("%d goroutines for at most %d connections", goroutines, w.cfg.MaxUnattested)
 	}
-	report(t, before, during)
+	t.Log("while connections arrive, made by this very process:")
+	report(t, before, arriving)
+	t.Log("while they stand there half-open:")
+	report(t, before, standing)
 }
 
 // encrypted is a TLS session without evidence: as far as a stranger gets.
