@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -85,27 +84,6 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 			})
 		})
 	}
-}
-
-// TestARealBucketHoldsTheSuite runs against the bucket that
-// KEYAGENT_TEST_S3_BUCKET names, at KEYAGENT_TEST_S3_ENDPOINT if that is set,
-// with the credentials and the region of the environment.
-func TestARealBucketHoldsTheSuite(t *testing.T) {
-	bucket := os.Getenv("KEYAGENT_TEST_S3_BUCKET")
-	if bucket == "" {
-		t.Skip("KEYAGENT_TEST_S3_BUCKET is not set: not verified on a real bucket")
-	}
-	run := time.Now().UTC().Format("20060102t150405")
-	storagetest.Run(t, func(t *testing.T) func() storage.Storage {
-		prefix := "keyagent-test/" + run + "/" + fmt.Sprintf("%x", t.Name())[:32]
-		return func() storage.Storage {
-			st, err := New(t.Context(), Options{Bucket: bucket, Prefix: prefix, Endpoint: os.Getenv("KEYAGENT_TEST_S3_ENDPOINT")})
-			if err != nil {
-				t.Fatal(err)
-			}
-			return st
-		}
-	})
 }
 
 func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
