@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -100,4 +102,22 @@ func FuzzSuperblock(f *testing.F) {
 			t.Fatal("accepted without its magic number")
 		}
 	})
+}
+
+// TestOnlyOurOwnMountIsTakenOff needs root, as every test run does.
+func TestOnlyOurOwnMountIsTakenOff(t *testing.T) {
+	target := t.TempDir()
+	if err := unix.Mount("tmpfs", target, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatalf("mount a tmpfs: %v (hint: run the tests as root)", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(target, 0) })
+	if err := unmount("/dev/null", target); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := mountedAt(target); err != nil || n == nil {
+		t.Fatalf("what somebody else mounted is gone, %v", err)
+	}
+	if err := mount("/dev/null", target, nil); failure.Of(err).Class != failure.DeviceBusy {
+		t.Fatalf("mounted over it: %v", err)
+	}
 }
