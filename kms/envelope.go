@@ -15,7 +15,7 @@ const envelopeDomain = "keyagent wrapped key v1"
 
 // GenerateWrapped is Generate for backends that cannot derive: a random key, and
 // what wrap makes of it.
-func GenerateWrapped(ctx context.Context, b Binding, wrap func(context.Context, Binding, *secret.Bytes) (Wrapped, error)) (*secret.Bytes, Wrapped, error) {
+func GenerateWrapped(ctx context.Context, b Binding, wrap func(context.Context, Binding, *Secret) (Wrapped, error)) (*Secret, Wrapped, error) {
 	if err := b.Validate(); err != nil {
 		return nil, Wrapped{}, err
 	}
@@ -34,12 +34,9 @@ func GenerateWrapped(ctx context.Context, b Binding, wrap func(context.Context, 
 // holds: a random nonce of 12 bytes, then AES-GCM with the encoding of b as
 // associated data. It is for backends whose KEK is at hand, and for services
 // that have no associated data of their own.
-func SealEnvelope(kek *secret.Bytes, b Binding, key *secret.Bytes) ([]byte, error) {
-	if err := b.Validate(); err != nil {
+func SealEnvelope(kek *Secret, b Binding, key *Secret) ([]byte, error) {
+	if err := CheckWrap(context.Background(), b, key); err != nil {
 		return nil, err
-	}
-	if key.Len() != b.Length {
-		return nil, fmt.Errorf("%w: the key has %d bytes, the binding says %d", ErrBinding, key.Len(), b.Length)
 	}
 	var blob []byte
 	err := withGCM(kek, func(a cipher.AEAD) error {
@@ -52,7 +49,7 @@ func SealEnvelope(kek *secret.Bytes, b Binding, key *secret.Bytes) ([]byte, erro
 }
 
 // OpenEnvelope returns the key in blob, or an error that wraps [ErrWrongKey].
-func OpenEnvelope(kek *secret.Bytes, b Binding, blob []byte) (key *secret.Bytes, err error) {
+func OpenEnvelope(kek *Secret, b Binding, blob []byte) (key *Secret, err error) {
 	if err := b.Validate(); err != nil {
 		return nil, err
 	}
@@ -70,7 +67,7 @@ func OpenEnvelope(kek *secret.Bytes, b Binding, blob []byte) (key *secret.Bytes,
 	return key, err
 }
 
-func withGCM(kek *secret.Bytes, f func(cipher.AEAD) error) error {
+func withGCM(kek *Secret, f func(cipher.AEAD) error) error {
 	return kek.Use(func(k []byte) (err error) {
 		secret.Do(func() {
 			var block cipher.Block

@@ -47,9 +47,21 @@ var (
 	// ErrKEKVersion: the wrapped key names a KEK that this backend does not
 	// have.
 	ErrKEKVersion = fmt.Errorf("%w: its KEK is not here", ErrWrongKey)
-	// ErrUnavailable: the backend cannot be reached or refuses to work at the
+	// ErrUnavailable: the backend cannot be reached or does not work at the
 	// moment. Trying again later may help.
 	ErrUnavailable = errors.New("key management service is unavailable")
+	// ErrThrottled: the service asks for fewer requests, and goes on asking
+	// after all retries.
+	ErrThrottled = fmt.Errorf("%w: too many requests", ErrUnavailable)
+	// ErrDenied: the service knows who asks and does not allow it. The text
+	// after it names the permission, in the words of that service.
+	ErrDenied = errors.New("missing permission")
+	// ErrCredentials: the service does not know who asks: there are no
+	// credentials, or they are wrong or have expired.
+	ErrCredentials = errors.New("credentials are not accepted")
+	// ErrKEK: the key-encryption key is not there, is disabled, waits for its
+	// deletion, or is of a kind that cannot wrap.
+	ErrKEK = errors.New("key-encryption key cannot be used")
 	// ErrURI: a URI cannot be understood. The error never repeats the values
 	// in it.
 	ErrURI = errors.New("invalid URI")
@@ -60,13 +72,59 @@ var (
 type KMS interface {
 	// Generate returns a new key for b and what must be kept to unwrap it.
 	// A backend that derives keys returns the same key each time.
-	Generate(ctx context.Context, b Binding) (*secret.Bytes, Wrapped, error)
+	Generate(ctx context.Context, b Binding) (*Secret, Wrapped, error)
 	// Wrap wraps a key that came from elsewhere. Its length must be b.Length.
-	Wrap(ctx context.Context, b Binding, key *secret.Bytes) (Wrapped, error)
+	Wrap(ctx context.Context, b Binding, key *Secret) (Wrapped, error)
 	// Unwrap returns the key of w. A w that was not made for exactly b gives
 	// an error that wraps ErrWrongKey.
-	Unwrap(ctx context.Context, b Binding, w Wrapped) (*secret.Bytes, error)
+	Unwrap(ctx context.Context, b Binding, w Wrapped) (*Secret, error)
 }
+
+// Namer is implemented by backends that can say under which KEK they wrap now.
+// All of this module do.
+type Namer interface {
+	// Current returns what Wrap would set as Wrapped.KEK: it tells a wrapped
+	// key that is up to date from one that is to be wrapped again.
+	Current(ctx context.Context) (string, error)
+}
+
+// MaxBlob bounds Wrapped.Blob in bytes. A longer one is refused before any
+// service sees it.
+const MaxBlob = 16 << 10
+
+// CheckWrap is what every Wrap begins with.
+func CheckWrap(ctx context.Context, b Binding, key *Secret) error {
+	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+		return err
+	}
+	if key.Len() != b.Length {
+		return fmt.Errorf("%w: the key has %d bytes, the binding says %d", ErrBinding, key.Len(), b.Length)
+	}
+	return nil
+}
+
+// CheckUnwrap is what every Unwrap of a backend with one scheme begins with.
+func CheckUnwrap(ctx context.Context, b Binding, w Wrapped, scheme string) error {
+	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+		return err
+	}
+	switch {
+	case w.Scheme != scheme:
+		return fmt.Errorf("%w: unknown scheme", ErrWrongKey)
+	case w.KEK == "" || len(w.KEK) > 1024:
+		return fmt.Errorf("%w: it names no KEK", ErrKEKVersion)
+	case len(w.Blob) == 0 || len(w.Blob) > MaxBlob:
+		return fmt.Errorf("%w: it has %d bytes", ErrWrongKey, len(w.Blob))
+	}
+	return nil
+}
+
+// Secret is a key in memory that is locked, not dumped, and wiped by Close. It
+// has no printable form; Use lends its bytes.
+type Secret = secret.Bytes
+
+// NewSecret moves p into a Secret: p is overwritten with zeros, also on error.
+func NewSecret(p []byte) (*Secret, error) { return secret.From(p) }
 
 // Binding says what a key is for. All of it is an input of derivation, or
 // associated data of wrapping.

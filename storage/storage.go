@@ -31,8 +31,20 @@ var (
 	// ErrCorrupt: what the backend holds is not what was written.
 	ErrCorrupt = errors.New("object is corrupt")
 	// ErrDenied: the service knows who asks and does not allow it. The text
-	// after it names the permission.
+	// after it names the permission, in the words of that service.
 	ErrDenied = errors.New("missing permission")
+	// ErrCredentials: the service does not know who asks: there are no
+	// credentials, or they are wrong or have expired.
+	ErrCredentials = errors.New("credentials are not accepted")
+	// ErrNoBucket: the bucket, container or folder that holds the objects is
+	// not there. It says nothing about any object.
+	ErrNoBucket = errors.New("there is no such bucket")
+	// ErrUnavailable: the service cannot be reached, or does not work at the
+	// moment. Trying again later may help.
+	ErrUnavailable = errors.New("storage is unavailable")
+	// ErrThrottled: the service asks for fewer requests, and goes on asking
+	// after all retries.
+	ErrThrottled = fmt.Errorf("%w: too many requests", ErrUnavailable)
 )
 
 // Version identifies one state of one object. It is never used again, also not

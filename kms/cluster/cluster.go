@@ -68,7 +68,10 @@ type KMS struct {
 	constellation bool
 }
 
-var _ kms.KMS = (*KMS)(nil)
+var (
+	_ kms.KMS   = (*KMS)(nil)
+	_ kms.Namer = (*KMS)(nil)
+)
 
 // New returns a KMS.
 func New(opts Options) (*KMS, error) {
@@ -96,6 +99,9 @@ func (k *KMS) Close() error { return k.master.Close() }
 
 // KEK names the master secret without revealing it.
 func (k *KMS) KEK() string { return k.id }
+
+// Current implements kms.Namer.
+func (k *KMS) Current(ctx context.Context) (string, error) { return k.id, ctx.Err() }
 
 func (k *KMS) derive(info []byte, length int) (key *secret.Bytes, err error) {
 	useErr := k.master.Use(func(master []byte) error {

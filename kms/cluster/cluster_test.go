@@ -36,9 +36,10 @@ func newKMS(t *testing.T, master, salt string) *KMS {
 const testMaster = "0123456789abcdef0123456789abcdef"
 
 func TestConformance(t *testing.T) {
-	kmstest.Run(t,
-		func(t *testing.T) kms.KMS { return newKMS(t, testMaster, "") },
-		func(t *testing.T) kms.KMS { return newKMS(t, "another master secret, 32 bytes..", "") })
+	kmstest.Run(t, kmstest.Bed{
+		Open:  func(t *testing.T) kms.KMS { return newKMS(t, testMaster, "") },
+		Other: func(t *testing.T) kms.KMS { return newKMS(t, "another master secret, 32 bytes..", "") },
+	})
 }
 
 // TestDerivationIsHKDF computes HKDF by its definition in RFC 5869 and compares.

@@ -218,7 +218,10 @@ type KMS struct {
 	fetched time.Time
 }
 
-var _ kms.KMS = (*KMS)(nil)
+var (
+	_ kms.KMS   = (*KMS)(nil)
+	_ kms.Namer = (*KMS)(nil)
+)
 
 // New runs the command, which must succeed.
 func New(ctx context.Context, opts Options) (*KMS, error) {
@@ -281,6 +284,12 @@ func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id
 	return f(k.kek, k.id)
 }
 
+// Current implements kms.Namer.
+func (k *KMS) Current(ctx context.Context) (name string, err error) {
+	err = k.use(ctx, "", func(_ *secret.Bytes, id string) error { name = id; return nil })
+	return name, err
+}
+
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
 	return kms.GenerateWrapped(ctx, b, k.Wrap)
@@ -302,11 +311,8 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
-	if err := b.Validate(); err != nil {
+	if err := kms.CheckUnwrap(ctx, b, w, schemeWrapped); err != nil {
 		return nil, err
-	}
-	if w.Scheme != schemeWrapped || w.KEK == "" {
-		return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
 	}
 	var key *secret.Bytes
 	err := k.use(ctx, w.KEK, func(kek *secret.Bytes, _ string) (err error) {

@@ -28,9 +28,10 @@ func newKMS(t *testing.T, command string) *KMS {
 }
 
 func TestConformance(t *testing.T) {
-	kmstest.Run(t,
-		func(t *testing.T) kms.KMS { return newKMS(t, "printf 0123456789abcdef0123456789abcdef") },
-		func(t *testing.T) kms.KMS { return newKMS(t, "printf fedcba9876543210fedcba9876543210") })
+	kmstest.Run(t, kmstest.Bed{
+		Open:  func(t *testing.T) kms.KMS { return newKMS(t, "printf 0123456789abcdef0123456789abcdef") },
+		Other: func(t *testing.T) kms.KMS { return newKMS(t, "printf fedcba9876543210fedcba9876543210") },
+	})
 }
 
 // TestWhatACommandPrints is part of case 44.

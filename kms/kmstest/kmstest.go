@@ -4,17 +4,33 @@ package kmstest
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 )
 
-// Run runs the suite. open returns a KMS over one and the same KEK each time it
-// is called, other one over another KEK.
-func Run(t *testing.T, open func(t *testing.T) kms.KMS, other func(t *testing.T) kms.KMS) {
+// Bed is a KEK, another one, and what a test can do to them.
+type Bed struct {
+	// Open returns a KMS over one and the same KEK each time it is called.
+	Open func(t *testing.T) kms.KMS
+	// Other returns one over another KEK of the same service.
+	Other func(t *testing.T) kms.KMS
+	// Rotate gives the KEK of Open a new version; older ones still open. Nil
+	// where a KEK has no versions that a client sees.
+	Rotate func(t *testing.T)
+	// Stall makes the service silent until release is called. Nil where no
+	// service is asked.
+	Stall func(t *testing.T) (release func())
+}
+
+// Run runs the suite.
+func Run(t *testing.T, bed Bed) {
+	open, other := bed.Open, bed.Other
 	b := kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
 
 	t.Run("a generated key comes back by its wrapped form, also from a new instance", func(t *testing.T) {
@@ -62,7 +78,8 @@ func Run(t *testing.T, open func(t *testing.T) kms.KMS, other func(t *testing.T)
 			"volume":  func(b *kms.Binding) { b.VolumeID = "data-2" },
 			"purpose": func(b *kms.Binding) { b.Purpose = kms.RecordMAC },
 			"version": func(b *kms.Binding) { b.Version = 2 },
-			"length":  func(b *kms.Binding) { b.Length = 33 },
+			"longer":  func(b *kms.Binding) { b.Length = 33 }, // size mismatch
+			"shorter": func(b *kms.Binding) { b.Length = 16 },
 		} {
 			swapped := b
 			change(&swapped)
@@ -146,11 +163,105 @@ func Run(t *testing.T, open func(t *testing.T) kms.KMS, other func(t *testing.T)
 		}
 	})
 
+	t.Run("keys of all lengths come back", func(t *testing.T) {
+		k := open(t)
+		for _, length := range []int{kms.MinLength, 24, 33, kms.MaxLength} {
+			mine := b
+			mine.Length = length
+			key, w := generate(t, k, mine)
+			got, err := k.Unwrap(t.Context(), mine, w)
+			if err != nil || !got.Equal(key) {
+				t.Errorf("%d bytes: %v", length, err)
+			}
+		}
+	})
+
+	t.Run("the KEK that wraps now has a name", func(t *testing.T) {
+		k := open(t)
+		key, _ := generate(t, k, b)
+		w, err := k.Wrap(t.Context(), b, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name := current(t, k); name != w.KEK || name == "" {
+			t.Errorf("it is %q, a key was wrapped under %q", name, w.KEK)
+		}
+		if name := current(t, other(t)); name == w.KEK {
+			t.Errorf("two KEKs have the name %q", name)
+		}
+		if bed.Rotate == nil {
+			t.Log("a KEK of this backend has no versions")
+			return
+		}
+		bed.Rotate(t)
+		k = open(t)
+		next, err := k.Wrap(t.Context(), b, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name := current(t, k); name != next.KEK || next.KEK == w.KEK {
+			t.Errorf("after its rotation it is %q, was %q, and wraps under %q", name, w.KEK, next.KEK)
+		}
+		for _, w := range []kms.Wrapped{w, next} {
+			if got, err := k.Unwrap(t.Context(), b, w); err != nil || !got.Equal(key) {
+				t.Errorf("under %q: %v", w.KEK, err)
+			}
+		}
+		stale := kms.Wrapped{Scheme: w.Scheme, KEK: next.KEK, Blob: w.Blob}
+		if _, err := k.Unwrap(t.Context(), b, stale); !errors.Is(err, kms.ErrWrongKey) {
+			t.Errorf("an older wrapped key under the name of the newer KEK: %v", err)
+		}
+	})
+
 	t.Run("a cancelled context ends the call", func(t *testing.T) {
+		k := open(t)
+		_, w := generate(t, k, b)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, _, err := open(t).Generate(ctx, b); !errors.Is(err, context.Canceled) {
+		if _, _, err := k.Generate(ctx, b); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		if _, err := k.Unwrap(ctx, b, w); !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+	})
+
+	t.Run("a context that is cancelled in the middle of a call ends it", func(t *testing.T) {
+		if bed.Stall == nil {
+			t.Log("this backend asks no service")
+			return
+		}
+		k := open(t)
+		key, w := generate(t, k, b)
+		defer bed.Stall(t)()
+		for name, call := range map[string]func(context.Context) error{
+			"generate": func(ctx context.Context) error { _, _, err := k.Generate(ctx, b); return err },
+			"wrap":     func(ctx context.Context) error { _, err := k.Wrap(ctx, b, key); return err },
+			"unwrap":   func(ctx context.Context) error { _, err := k.Unwrap(ctx, b, w); return err },
+		} {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(50*time.Millisecond, cancel)
+			if err := call(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, kms.ErrWrongKey) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+
+	t.Run("what is closed gives no key, and closes twice", func(t *testing.T) {
+		k := open(t)
+		_, w := generate(t, k, b)
+		c, ok := k.(io.Closer)
+		if !ok {
+			t.Fatal("it cannot be closed")
+		}
+		if err := c.Close(); err != nil {
 			t.Fatal(err)
+		}
+		if err := c.Close(); err != nil {
+			t.Errorf("twice: %v", err)
+		}
+		if _, err := k.Unwrap(t.Context(), b, w); err == nil {
+			t.Error("a key came back")
 		}
 	})
 
@@ -174,6 +285,19 @@ func Run(t *testing.T, open func(t *testing.T) kms.KMS, other func(t *testing.T)
 		}
 		wg.Wait()
 	})
+}
+
+func current(t *testing.T, k kms.KMS) string {
+	t.Helper()
+	n, ok := k.(kms.Namer)
+	if !ok {
+		t.Fatal("it cannot name its KEK")
+	}
+	name, err := n.Current(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
 }
 
 func generate(t *testing.T, k kms.KMS, b kms.Binding) (*secret.Bytes, kms.Wrapped) {

@@ -7,7 +7,7 @@
 //
 // An ETag alone is no version: the same content has the same ETag again. Each
 // object therefore begins with a line that has a random token in it, see
-// object.go, and a version is the token and the ETag.
+// storage.Frame, and a version is the token and the ETag.
 //
 // Directory buckets (S3 Express) are refused, because they do not list in
 // order. A bucket may have versioning, default encryption and a lifecycle; it
@@ -172,7 +172,7 @@ func (s *Storage) openBucket(ctx context.Context) error {
 	case status(err) != http.StatusNotFound:
 		return s.explain("look for", err, "s3:ListBucket")
 	case !s.opts.CreateBucket:
-		return fmt.Errorf("%w: %s (hint: create it, or allow it with createBucket=true)", errNoBucket, s.opts.Bucket)
+		return fmt.Errorf("%w: %s (hint: create it, or allow it with createBucket=true)", storage.ErrNoBucket, s.opts.Bucket)
 	}
 	in := &s3.CreateBucketInput{Bucket: &s.opts.Bucket}
 	if s.opts.Region != "us-east-1" { // which S3 knows by being left out

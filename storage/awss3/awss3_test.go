@@ -70,9 +70,9 @@ func refusal(w http.ResponseWriter, status int, code string) bool {
 func TestTheSuiteOfStorageHolds(t *testing.T) {
 	for _, prefix := range []string{"", "some/where"} {
 		t.Run("with the prefix "+prefix, func(t *testing.T) {
-			storagetest.Run(t, func(t *testing.T) func() storage.Storage {
+			storagetest.Run(t, func(t *testing.T) storagetest.Bed {
 				s := newService(t)
-				return func() storage.Storage {
+				return storagetest.Bed{Open: func() storage.Storage {
 					opts := s.options()
 					opts.Prefix = prefix
 					st, err := New(t.Context(), opts)
@@ -80,7 +80,7 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 						t.Fatal(err)
 					}
 					return st
-				}
+				}}
 			})
 		})
 	}
@@ -125,7 +125,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		"a forbidden write names the permission":                {answer(403, "AccessDenied"), write, storage.ErrDenied, "s3:PutObject"},
 		"a forbidden read names both permissions":               {answer(403, "AccessDenied"), read, storage.ErrDenied, "s3:ListBucket"},
 		"a forbidden list names the permission":                 {answer(403, "AccessDenied"), list, storage.ErrDenied, "s3:ListBucket"},
-		"a bucket that is gone is not an object that is absent": {answer(404, "NoSuchBucket"), read, errNoBucket, ""},
+		"a bucket that is gone is not an object that is absent": {answer(404, "NoSuchBucket"), read, storage.ErrNoBucket, ""},
 		"404 without a reason is not an object that is absent":  {answer(404, "NotFound"), read, nil, "in the words"},
 		"a service that fails leaves open what is there":        {answer(500, "InternalError"), read, nil, "InternalError"},
 		"throttling that lasts is an error":                     {answer(503, "SlowDown"), write, nil, "SlowDown"},
@@ -256,7 +256,7 @@ func TestABucketIsMadeOnlyWhenThatIsAllowed(t *testing.T) {
 	s := newService(t)
 	opts := s.options()
 	opts.CreateBucket = false
-	if _, err := New(t.Context(), opts); !errors.Is(err, errNoBucket) {
+	if _, err := New(t.Context(), opts); !errors.Is(err, storage.ErrNoBucket) {
 		t.Fatal(err)
 	}
 	s.open(t)

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -35,15 +34,10 @@ func (s *Storage) get(ctx context.Context, name string) (data []byte, token, eta
 		return nil, "", "", s.explain("read "+name+" in", err, "s3:GetObject (or s3:ListBucket, if the object is absent)")
 	}
 	defer out.Body.Close()
-	const limit = storage.MaxObject + maxHeader
-	body, err := io.ReadAll(io.LimitReader(out.Body, limit+1))
-	switch {
-	case err != nil:
+	data, token, err = storage.ReadFrame(out.Body)
+	if err != nil && !errors.Is(err, storage.ErrCorrupt) && !errors.Is(err, storage.ErrTooLarge) {
 		return nil, "", "", s.explain("read "+name+" in", err, "")
-	case len(body) > limit:
-		return nil, "", "", fmt.Errorf("%w: %s", storage.ErrTooLarge, name)
 	}
-	data, token, err = decode(body)
 	if err == nil && aws.ToString(out.ETag) == "" {
 		err = errors.New("the service gave no ETag")
 	}
@@ -60,7 +54,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
-	body, token := encode(data)
+	body, token := storage.Frame(data)
 	in := &s3.PutObjectInput{
 		Bucket: &s.opts.Bucket, Key: s.key(name), Body: bytes.NewReader(body), ExpectedBucketOwner: s.owner(),
 		ContentType:          aws.String("application/octet-stream"),

@@ -25,14 +25,14 @@ func TestARealBucketHoldsTheSuite(t *testing.T) {
 		t.Fatal("KEYAGENT_TEST_S3_BUCKET is not set (hint: name a bucket that these credentials may write)")
 	}
 	run := time.Now().UTC().Format("20060102t150405")
-	storagetest.Run(t, func(t *testing.T) func() storage.Storage {
+	storagetest.Run(t, func(t *testing.T) storagetest.Bed {
 		prefix := fmt.Sprintf("keyagent-test/%s/%x", run, sha256.Sum256([]byte(t.Name())))
-		return func() storage.Storage {
+		return storagetest.Bed{Open: func() storage.Storage {
 			st, err := New(t.Context(), Options{Bucket: bucket, Prefix: prefix, Endpoint: os.Getenv("KEYAGENT_TEST_S3_ENDPOINT")})
 			if err != nil {
 				t.Fatal(err)
 			}
 			return st
-		}
+		}}
 	})
 }

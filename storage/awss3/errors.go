@@ -11,10 +11,6 @@ import (
 	"github.com/keyagent/keyagent/storage"
 )
 
-// errNoBucket is not storage.ErrNotFound: a bucket that is gone says nothing
-// about any object.
-var errNoBucket = errors.New("there is no such bucket")
-
 // explain gives an error of the SDK its class. permission is what a refusal
 // means.
 func (s *Storage) explain(what string, err error, permission string) error {
@@ -30,7 +26,7 @@ func (s *Storage) explain(what string, err error, permission string) error {
 	case code == "NoSuchKey":
 		return storage.ErrNotFound
 	case code == "NoSuchBucket":
-		return fmt.Errorf("%s bucket %s: %w: %w", what, s.opts.Bucket, errNoBucket, err)
+		return fmt.Errorf("%s bucket %s: %w: %w", what, s.opts.Bucket, storage.ErrNoBucket, err)
 	case code == "PreconditionFailed", status(err) == http.StatusPreconditionFailed, code == "ConditionalRequestConflict":
 		return storage.ErrConflict
 	case code == "PermanentRedirect", code == "AuthorizationHeaderMalformed", code == "MovedPermanently":

@@ -1,21 +1,17 @@
 // Package file is a storage in one folder of a local filesystem, the default of
 // a key service on one machine.
 //
-// Each object is one file. A write goes to a temporary file that is synced and
+// Each object is one file, framed by storage.Frame, and its version is the
+// frame's token. A write goes to a temporary file that is synced and
 // renamed over the old one, and the folder is synced as well, so that a crash
 // leaves the old object or the new one. A lock on the folder makes
 // compare-and-swap hold between processes.
 package file
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -27,9 +23,6 @@ import (
 
 	"github.com/keyagent/keyagent/storage"
 )
-
-// magic begins each file: "keyagent object 1 VERSION SHA256\n", then the data.
-const magic = "keyagent object 1 "
 
 const (
 	lockName   = ".lock"
@@ -117,24 +110,29 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 func (s *Storage) read(name string) ([]byte, storage.Version, error) {
 	f, err := os.OpenFile(s.path(name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
+		if err := s.present(); err != nil {
+			return nil, "", err
+		}
 		return nil, "", storage.ErrNotFound
 	}
 	if err != nil {
 		return nil, "", err
 	}
 	defer f.Close()
-	const header = 256
-	all, err := io.ReadAll(io.LimitReader(f, storage.MaxObject+header+1))
+	data, token, err := storage.ReadFrame(f)
 	if err != nil {
-		return nil, "", err
+		return nil, "", fmt.Errorf("%w: %s", err, name)
 	}
-	line, data, ok := bytes.Cut(all, []byte("\n"))
-	version, sum, ok2 := strings.Cut(strings.TrimPrefix(string(line), magic), " ")
-	digest := sha256.Sum256(data)
-	if !ok || !ok2 || !bytes.HasPrefix(line, []byte(magic)) || version == "" || sum != hex.EncodeToString(digest[:]) {
-		return nil, "", fmt.Errorf("%w: %s", storage.ErrCorrupt, name)
+	return data, storage.Version(token), nil
+}
+
+// present demands that the folder is there: without it, no object is known to be
+// absent.
+func (s *Storage) present() error {
+	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %s", storage.ErrNoBucket, s.dir)
 	}
-	return data, storage.Version(version), nil
+	return nil
 }
 
 // expect compares the stored version. The lock is held.
@@ -154,20 +152,20 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	if err := errors.Join(ctx.Err(), storage.CheckPut(name, data)); err != nil {
 		return "", err
 	}
-	version := storage.Version(rand.Text())
+	body, token := storage.Frame(data)
 	err := s.locked(func() error {
 		if err := s.expect(name, expect); err != nil {
 			return err
 		}
-		return s.write(name, version, data)
+		return s.write(name, body)
 	})
 	if err != nil {
 		return "", err
 	}
-	return version, nil
+	return storage.Version(token), nil
 }
 
-func (s *Storage) write(name string, version storage.Version, data []byte) (err error) {
+func (s *Storage) write(name string, body []byte) (err error) {
 	path := s.path(name)
 	dir := filepath.Dir(path)
 	if err := s.mkdirs(dir); err != nil {
@@ -182,8 +180,7 @@ func (s *Storage) write(name string, version storage.Version, data []byte) (err 
 			_ = os.Remove(tmp.Name())
 		}
 	}()
-	digest := sha256.Sum256(data)
-	_, err = fmt.Fprintf(tmp, "%s%s %x\n%s", magic, version, digest, data)
+	_, err = tmp.Write(body)
 	// Close is where some filesystems report that the write failed.
 	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
 		return err
@@ -232,6 +229,9 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 
 // List implements storage.Storage.
 func (s *Storage) List(ctx context.Context, prefix, after string, limit int) ([]string, error) {
+	if err := errors.Join(ctx.Err(), s.present()); err != nil {
+		return nil, err
+	}
 	var names []string
 	err := filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
 		if err := errors.Join(err, ctx.Err()); err != nil {
@@ -248,7 +248,7 @@ func (s *Storage) List(ctx context.Context, prefix, after string, limit int) ([]
 		return nil
 	})
 	slices.Sort(names) // the walk's order is that of paths, not of names
-	return names[:min(limit, len(names))], err
+	return names[:max(0, min(limit, len(names)))], err
 }
 
 func syncDir(path string) error {

@@ -20,10 +20,21 @@ func open(t *testing.T, dir string) *Storage {
 	return s
 }
 
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestConformance(t *testing.T) {
-	storagetest.Run(t, func(t *testing.T) func() storage.Storage {
+	storagetest.Run(t, func(t *testing.T) storagetest.Bed {
 		dir := filepath.Join(t.TempDir(), "records")
-		return func() storage.Storage { return open(t, dir) }
+		return storagetest.Bed{
+			Open:   func() storage.Storage { return open(t, dir) },
+			Remove: func() { must(t, os.RemoveAll(dir)) },
+			Plant:  func(name string, data []byte) { must(t, os.WriteFile(filepath.Join(dir, name+suffix), data, 0o600)) },
+		}
 	})
 }
 

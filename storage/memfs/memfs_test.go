@@ -8,8 +8,8 @@ import (
 )
 
 func TestConformance(t *testing.T) {
-	storagetest.Run(t, func(*testing.T) func() storage.Storage {
+	storagetest.Run(t, func(*testing.T) storagetest.Bed {
 		s := New()
-		return func() storage.Storage { return s }
+		return storagetest.Bed{Open: func() storage.Storage { return s }}
 	})
 }

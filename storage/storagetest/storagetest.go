@@ -11,15 +11,33 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/storage"
 )
 
-// Run runs the suite. open returns a new instance over one and the same,
-// at first empty, storage each time it is called within one test.
-func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
+// Bed is one storage, at first empty, and what a test can do to it.
+type Bed struct {
+	// Open returns another instance over the storage each time.
+	Open func() storage.Storage
+	// Stall makes the service silent until release is called. Nil where there
+	// is no service.
+	Stall func() (release func())
+	// LoseAnswer has the next write carried out, and its answer lost. Nil where
+	// there is no service.
+	LoseAnswer func()
+	// Remove takes the bucket, container or folder away with all that is in it.
+	// Nil where there is none.
+	Remove func()
+	// Plant writes an object that does not come from this package under a
+	// name. Nil where the backend has no such thing as a foreign writer.
+	Plant func(name string, data []byte)
+}
+
+// Run runs the suite. fresh makes a bed for each test of it.
+func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 	t.Run("an object that was put is read back by another instance", func(t *testing.T) {
-		open := fresh(t)
+		open := fresh(t).Open
 		v := put(t, open(), "volumes/a", "one", storage.Absent)
 		data, got, err := open().Get(t.Context(), "volumes/a")
 		if err != nil || string(data) != "one" || got != v {
@@ -28,13 +46,13 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 	})
 
 	t.Run("an absent object is not found", func(t *testing.T) {
-		if _, _, err := fresh(t)().Get(t.Context(), "nothing"); !errors.Is(err, storage.ErrNotFound) {
+		if _, _, err := fresh(t).Open().Get(t.Context(), "nothing"); !errors.Is(err, storage.ErrNotFound) {
 			t.Fatal(err)
 		}
 	})
 
 	t.Run("a write that expects another version changes nothing", func(t *testing.T) {
-		s := fresh(t)()
+		s := fresh(t).Open()
 		v1 := put(t, s, "a", "one", storage.Absent)
 		v2 := put(t, s, "a", "two", v1)
 		v3 := put(t, s, "a", "one", v2) // the first content again: no version comes twice
@@ -52,7 +70,7 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 	})
 
 	t.Run("of eight first writers exactly one succeeds", func(t *testing.T) {
-		open := fresh(t)
+		open := fresh(t).Open
 		var won atomic.Int32
 		var wg sync.WaitGroup
 		for i := range 8 {
@@ -74,7 +92,7 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 	})
 
 	t.Run("names and sizes out of bounds are refused", func(t *testing.T) {
-		s := fresh(t)()
+		s := fresh(t).Open()
 		for _, name := range []string{"", "/", "a/", "/a", "a//b", "../a", "a/../b", "a/..", ".a", "a/.b", "a\x00b", "a\nb", "é", strings.Repeat("a", 256), strings.Repeat("a", 1<<20)} {
 			if _, err := s.Put(t.Context(), name, nil, storage.Absent); !errors.Is(err, storage.ErrName) {
 				t.Errorf("put %.20q: %v", name, err)
@@ -98,7 +116,7 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 	})
 
 	t.Run("names are listed in order and in pages", func(t *testing.T) {
-		s := fresh(t)()
+		s := fresh(t).Open()
 		var want []string
 		for i := range 25 {
 			name := fmt.Sprintf("volumes/v%03d", i)
@@ -107,28 +125,43 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 		}
 		put(t, s, "volumes", "an object beside the folder of its name", storage.Absent)
 		put(t, s, "w", "x", storage.Absent)
-		var got []string
-		for after := ""; ; {
-			page, err := s.List(t.Context(), "volumes/", after, 7)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if len(page) == 0 {
-				break
-			}
-			if len(page) > 7 {
-				t.Fatalf("a page of %d", len(page))
-			}
-			got = append(got, page...)
-			after = page[len(page)-1]
-		}
-		if !slices.Equal(got, want) {
+		if got := list(t, s, "volumes/", 7); !slices.Equal(got, want) {
 			t.Fatalf("got %v", got)
+		}
+		for _, limit := range []int{0, -1} {
+			if got, err := s.List(t.Context(), "volumes/", "", limit); err != nil || len(got) != 0 {
+				t.Errorf("limit %d: %v, %v", limit, got, err)
+			}
+		}
+	})
+
+	t.Run("10 000 names are listed in pages", func(t *testing.T) {
+		s := fresh(t).Open()
+		want := make([]string, 10_000)
+		names := make(chan string)
+		var wg sync.WaitGroup
+		for range 16 {
+			wg.Go(func() {
+				for name := range names {
+					put(t, s, name, "x", storage.Absent)
+				}
+			})
+		}
+		for i := range want {
+			want[i] = fmt.Sprintf("volumes/v%05d", i)
+			names <- want[i]
+		}
+		close(names)
+		wg.Wait()
+		for _, page := range []int{999, 10_001} {
+			if got := list(t, s, "volumes/", page); !slices.Equal(got, want) {
+				t.Errorf("pages of %d: %d names", page, len(got))
+			}
 		}
 	})
 
 	t.Run("a deleted object is gone, and its version is not used again", func(t *testing.T) {
-		s := fresh(t)()
+		s := fresh(t).Open()
 		d, ok := s.(storage.Deleter)
 		if !ok {
 			t.Log("this backend does not delete")
@@ -150,23 +183,138 @@ func Run(t *testing.T, fresh func(t *testing.T) (open func() storage.Storage)) {
 	})
 
 	t.Run("a cancelled context ends the call", func(t *testing.T) {
-		s := fresh(t)()
+		s := fresh(t).Open()
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := s.Put(ctx, "a", nil, storage.Absent); !errors.Is(err, context.Canceled) {
-			t.Errorf("put: %v", err)
-		}
-		if _, _, err := s.Get(ctx, "a"); !errors.Is(err, context.Canceled) {
-			t.Errorf("get: %v", err)
+		for name, call := range calls(s) {
+			if err := call(ctx); !errors.Is(err, context.Canceled) {
+				t.Errorf("%s: %v", name, err)
+			}
 		}
 	})
+
+	t.Run("a context that is cancelled in the middle of a call ends it", func(t *testing.T) {
+		bed := fresh(t)
+		if bed.Stall == nil {
+			t.Log("this backend asks no service")
+			return
+		}
+		s := bed.Open()
+		defer bed.Stall()()
+		for name, call := range calls(s) {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(50*time.Millisecond, cancel)
+			if err := call(ctx); !errors.Is(err, context.Canceled) || errors.Is(err, storage.ErrNotFound) || errors.Is(err, storage.ErrConflict) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+
+	t.Run("a write whose answer is lost is known again as ours (case 42)", func(t *testing.T) {
+		bed := fresh(t)
+		if bed.LoseAnswer == nil {
+			t.Log("this backend asks no service")
+			return
+		}
+		s := bed.Open()
+		v := storage.Absent
+		for _, data := range []string{"created", "changed"} {
+			bed.LoseAnswer()
+			next, err := s.Put(t.Context(), "a", []byte(data), v)
+			if err != nil {
+				// Also fine, if it is neither success nor a conflict, which
+				// would mean that somebody else had written.
+				if errors.Is(err, storage.ErrConflict) {
+					t.Fatalf("%s: our own write was taken for another's: %v", data, err)
+				}
+				if _, next, err = s.Get(t.Context(), "a"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, have, err := s.Get(t.Context(), "a")
+			if err != nil || string(got) != data || have != next {
+				t.Fatalf("%q, %q, %v, want %q, %q", got, have, err, data, next)
+			}
+			v = next
+		}
+	})
+
+	t.Run("a bucket that is gone is not an object that is absent", func(t *testing.T) {
+		bed := fresh(t)
+		if bed.Remove == nil {
+			t.Log("this backend has no bucket")
+			return
+		}
+		s := bed.Open()
+		v := put(t, s, "a", "one", storage.Absent)
+		bed.Remove()
+		for name, call := range calls(s) {
+			if err := call(t.Context()); !errors.Is(err, storage.ErrNoBucket) || errors.Is(err, storage.ErrNotFound) || errors.Is(err, storage.ErrConflict) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if _, err := s.Put(t.Context(), "a", nil, v); !errors.Is(err, storage.ErrNoBucket) {
+			t.Errorf("change: %v", err)
+		}
+	})
+
+	t.Run("what others wrote is corrupt, never absent, and is not overwritten", func(t *testing.T) {
+		bed := fresh(t)
+		if bed.Plant == nil {
+			t.Log("this backend has no foreign writers")
+			return
+		}
+		s := bed.Open()
+		framed, _ := storage.Frame([]byte("data of some length"))
+		for name, body := range map[string][]byte{
+			"empty": {}, "foreign": []byte("hello\nworld"), "truncated": framed[:len(framed)-1], "longer": append(bytes.Clone(framed), 0),
+			"header": framed[:30], "endless": make([]byte, 1<<20),
+		} {
+			bed.Plant("planted-"+name, body)
+			_, _, err := s.Get(t.Context(), "planted-"+name)
+			if !errors.Is(err, storage.ErrCorrupt) && !(name == "endless" && errors.Is(err, storage.ErrTooLarge)) {
+				t.Errorf("%s: get: %v", name, err)
+			}
+			if _, err := s.Put(t.Context(), "planted-"+name, []byte("new"), storage.Absent); err == nil {
+				t.Errorf("%s: it was overwritten", name)
+			}
+		}
+	})
+}
+
+// calls are one of each.
+func calls(s storage.Storage) map[string]func(context.Context) error {
+	return map[string]func(context.Context) error{
+		"put":  func(ctx context.Context) error { _, err := s.Put(ctx, "new", []byte("x"), storage.Absent); return err },
+		"get":  func(ctx context.Context) error { _, _, err := s.Get(ctx, "a"); return err },
+		"list": func(ctx context.Context) error { _, err := s.List(ctx, "", "", 10); return err },
+	}
+}
+
+// list lists in pages to the end.
+func list(t *testing.T, s storage.Storage, prefix string, limit int) (all []string) {
+	t.Helper()
+	for after := ""; ; {
+		page, err := s.List(t.Context(), prefix, after, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(page) == 0 {
+			return all
+		}
+		if len(page) > limit {
+			t.Fatalf("a page of %d", len(page))
+		}
+		all = append(all, page...)
+		after = page[len(page)-1]
+	}
 }
 
 func put(t *testing.T, s storage.Storage, name, data string, expect storage.Version) storage.Version {
 	t.Helper()
 	v, err := s.Put(t.Context(), name, []byte(data), expect)
 	if err != nil {
-		t.Fatalf("put %s: %v", name, err)
+		t.Errorf("put %s: %v", name, err) // also called by goroutines
 	}
 	return v
 }

@@ -1,0 +1,53 @@
+package storage
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// frameMagic begins each framed object: "keyagent object 1 TOKEN SHA256\n", then
+// the data. docs/spec/storage-object.md specifies it.
+const frameMagic = "keyagent object 1 "
+
+// MaxFrame bounds the line in front of the data of a framed object in bytes.
+const MaxFrame = 256
+
+// Frame puts a line before data with a digest of it and a token that no other
+// object has. By its token a writer recognises its own object when the answer to
+// a write was lost, and the same content has another body each time.
+func Frame(data []byte) (body []byte, token string) {
+	token = rand.Text()
+	digest := sha256.Sum256(data)
+	return append(fmt.Appendf(nil, "%s%s %x\n", frameMagic, token, digest), data...), token
+}
+
+// Unframe undoes Frame. What Frame did not make, or was changed since, gives
+// [ErrCorrupt].
+func Unframe(body []byte) (data []byte, token string, err error) {
+	line, data, ok := bytes.Cut(body, []byte("\n"))
+	rest, isFrame := strings.CutPrefix(string(line), frameMagic)
+	token, sum, ok2 := strings.Cut(rest, " ")
+	digest := sha256.Sum256(data)
+	if !ok || !isFrame || !ok2 || token == "" || len(line) >= MaxFrame || sum != hex.EncodeToString(digest[:]) {
+		return nil, "", ErrCorrupt
+	}
+	return data, token, nil
+}
+
+// ReadFrame reads one framed object to its end, and no further than the largest
+// that there may be: [ErrTooLarge].
+func ReadFrame(r io.Reader) (data []byte, token string, err error) {
+	body, err := io.ReadAll(io.LimitReader(r, MaxObject+MaxFrame+1))
+	switch {
+	case err != nil:
+		return nil, "", err
+	case len(body) > MaxObject+MaxFrame:
+		return nil, "", ErrTooLarge
+	}
+	return Unframe(body)
+}

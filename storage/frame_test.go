@@ -1,0 +1,49 @@
+package storage
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+)
+
+func TestAFramedObjectComesBackWithItsToken(t *testing.T) {
+	for _, data := range []string{"", "x", "\n", strings.Repeat("\n\x00", MaxObject/2)} {
+		body, token := Frame([]byte(data))
+		got, gotToken, err := ReadFrame(bytes.NewReader(body))
+		if err != nil || string(got) != data || gotToken != token {
+			t.Errorf("%.10q: %.10q, %q, %v", data, got, gotToken, err)
+		}
+		if again, other := Frame([]byte(data)); other == token || bytes.Equal(again, body) {
+			t.Error("two writes of one content look the same")
+		}
+	}
+	if _, _, err := ReadFrame(bytes.NewReader(make([]byte, MaxObject+MaxFrame+1))); !errors.Is(err, ErrTooLarge) {
+		t.Error(err)
+	}
+}
+
+// FuzzUnframe: only what Frame makes is taken, and any change is noticed.
+func FuzzUnframe(f *testing.F) {
+	body, _ := Frame([]byte("data"))
+	f.Add(body, 0, byte(1))
+	f.Add([]byte("keyagent object 1 T S\n"), 3, byte(0))
+	f.Fuzz(func(t *testing.T, body []byte, at int, by byte) {
+		if data, token, err := Unframe(body); err != nil {
+			if !errors.Is(err, ErrCorrupt) || data != nil || token != "" {
+				t.Fatal(err)
+			}
+		} else if !bytes.HasSuffix(body, data) || token == "" {
+			t.Fatalf("%q gave %q", body, data)
+		}
+		whole, token := Frame(body[:min(len(body), MaxObject)])
+		if at < 0 || by == 0 {
+			return
+		}
+		at %= len(whole)
+		whole[at] ^= by
+		if _, got, err := Unframe(whole); err == nil && got == token {
+			t.Fatalf("a change of byte %d was not noticed", at)
+		}
+	})
+}
