@@ -8,6 +8,7 @@
 //
 //	path "MOUNT/encrypt/KEY" { capabilities = ["update"] }
 //	path "MOUNT/decrypt/KEY" { capabilities = ["update"] }
+//	path "MOUNT/keys/KEY"    { capabilities = ["read"] }   # to tell which version is in force
 package vault
 
 import (
@@ -20,10 +21,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
@@ -38,14 +41,18 @@ type Options struct {
 	Namespace string                                       // default none
 	Token     func(context.Context) (*secret.Bytes, error) // asked for each call. Required
 	RootCAs   *x509.CertPool                               // Required: the system's roots are never used
-	Timeout   time.Duration                                // of one call; default 10s
+	Timeout   time.Duration                                // of one call with its retries; default 10s
+	Attempts  int                                          // of one call; default 4
 }
 
 const (
-	scheme         = "vault-transit"
-	domain         = "keyagent vault transit v1"
-	defaultMount   = "transit"
-	defaultTimeout = 10 * time.Second
+	scheme          = "vault-transit"
+	domain          = "keyagent vault transit v1"
+	defaultMount    = "transit"
+	defaultTimeout  = 10 * time.Second
+	defaultAttempts = 4
+	// firstPause is doubled for each further attempt, and shortened at random.
+	firstPause = 100 * time.Millisecond
 	// maxReply bounds what a server may answer in bytes.
 	maxReply = 64 << 10
 )
@@ -54,15 +61,19 @@ const (
 type KMS struct {
 	opts   Options
 	client *http.Client
-	kek    string
+	kek    string // without its version
+	closed atomic.Bool
 }
 
-var _ kms.KMS = (*KMS)(nil)
+var (
+	_ kms.KMS   = (*KMS)(nil)
+	_ kms.Namer = (*KMS)(nil)
+)
 
 var (
 	pathPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
 	// ciphertextPattern is what transit gives: a version and base64.
-	ciphertextPattern = regexp.MustCompile(`^vault:v[1-9][0-9]{0,8}:[A-Za-z0-9+/]+={0,2}$`)
+	ciphertextPattern = regexp.MustCompile(`^vault:(v[1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}$`)
 )
 
 // New returns a KMS. It asks the server nothing yet.
@@ -72,6 +83,9 @@ func New(opts Options) (*KMS, error) {
 	}
 	if opts.Timeout == 0 {
 		opts.Timeout = defaultTimeout
+	}
+	if opts.Attempts == 0 {
+		opts.Attempts = defaultAttempts
 	}
 	u, err := url.Parse(opts.Address)
 	switch {
@@ -89,7 +103,6 @@ func New(opts Options) (*KMS, error) {
 		opts: opts,
 		kek:  "vault:" + opts.Mount + "/" + opts.Key,
 		client: &http.Client{
-			Timeout:   opts.Timeout,
 			Transport: &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: opts.RootCAs}, MaxResponseHeaderBytes: 16 << 10},
 			// A redirect could send the token elsewhere.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -97,8 +110,9 @@ func New(opts Options) (*KMS, error) {
 	}, nil
 }
 
-// Close gives idle connections back.
+// Close gives idle connections back. Later calls fail.
 func (k *KMS) Close() error {
+	k.closed.Store(true)
 	k.client.CloseIdleConnections()
 	return nil
 }
@@ -110,11 +124,8 @@ func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.W
 
 // Wrap implements kms.KMS.
 func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
-	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+	if err := kms.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
-	}
-	if key.Len() != b.Length {
-		return kms.Wrapped{}, fmt.Errorf("%w: the key has %d bytes, the binding says %d", kms.ErrBinding, key.Len(), b.Length)
 	}
 	var reply struct{ Data struct{ Ciphertext string } }
 	err := key.Use(func(p []byte) error {
@@ -123,29 +134,29 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 		body = base64.StdEncoding.AppendEncode(append(make([]byte, 0, len(body)+128), body...), p)
 		body = append(body, `"}`...)
 		defer secret.Wipe(body)
-		return k.call(ctx, "encrypt", body, func(data []byte) error { return json.Unmarshal(data, &reply) })
+		return k.call(ctx, http.MethodPost, "encrypt", body, func(data []byte) error { return json.Unmarshal(data, &reply) })
 	})
 	if err != nil {
 		return kms.Wrapped{}, err
 	}
-	if !ciphertextPattern.MatchString(reply.Data.Ciphertext) {
+	version := ciphertextPattern.FindStringSubmatch(reply.Data.Ciphertext)
+	if version == nil {
 		return kms.Wrapped{}, fmt.Errorf("%w: vault answered without a ciphertext", kms.ErrUnavailable)
 	}
-	return kms.Wrapped{Scheme: scheme, KEK: k.kek, Blob: []byte(reply.Data.Ciphertext)}, nil
+	return kms.Wrapped{Scheme: scheme, KEK: k.kek + ":" + version[1], Blob: []byte(reply.Data.Ciphertext)}, nil
 }
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
-	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
+	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}
+	version := ciphertextPattern.FindSubmatch(w.Blob)
 	switch {
-	case w.Scheme != scheme:
-		return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
-	case w.KEK != k.kek:
-		return nil, fmt.Errorf("%w: it was made under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.kek)
-	case len(w.Blob) > 4096 || !ciphertextPattern.Match(w.Blob):
+	case version == nil:
 		return nil, fmt.Errorf("%w: not a transit ciphertext", kms.ErrWrongKey)
+	case w.KEK != k.kek+":"+string(version[1]):
+		return nil, fmt.Errorf("%w: it was made under %q, and its blob under version %s; here is %q", kms.ErrKEKVersion, w.KEK, version[1], k.kek)
 	}
 	body, err := json.Marshal(map[string]string{
 		"ciphertext": string(w.Blob), "associated_data": base64.StdEncoding.EncodeToString(b.Encode(domain)),
@@ -154,7 +165,7 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 		return nil, err
 	}
 	var key *secret.Bytes
-	err = k.call(ctx, "decrypt", body, func(data []byte) (err error) {
+	err = k.call(ctx, http.MethodPost, "decrypt", body, func(data []byte) (err error) {
 		key, err = plaintext(data, b.Length)
 		return err
 	})
@@ -188,15 +199,49 @@ func plaintext(data []byte, length int) (key *secret.Bytes, err error) {
 	return key, err
 }
 
-// call sends one request and hands the answer to use, whose buffer is wiped
-// afterwards.
-func (k *KMS) call(ctx context.Context, verb string, body []byte, use func([]byte) error) error {
+// Current implements kms.Namer. The token needs the capability read on
+// MOUNT/keys/KEY.
+func (k *KMS) Current(ctx context.Context) (string, error) {
+	var reply struct {
+		Data struct {
+			LatestVersion uint32 `json:"latest_version"`
+		}
+	}
+	err := k.call(ctx, http.MethodGet, "keys", nil, func(data []byte) error { return json.Unmarshal(data, &reply) })
+	if err == nil && reply.Data.LatestVersion == 0 {
+		err = fmt.Errorf("%w: vault answered without a version", kms.ErrUnavailable)
+	}
+	return fmt.Sprintf("%s:v%d", k.kek, reply.Data.LatestVersion), err
+}
+
+// call sends one request, again if it makes sense, and hands the answer to use,
+// whose buffer is wiped afterwards.
+func (k *KMS) call(ctx context.Context, method, verb string, body []byte, use func([]byte) error) error {
+	ctx, cancel := context.WithTimeout(ctx, k.opts.Timeout)
+	defer cancel()
+	for pause, attempt := firstPause, 1; ; pause, attempt = 2*pause, attempt+1 {
+		err := k.try(ctx, method, verb, body, use)
+		if !errors.Is(err, kms.ErrUnavailable) || ctx.Err() != nil || attempt >= k.opts.Attempts {
+			return err
+		}
+		select {
+		case <-time.After(pause/2 + rand.N(pause/2)):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+func (k *KMS) try(ctx context.Context, method, verb string, body []byte, use func([]byte) error) error {
+	if k.closed.Load() {
+		return errClosed
+	}
 	token, err := k.opts.Token(ctx)
 	if err != nil {
-		return fmt.Errorf("vault token: %w", err)
+		return fmt.Errorf("%w: vault token: %w", kms.ErrCredentials, err)
 	}
 	defer token.Close()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, k.opts.Address+"/v1/"+k.opts.Mount+"/"+verb+"/"+k.opts.Key, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, k.opts.Address+"/v1/"+k.opts.Mount+"/"+verb+"/"+k.opts.Key, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -226,6 +271,8 @@ func (k *KMS) call(ctx context.Context, verb string, body []byte, use func([]byt
 	return use(data)
 }
 
+var errClosed = errors.New("vault: the client is closed")
+
 // refusal classes an answer by its status, as the HTTP API documents them. The
 // server's own words say which of its rules it was.
 func (k *KMS) refusal(verb string, status int, data []byte) error {
@@ -233,11 +280,23 @@ func (k *KMS) refusal(verb string, status int, data []byte) error {
 	_ = json.Unmarshal(data, &reply)
 	why := strings.Join(reply.Errors, "; ")
 	why = why[:min(len(why), 256)]
+	class := kms.ErrUnavailable
 	switch {
-	case status == http.StatusBadRequest && verb == "decrypt":
-		return fmt.Errorf("%w: vault: %s", kms.ErrWrongKey, why)
+	case status == http.StatusForbidden && strings.Contains(why, "invalid token"):
+		class = kms.ErrCredentials
 	case status == http.StatusForbidden:
-		return fmt.Errorf("%w: vault refuses %s (needs capability \"update\" on path %q): %s", kms.ErrUnavailable, verb, k.opts.Mount+"/"+verb+"/"+k.opts.Key, why)
+		capability := "update"
+		if verb == "keys" {
+			capability = "read"
+		}
+		return fmt.Errorf("%w: vault: capability %q on path %q: %s", kms.ErrDenied, capability, k.opts.Mount+"/"+verb+"/"+k.opts.Key, why)
+	case status == http.StatusNotFound,
+		status == http.StatusBadRequest && (strings.Contains(why, "encryption key not found") || strings.Contains(why, "disallowed by policy")):
+		class = kms.ErrKEK
+	case status == http.StatusBadRequest && verb == "decrypt":
+		class = kms.ErrWrongKey
+	case status == http.StatusTooManyRequests:
+		class = kms.ErrThrottled
 	}
-	return fmt.Errorf("%w: vault answered %d: %s", kms.ErrUnavailable, status, why)
+	return fmt.Errorf("%w: vault answered %d: %s", class, status, why)
 }

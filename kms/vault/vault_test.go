@@ -12,49 +12,57 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
+	"github.com/keyagent/keyagent/test/faultproxy"
 )
 
 // transit is a server of the transit engine's two calls that does the real
 // cryptography: AES-256-GCM with associated data, checked token and paths.
 type transit struct {
-	*httptest.Server
-	keys  map[string]cipher.AEAD
-	trick atomic.Pointer[func(http.ResponseWriter) bool] // answers instead, if set
+	*faultproxy.Proxy
+	mu   sync.Mutex
+	keys map[string][]cipher.AEAD // by version, from 1
 }
 
 const token = "s.test-token"
 
 func newTransit(t *testing.T, keys ...string) *transit {
 	t.Helper()
-	s := &transit{keys: map[string]cipher.AEAD{}}
+	s := &transit{keys: map[string][]cipher.AEAD{}}
 	for _, name := range keys {
-		k := make([]byte, 32)
-		rand.Read(k)
-		block, err := aes.NewCipher(k)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if s.keys[name], err = cipher.NewGCMWithRandomNonce(block); err != nil {
-			t.Fatal(err)
-		}
+		s.rotate(t, name)
 	}
-	s.Server = httptest.NewTLSServer(s)
-	t.Cleanup(s.Close)
+	s.Proxy = faultproxy.HandleTLS(t, s)
 	return s
 }
 
-func (s *transit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if trick := s.trick.Load(); trick != nil && (*trick)(w) {
-		return
+func (s *transit) rotate(t *testing.T, name string) {
+	t.Helper()
+	k := make([]byte, 32)
+	rand.Read(k)
+	block, err := aes.NewCipher(k)
+	if err != nil {
+		t.Fatal(err)
 	}
+	a, err := cipher.NewGCMWithRandomNonce(block)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys[name] = append(s.keys[name], a)
+}
+
+func (s *transit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	fail := func(status int, text string) {
 		w.WriteHeader(status)
 		_ = json.NewEncoder(w).Encode(map[string][]string{"errors": {text}})
@@ -70,25 +78,37 @@ func (s *transit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case r.Header.Get("X-Vault-Token") != token:
 		fail(http.StatusForbidden, "permission denied")
 		return
-	case r.Method != http.MethodPost || len(parts) != 5 || parts[1] != "v1" || parts[2] != "transit" || s.keys[parts[4]] == nil:
+	case len(parts) != 5 || parts[1] != "v1" || parts[2] != "transit" || s.keys[parts[4]] == nil:
 		fail(http.StatusNotFound, "no handler for route")
+		return
+	case r.Method == http.MethodGet && parts[3] == "keys":
+		fmt.Fprintf(w, `{"data":{"latest_version":%d}}`, len(s.keys[parts[4]]))
+		return
+	case r.Method != http.MethodPost:
+		fail(http.StatusMethodNotAllowed, "unsupported operation")
 		return
 	case json.Unmarshal(body, &req) != nil:
 		fail(http.StatusBadRequest, "failed to parse JSON input")
 		return
 	}
-	aead := s.keys[parts[4]]
+	versions := s.keys[parts[4]]
 	if parts[3] == "encrypt" {
-		sealed := aead.Seal(nil, nil, req.Plaintext, req.AssociatedData)
-		fmt.Fprintf(w, `{"data":{"ciphertext":"vault:v1:%s","key_version":1}}`, base64.StdEncoding.EncodeToString(sealed))
+		sealed := versions[len(versions)-1].Seal(nil, nil, req.Plaintext, req.AssociatedData)
+		fmt.Fprintf(w, `{"data":{"ciphertext":"vault:v%d:%s","key_version":%d}}`, len(versions), base64.StdEncoding.EncodeToString(sealed), len(versions))
 		return
 	}
-	raw, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(req.Ciphertext, "vault:v1:"))
+	var version int
+	var text string
+	if _, err := fmt.Sscanf(req.Ciphertext, "vault:v%d:%s", &version, &text); err != nil || version < 1 || version > len(versions) {
+		fail(http.StatusBadRequest, "invalid ciphertext: no prefix")
+		return
+	}
+	raw, err := base64.StdEncoding.DecodeString(text)
 	if err != nil {
 		fail(http.StatusBadRequest, "invalid ciphertext: could not decode base64")
 		return
 	}
-	plain, err := aead.Open(nil, nil, raw, req.AssociatedData)
+	plain, err := versions[version-1].Open(nil, nil, raw, req.AssociatedData)
 	if err != nil {
 		fail(http.StatusBadRequest, "cipher: message authentication failed")
 		return
@@ -98,9 +118,7 @@ func (s *transit) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (s *transit) kms(t *testing.T, key, token string) *KMS {
 	t.Helper()
-	roots := x509.NewCertPool()
-	roots.AddCert(s.Certificate())
-	k, err := New(Options{Address: s.URL, Key: key, RootCAs: roots,
+	k, err := New(Options{Address: s.URL, Key: key, RootCAs: s.Roots, Attempts: 2,
 		Token: func(context.Context) (*secret.Bytes, error) { return secret.From([]byte(token)) }})
 	if err != nil {
 		t.Fatal(err)
@@ -113,9 +131,12 @@ var binding = kms.Binding{VolumeID: "data", Purpose: kms.VolumeDEK, Version: 1, 
 
 func TestConformance(t *testing.T) {
 	s := newTransit(t, "one", "two")
-	kmstest.Run(t,
-		func(t *testing.T) kms.KMS { return s.kms(t, "one", token) },
-		func(t *testing.T) kms.KMS { return s.kms(t, "two", token) })
+	kmstest.Run(t, kmstest.Bed{
+		Open:   func(t *testing.T) kms.KMS { return s.kms(t, "one", token) },
+		Other:  func(t *testing.T) kms.KMS { return s.kms(t, "two", token) },
+		Rotate: func(t *testing.T) { s.rotate(t, "one") },
+		Stall:  func(*testing.T) func() { return s.Stall() },
+	})
 }
 
 func TestAnswersOfAServerThatDoesNotWork(t *testing.T) {
@@ -128,6 +149,13 @@ func TestAnswersOfAServerThatDoesNotWork(t *testing.T) {
 	status := func(code int) func(http.ResponseWriter) bool {
 		return func(w http.ResponseWriter) bool { w.WriteHeader(code); return true }
 	}
+	refuse := func(code int, text string) func(http.ResponseWriter) bool {
+		return func(w http.ResponseWriter) bool {
+			w.WriteHeader(code)
+			fmt.Fprintf(w, `{"errors":[%q]}`, text)
+			return true
+		}
+	}
 	say := func(text string) func(http.ResponseWriter) bool {
 		return func(w http.ResponseWriter) bool { _, _ = io.WriteString(w, text); return true }
 	}
@@ -135,19 +163,23 @@ func TestAnswersOfAServerThatDoesNotWork(t *testing.T) {
 		trick func(http.ResponseWriter) bool
 		want  error
 	}{
-		"sealed":                {status(503), kms.ErrUnavailable},
-		"throttled":             {status(429), kms.ErrUnavailable},
-		"broken":                {status(500), kms.ErrUnavailable},
-		"a redirect":            {status(307), kms.ErrUnavailable},
-		"no JSON":               {say("hello"), kms.ErrUnavailable},
-		"an endless answer":     {say(strings.Repeat("x", maxReply+1)), kms.ErrUnavailable},
-		"a shorter key":         {say(`{"data":{"plaintext":"AAAA"}}`), kms.ErrWrongKey},
-		"no key":                {say(`{"data":{}}`), kms.ErrWrongKey},
-		"a key that is no text": {say(`{"data":{"plaintext":7}}`), kms.ErrWrongKey},
+		"sealed":                 {status(503), kms.ErrUnavailable},
+		"throttled":              {status(429), kms.ErrThrottled},
+		"a key that was deleted": {refuse(400, "encryption key not found"), kms.ErrKEK},
+		"a version too old":      {refuse(400, "ciphertext or signature version is disallowed by policy (too old)"), kms.ErrKEK},
+		"a token that expired":   {refuse(403, "permission denied; invalid token"), kms.ErrCredentials},
+		"a token without rights": {refuse(403, "permission denied"), kms.ErrDenied},
+		"broken":                 {status(500), kms.ErrUnavailable},
+		"a redirect":             {status(307), kms.ErrUnavailable},
+		"no JSON":                {say("hello"), kms.ErrUnavailable},
+		"an endless answer":      {say(strings.Repeat("x", maxReply+1)), kms.ErrUnavailable},
+		"a shorter key":          {say(`{"data":{"plaintext":"AAAA"}}`), kms.ErrWrongKey},
+		"no key":                 {say(`{"data":{}}`), kms.ErrWrongKey},
+		"a key that is no text":  {say(`{"data":{"plaintext":7}}`), kms.ErrWrongKey},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s.trick.Store(&tt.trick)
-			defer s.trick.Store(nil)
+			s.Answer(func(w http.ResponseWriter, _ *http.Request) bool { return tt.trick(w) })
+			defer s.Heal()
 			if _, err := s.kms(t, "one", token).Unwrap(t.Context(), binding, w); !errors.Is(err, tt.want) {
 				t.Errorf("got %v", err)
 			}
@@ -161,7 +193,7 @@ func TestAnswersOfAServerThatDoesNotWork(t *testing.T) {
 func TestAMissingPermissionIsNamed(t *testing.T) {
 	s := newTransit(t, "one")
 	_, _, err := s.kms(t, "one", "s.expired").Generate(t.Context(), binding)
-	if !errors.Is(err, kms.ErrUnavailable) || !strings.Contains(err.Error(), `capability "update" on path "transit/encrypt/one"`) {
+	if !errors.Is(err, kms.ErrDenied) || !strings.Contains(err.Error(), `capability "update" on path "transit/encrypt/one"`) {
 		t.Fatal(err)
 	}
 	if strings.Contains(err.Error(), "s.expired") {
@@ -200,5 +232,38 @@ func TestWhatIsNotSetIsRefused(t *testing.T) {
 		if _, err := New(o); err == nil {
 			t.Errorf("%s was accepted", name)
 		}
+	}
+}
+
+func TestWhatMayWorkLaterIsTriedAgainWithinBounds(t *testing.T) {
+	s := newTransit(t, "one")
+	k := s.kms(t, "one", token)
+	s.Answer(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return true
+	})
+	if _, _, err := k.Generate(t.Context(), binding); !errors.Is(err, kms.ErrUnavailable) || s.Requests() != k.opts.Attempts {
+		t.Errorf("%v after %d requests", err, s.Requests())
+	}
+	s.Answer(func(w http.ResponseWriter, _ *http.Request) bool {
+		if s.Requests()%2 == 1 {
+			w.WriteHeader(http.StatusTooManyRequests)
+		}
+		return s.Requests()%2 == 1
+	})
+	key, _, err := k.Generate(t.Context(), binding)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Close()
+}
+
+func TestAServerThatDoesNotAnswerIsGivenUp(t *testing.T) {
+	s := newTransit(t, "one")
+	k := s.kms(t, "one", token)
+	k.opts.Timeout = 50 * time.Millisecond
+	defer s.Stall()()
+	if _, _, err := k.Generate(t.Context(), binding); !errors.Is(err, kms.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
 	}
 }
