@@ -47,6 +47,8 @@ var (
 	// ErrKEKVersion: the wrapped key names a KEK that this backend does not
 	// have.
 	ErrKEKVersion = fmt.Errorf("%w: its KEK is not here", ErrWrongKey)
+	// ErrScheme: the wrapped key was made by another kind of backend.
+	ErrScheme = fmt.Errorf("%w: its scheme is not known here", ErrWrongKey)
 	// ErrUnavailable: the backend cannot be reached or does not work at the
 	// moment. Trying again later may help.
 	ErrUnavailable = errors.New("key management service is unavailable")
@@ -110,7 +112,7 @@ func CheckUnwrap(ctx context.Context, b Binding, w Wrapped, scheme string) error
 	}
 	switch {
 	case w.Scheme != scheme:
-		return fmt.Errorf("%w: unknown scheme", ErrWrongKey)
+		return fmt.Errorf("%w: %.32q", ErrScheme, w.Scheme)
 	case w.KEK == "" || len(w.KEK) > 1024:
 		return fmt.Errorf("%w: it names no KEK", ErrKEKVersion)
 	case len(w.Blob) == 0 || len(w.Blob) > MaxBlob:

@@ -1,213 +1,329 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
-	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/keyservice"
+	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
-	"github.com/keyagent/keyagent/storage"
 )
 
 func newKMS() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "kms",
-		Short: "Check key management and storage",
+		Short: "Operate on key-encryption keys, and on the records that they wrap",
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newKMSCheck())
+	cmd.AddCommand(newKMSCheck(), newKMSStatus(), newKMSRewrap(), newKMSRecipient(), newKMSExport(), newKMSImport())
 	return cmd
 }
 
-func newKMSCheck() *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "check URI...",
-		Short: "Use each URI as the key service would, and say which step fails",
-		Long: `Use each URI as the key service would, and say which step fails.
+// backendFlags name a KMS and a storage, by flags or by the configuration of the
+// key service.
+type backendFlags struct {
+	config    string
+	kms       string
+	old       []string
+	storage   string
+	recordKey string
+}
 
-A kms:// URI is asked for a new key, which must come back from its wrapped form,
-and only for the volume that it was made for. A storage:// URI gets an object
-that is read back, changed, and deleted; a write that expects another version
-must fail. Nothing stays behind.`,
-		Example: `  keyagent kms check 'kms://cluster-kms?file=/etc/keyagent/master.secret'
-  keyagent kms check kms://command?command=get-kek storage://file?dir=/var/lib/keyagent/records`,
-		Args: cobra.MinimumNArgs(1),
+func (f *backendFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.config, "config", "", "take what is not given here from this file of keyagent serve")
+	cmd.Flags().StringVar(&f.kms, "kms", "", "kms:// URI")
+	cmd.Flags().StringArrayVar(&f.old, "old-kms", nil, "kms:// URI of a KEK that keys may still be under; may be repeated")
+	cmd.Flags().StringVar(&f.storage, "storage", "", "storage:// URI")
+	cmd.Flags().StringVar(&f.recordKey, "record-key", "", "ID that the record MAC key must have, as keyagent kms status prints it")
+}
+
+// with opens the records and calls do. fresh may be given an empty storage.
+func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice.Admin) error) (err error) {
+	if err := refuseSecrets(append([]string{f.kms, f.storage}, f.old...)...); err != nil {
+		return err
 	}
-	output := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, uris []string) error {
-		var report checkReport
-		var failed error
-		for _, uri := range uris {
-			err := report.check(cmd.Context(), uri)
-			if failed == nil {
-				failed = err
-			}
-		}
-		if err := print(cmd, *output, report.Steps, report.print); err != nil {
+	if f.config != "" {
+		cfg, err := keyservice.LoadConfig(f.config, keyservice.Config{KMS: f.kms, Storage: f.storage})
+		if err != nil {
 			return err
 		}
-		return failed
-	}
-	return cmd
-}
-
-// checkReport is what each step of each URI gave.
-type checkReport struct {
-	Steps []checkStep
-}
-
-type checkStep struct {
-	Backend string `json:"backend"` // the URI without its parameters
-	Step    string `json:"step"`
-	Error   string `json:"error,omitempty"`
-}
-
-func (r *checkReport) print(w io.Writer) {
-	for _, s := range r.Steps {
-		result := "ok"
-		if s.Error != "" {
-			result = "FAILED: " + s.Error
+		f.kms, f.storage = cfg.KMS, cfg.Storage
+		if len(f.old) == 0 {
+			f.old = cfg.OldKMS
 		}
-		fmt.Fprintf(w, "%-24s %-46s %s\n", s.Backend, s.Step, result)
+		if f.recordKey == "" {
+			f.recordKey = cfg.RecordKey
+		}
 	}
-}
-
-// step runs one step and notes how it went.
-func (r *checkReport) step(backend, name string, f func() error) error {
-	err := f()
-	s := checkStep{Backend: backend, Step: name}
+	if f.kms == "" || f.storage == "" {
+		return failure.Newf(failure.Usage, "--kms URI and --storage URI, or --config FILE", "a key management backend and a storage must be named")
+	}
+	var all []kms.KMS
+	for _, uri := range append([]string{f.kms}, f.old...) {
+		k, err := setup.KMS(ctx, uri)
+		if err != nil {
+			return failure.New(failure.Configuration, fmt.Errorf("%s: %w", setup.Redact(uri), err), checkHint)
+		}
+		defer k.Close()
+		all = append(all, k)
+	}
+	s, err := setup.Storage(ctx, f.storage)
 	if err != nil {
-		s.Error = err.Error()
-		class := failure.Unreachable
-		switch {
-		case errors.Is(err, kms.ErrURI), errors.Is(err, storage.ErrDenied):
-			class = failure.Configuration
-		case errors.Is(err, kms.ErrWrongKey), errors.Is(err, errCheck):
-			class = failure.WrongKey
-		case errors.Is(err, storage.ErrCorrupt):
-			class = failure.Tampered
-		}
-		err = failure.New(class, fmt.Errorf("%s: %s: %w", backend, name, err), "docs/configuration.md describes the URIs")
-	}
-	r.Steps = append(r.Steps, s)
-	return err
-}
-
-// errCheck: a backend did what it must not, or not what it must.
-var errCheck = errors.New("the backend does not keep its contract")
-
-func (r *checkReport) check(ctx context.Context, uri string) error {
-	backend, _, _ := strings.Cut(uri, "?")
-	if strings.HasPrefix(uri, "storage://") {
-		return r.checkStorage(ctx, backend, uri)
-	}
-	return r.checkKMS(ctx, backend, uri)
-}
-
-func (r *checkReport) checkKMS(ctx context.Context, backend, uri string) error {
-	b := kms.Binding{VolumeID: "keyagent-kms-check", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
-	var k interface {
-		kms.KMS
-		io.Closer
-	}
-	var key *secret.Bytes
-	var w kms.Wrapped
-	if err := r.step(backend, "open", func() (err error) { k, err = setup.KMS(ctx, uri); return err }); err != nil {
-		return err
-	}
-	defer k.Close()
-	if err := r.step(backend, "make a key", func() (err error) { key, w, err = k.Generate(ctx, b); return err }); err != nil {
-		return err
-	}
-	defer key.Close()
-	if err := r.step(backend, "get it back from its wrapped form", func() error {
-		again, err := k.Unwrap(ctx, b, w)
-		if err != nil {
-			return err
-		}
-		defer again.Close()
-		if !again.Equal(key) {
-			return fmt.Errorf("%w: another key came back", errCheck)
-		}
-		return nil
-	}); err != nil {
-		return err
-	}
-	return r.step(backend, "refuse it for another volume", func() error {
-		other := b
-		other.VolumeID = "keyagent-kms-check-2"
-		wrapped, err := k.Wrap(ctx, b, key)
-		if err != nil {
-			return err
-		}
-		if again, err := k.Unwrap(ctx, other, wrapped); !errors.Is(err, kms.ErrWrongKey) {
-			return errors.Join(fmt.Errorf("%w: a wrapped key opened for another volume", errCheck), err, again.Close())
-		}
-		return nil
-	})
-}
-
-func (r *checkReport) checkStorage(ctx context.Context, backend, uri string) error {
-	var s interface {
-		storage.Storage
-		io.Closer
-	}
-	if err := r.step(backend, "open", func() (err error) { s, err = setup.Storage(ctx, uri); return err }); err != nil {
-		return err
+		return failure.New(failure.Configuration, fmt.Errorf("%s: %w", setup.Redact(f.storage), err), checkHint)
 	}
 	defer s.Close()
-	name := "check/" + rand.Text()
-	first, second := []byte("keyagent kms check"), []byte("keyagent kms check, changed")
-	var v storage.Version
-	if err := r.step(backend, "write an object", func() (err error) { v, err = s.Put(ctx, name, first, storage.Absent); return err }); err != nil {
+	open := keyservice.OpenAdmin
+	if fresh {
+		open = keyservice.OpenNewAdmin
+	}
+	admin, err := open(ctx, kms.WithOld(all[0], all[1:]...), s, f.recordKey)
+	if err != nil {
 		return err
 	}
-	defer func() {
-		if d, ok := s.(storage.Deleter); ok {
-			_ = r.step(backend, "delete it", func() error { return d.Delete(ctx, name, v) })
+	defer func() { err = errors.Join(err, admin.Close()) }()
+	return do(admin)
+}
+
+const checkHint = "keyagent kms check URI says which step fails"
+
+// refuseSecrets refuses URIs that hold a secret: other processes can read the
+// arguments and the environment of this one.
+func refuseSecrets(uris ...string) error {
+	for _, uri := range uris {
+		if name := setup.HoldsSecret(uri); name != "" {
+			return failure.Newf(failure.Usage, fmt.Sprintf("put the secret into a file and name it with %sFile, or put the URI into the configuration file", name),
+				"%s: the parameter %q is a secret, and what stands on a command line can be read by others", setup.Redact(uri), name)
 		}
-	}()
-	if err := r.step(backend, "read it", func() error {
-		data, got, err := s.Get(ctx, name)
-		if err == nil && (!bytes.Equal(data, first) || got != v) {
-			err = fmt.Errorf("%w: another object came back", errCheck)
-		}
-		return err
-	}); err != nil {
-		return err
 	}
-	if err := r.step(backend, "refuse a write that expects another version", func() error {
-		if _, err := s.Put(ctx, name, second, storage.Absent); !errors.Is(err, storage.ErrConflict) {
-			return errors.Join(fmt.Errorf("%w: the write was not refused", errCheck), err)
+	return nil
+}
+
+func newKMSStatus() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Say which records there are, and under which KEKs their keys are",
+		Long: `Say which records there are, and under which KEKs their keys are.
+
+Every record is read and its MAC checked; no key is unwrapped. The exit code is 14
+if a record is refused.`,
+		Example: `  keyagent kms status --config /etc/keyagent/serve.yaml
+  keyagent kms status --kms 'kms://aws?keyName=alias/disks' --storage 'storage://aws?bucket=records' --output json`,
+		Args: cobra.NoArgs,
+	}
+	var f backendFlags
+	f.add(cmd)
+	output := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+			s, err := a.Status(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if err := print(cmd, *output, s, func(w io.Writer) { printStatus(w, s) }); err != nil {
+				return err
+			}
+			if len(s.Refused) > 0 {
+				return failure.Newf(failure.Tampered, "they were changed, or made under another record MAC key", "records are refused")
+			}
+			return nil
+		})
+	}
+	return cmd
+}
+
+func printStatus(w io.Writer, s *keyservice.Status) {
+	fmt.Fprintf(w, "KEK in force    %s\nrecord MAC key  %s, under %s\n", s.Current, s.RecordKey, s.MACKey)
+	for _, state := range slices.Sorted(maps.Keys(s.Volumes)) {
+		fmt.Fprintf(w, "%-15s %d volumes\n", state, s.Volumes[state])
+	}
+	fmt.Fprintf(w, "%-15s %d\n", "other DEKs", s.DEKs)
+	for _, kek := range slices.Sorted(maps.Keys(s.Keys)) {
+		note := ""
+		if kek != s.Current {
+			note = "  (outdated: keyagent kms rewrap)"
 		}
+		fmt.Fprintf(w, "%-15s %d under %s%s\n", "keys", s.Keys[kek], kek, note)
+	}
+	for _, r := range s.Refused {
+		fmt.Fprintf(w, "%-15s %s\n", "REFUSED", r)
+	}
+}
+
+func newKMSRewrap() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "rewrap",
+		Short: "Wrap every key again under the KEK in force",
+		Long: `Wrap every key again under the KEK in force.
+
+Keys that are under it already are left alone, so that this may be killed at any
+point and run again. The DEKs stay the same: no disk changes. It works beside key
+services that run; they must be able to open keys under both KEKs meanwhile, see
+old_kms in docs/configuration.md.`,
+		Example: `  keyagent kms rewrap --config /etc/keyagent/serve.yaml
+  keyagent kms rewrap --kms 'kms://cluster-kms?file=new' --old-kms 'kms://cluster-kms?file=old' --storage storage://file?dir=records`,
+		Args: cobra.NoArgs,
+	}
+	var f backendFlags
+	f.add(cmd)
+	output := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+			p, err := a.Rewrap(cmd.Context(), progress(cmd.ErrOrStderr(), "looked at"))
+			if err != nil {
+				return failure.New(failure.Internal, fmt.Errorf("after %d of %d records: %w", p.Done, p.Total, err), "run it again: it goes on where it was")
+			}
+			return print(cmd, *output, p, func(w io.Writer) {
+				fmt.Fprintf(w, "%d records, %d of them wrapped again\n", p.Total, p.Changed)
+			})
+		})
+	}
+	return cmd
+}
+
+// progress says how far a walk is, at most once a second.
+func progress(w io.Writer, verb string) func(record.Progress) {
+	last := time.Now()
+	return func(p record.Progress) {
+		if now := time.Now(); now.Sub(last) >= time.Second {
+			last = now
+			fmt.Fprintf(w, "%s %d of %d records\n", verb, p.Done, p.Total)
+		}
+	}
+}
+
+func newKMSRecipient() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "recipient",
+		Short: "Make an identity for an import, and print whom to export to",
+		Long: `Make an identity for an import, and print whom to export to.
+
+The identity stays on this machine: it opens every key of the export. Delete it
+when the import is done.`,
+		Example: `  keyagent kms recipient --identity transfer.key >transfer.pub`,
+		Args:    cobra.NoArgs,
+	}
+	path := cmd.Flags().String("identity", "", "file to make; it must not exist")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *path == "" {
+			return failure.Newf(failure.Usage, "--identity FILE", "the identity's file must be named")
+		}
+		identity, recipient, err := keyservice.NewTransferIdentity()
+		if err != nil {
+			return err
+		}
+		defer identity.Close()
+		if err := config.WriteSecretFile(*path, identity); err != nil {
+			return failure.New(failure.Configuration, fmt.Errorf("identity: %w", err), "")
+		}
+		cmd.Println(base64.StdEncoding.EncodeToString(recipient))
 		return nil
-	}); err != nil {
-		return err
 	}
-	if err := r.step(backend, "change it", func() error {
-		next, err := s.Put(ctx, name, second, v)
-		if err == nil {
-			v = next
-		}
-		return err
-	}); err != nil {
-		return err
+	return cmd
+}
+
+func newKMSExport() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "export",
+		Short: "Write all records with their keys, sealed to the identity of an import",
+		Long: `Write all records with their keys, sealed to the identity of an import.
+
+The printed digest belongs with the file, by another way than the file: it is how
+the import knows that the file is this one.`,
+		Example: `  keyagent kms export --config /etc/keyagent/serve.yaml --recipient transfer.pub --file records.export`,
+		Args:    cobra.NoArgs,
 	}
-	return r.step(backend, "list it", func() error {
-		names, err := s.List(ctx, name, "", 2)
-		if err == nil && (len(names) != 1 || names[0] != name) {
-			err = fmt.Errorf("%w: it is not in the list", errCheck)
+	var f backendFlags
+	f.add(cmd)
+	recipientFile := cmd.Flags().String("recipient", "", "file that keyagent kms recipient printed")
+	file := cmd.Flags().String("file", "", "file to write; it must not exist")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *recipientFile == "" || *file == "" {
+			return failure.Newf(failure.Usage, "--recipient FILE --file FILE", "the recipient and the file to write must be named")
 		}
-		return err
-	})
+		text, err := config.ReadPublicFile(*recipientFile, 8<<10)
+		if err != nil {
+			return failure.New(failure.Configuration, fmt.Errorf("recipient: %w", err), "")
+		}
+		recipient, err := base64.StdEncoding.DecodeString(strings.TrimSpace(string(text)))
+		if err != nil {
+			return failure.Newf(failure.Configuration, "keyagent kms recipient prints one", "recipient: the file holds none")
+		}
+		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+			out, err := os.OpenFile(*file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+			if err != nil {
+				return failure.New(failure.Configuration, err, "nothing is overwritten")
+			}
+			digest, p, err := a.Export(cmd.Context(), out, recipient, progress(cmd.ErrOrStderr(), "exported"))
+			if err = errors.Join(err, out.Sync(), out.Close()); err != nil {
+				// A part of an export cannot be imported.
+				return failure.New(failure.Internal, errors.Join(err, os.Remove(*file)), "")
+			}
+			cmd.Printf("%d records\ndigest %s\n", p.Done, digest)
+			return nil
+		})
+	}
+	return cmd
+}
+
+func newKMSImport() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "import FILE",
+		Short: "Make the records of an export here, under this side's KEK",
+		Long: `Make the records of an export here, under this side's KEK.
+
+The whole file is verified before anything is written. Records that are here with
+the same keys are left alone, so that this may be killed at any point and run
+again; one that differs is an error, and is not overwritten.`,
+		Example: `  keyagent kms import --config /etc/keyagent/serve.yaml --identity transfer.key --digest 5f70… records.export`,
+		Args:    cobra.ExactArgs(1),
+	}
+	var f backendFlags
+	f.add(cmd)
+	identityFile := cmd.Flags().String("identity", "", "file that keyagent kms recipient made")
+	digest := cmd.Flags().String("digest", "", "what keyagent kms export printed")
+	output := outputFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if *identityFile == "" || *digest == "" {
+			return failure.Newf(failure.Usage, "--identity FILE --digest HEX", "the identity and the digest of the export must be given")
+		}
+		identity, err := config.ReadSecretFile(*identityFile, 4<<10)
+		if err != nil {
+			return failure.New(failure.Configuration, fmt.Errorf("identity: %w", err), "")
+		}
+		defer identity.Close()
+		in, err := os.Open(args[0])
+		if err != nil {
+			class := failure.Configuration
+			if errors.Is(err, fs.ErrNotExist) {
+				class = failure.NotFound
+			}
+			return failure.New(class, err, "")
+		}
+		defer in.Close()
+		return f.with(cmd.Context(), true, func(a *keyservice.Admin) error {
+			done, err := a.Import(cmd.Context(), in, identity, *digest)
+			if err != nil {
+				return failure.New(failure.Internal, fmt.Errorf("after %d records: %w", done.Created+done.Present, err), "")
+			}
+			return print(cmd, *output, done, func(w io.Writer) {
+				fmt.Fprintf(w, "%d records made, %d were there\n", done.Created, done.Present)
+			})
+		})
+	}
+	return cmd
 }

@@ -39,6 +39,9 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			if err != nil {
 				return err
 			}
+			if err := refuseSecrets(override.KMS, override.Storage); err != nil {
+				return err
+			}
 			cfg, err := keyservice.LoadConfig(path, override)
 			if err != nil {
 				return err

@@ -47,7 +47,8 @@ type Entry struct {
 	Policy        string    `json:"policy,omitempty"`   // SHA-256
 	Grant         string    `json:"grant,omitempty"`
 	Profile       string    `json:"profile,omitempty"`
-	Result        string    `json:"result"` // allowed, refused
+	RecordKey     string    `json:"record_key,omitempty"` // ID of the record MAC key
+	Result        string    `json:"result"`               // allowed, refused
 	Class         string    `json:"class,omitempty"`
 	Detail        string    `json:"detail,omitempty"`
 }

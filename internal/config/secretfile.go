@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -17,6 +18,21 @@ func ReadSecretFile(path string, limit int) (*secret.Bytes, error) {
 		return nil, err
 	}
 	return readSecret(path, limit)
+}
+
+// ReadPublicFile reads a file of at most limit bytes that holds no secret, such as
+// certificates.
+func ReadPublicFile(path string, limit int) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
+	if err == nil && len(data) > limit {
+		err = fmt.Errorf("%w: %s has more than %d bytes", ErrInvalid, path, limit)
+	}
+	return data, err
 }
 
 // ReadCredential reads a systemd credential of this service, see
@@ -43,6 +59,32 @@ func readSecret(path string, limit int) (*secret.Bytes, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return s, nil
+}
+
+// WriteSecretFile writes a new file that its owner alone can read. A file that
+// exists is an error: nothing is ever overwritten. The file appears with all of
+// its content, or not at all.
+func WriteSecretFile(path string, s *secret.Bytes) error {
+	dir := filepath.Dir(path)
+	// Left behind only by a crash.
+	f, err := os.CreateTemp(dir, ".new-secret-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	err = s.Use(func(b []byte) error { _, err := f.Write(b); return err })
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	// Unlike a rename, a link fails where a file is.
+	if err := os.Link(f.Name(), path); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // CheckSecretFile refuses a file of secrets that others may read.

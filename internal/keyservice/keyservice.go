@@ -20,6 +20,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
@@ -35,6 +36,9 @@ type Options struct {
 	Metrics *Metrics
 	// Seen are revisions of volumes that the audit log names.
 	Seen map[string]uint64
+	// RecordKey is the ID that the record MAC key must have. Default any,
+	// unless anybody can wrap under the KEK.
+	RecordKey string
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -64,6 +68,9 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := r.book.Trust(opts.KMS, opts.RecordKey); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
 	for volume, revision := range opts.Seen {
 		r.noteRevision(volume, revision)
 	}
@@ -72,6 +79,9 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 	}, nil
 }
+
+// RecordKey names the key that authenticates the records.
+func (s *Service) RecordKey() (string, error) { return s.records.book.KeyID() }
 
 // Close wipes what the service holds.
 func (s *Service) Close() error { return s.records.Close() }
@@ -245,14 +255,27 @@ func classify(err error) error {
 		{ErrOwner, failure.PolicyDenied, ""},
 		{ErrConfirm, failure.State, ""},
 		{ErrTransition, failure.State, ""},
+		{ErrNoRecords, failure.NotFound, "is it the right storage, with the right prefix?"},
+		{ErrExport, failure.Tampered, ""},
+		{ErrDigest, failure.Tampered, "export it again, or give the digest that the export printed"},
+		{ErrExists, failure.State, "nothing was overwritten"},
 		{errNotActive, failure.State, "its first format did not finish: run it again"},
 		{ErrRollback, failure.Tampered, ""},
 		{ErrRecord, failure.Tampered, ""},
+		{record.ErrMACKey, failure.Tampered, ""},
+		{record.ErrNotStored, failure.Tampered, ""},
 		{storage.ErrCorrupt, failure.Tampered, ""},
 		{kms.ErrWrongKey, failure.WrongKey, ""},
 		{kms.ErrUnavailable, failure.Unreachable, "try again later"},
+		{storage.ErrUnavailable, failure.Unreachable, "try again later"},
 		{storage.ErrConflict, failure.Unreachable, "try again"},
-		{storage.ErrDenied, failure.Configuration, ""},
+		// Credentials are renewed while the service runs.
+		{kms.ErrCredentials, failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed"},
+		{storage.ErrCredentials, failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed"},
+		{kms.ErrDenied, failure.Configuration, "the key service lacks a permission, its log says which"},
+		{storage.ErrDenied, failure.Configuration, "the key service lacks a permission, its log says which"},
+		{kms.ErrKEK, failure.Configuration, "the key service's key-encryption key is disabled or gone"},
+		{storage.ErrNoBucket, failure.Configuration, "the key service's storage is gone"},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
 	} {
 		if errors.Is(err, row.is) {

@@ -262,6 +262,10 @@ func TestEveryDecisionIsInAWholeAuditLog(t *testing.T) {
 	if _, err := audit.Verify(f, func(e audit.Entry) { entries = append(entries, e) }); err != nil {
 		t.Fatal(err)
 	}
+	if len(entries) == 0 || len(entries[0].RecordKey) != 32 {
+		t.Fatalf("the log does not begin with the record MAC key's ID: %+v", entries)
+	}
+	entries = entries[1:]
 	if len(entries) != 2 || entries[0].Result != "allowed" || entries[0].Volume != "data-1" || entries[0].KeyVersion != 1 ||
 		entries[0].Policy == "" || entries[0].Grant != "data" || len(entries[0].Evidence) != 64 || !strings.HasPrefix(entries[0].Identity, "tpm:") ||
 		entries[1].Result != "refused" || entries[1].Class != string(failure.PolicyDenied) {

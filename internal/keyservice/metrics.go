@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/record"
 )
 
 // Metrics of a key service. Labels come from closed sets: never an error's text,
@@ -19,6 +20,8 @@ type Metrics struct {
 	attestations *prometheus.CounterVec
 	warnings     *prometheus.CounterVec
 	reloads      *prometheus.CounterVec
+	backends     *prometheus.HistogramVec
+	rewrap       *prometheus.GaugeVec
 }
 
 // NewMetrics returns metrics of their own registry. waiting reports the
@@ -40,7 +43,14 @@ func NewMetrics(waiting func() (int, uint64)) *Metrics {
 			Name: "keyagent_policy_reloads_total", Help: "Reloads of the policy, by result.",
 		}, []string{"result"}),
 	}
-	m.registry.MustRegister(m.requests, m.attestations, m.warnings, m.reloads,
+	m.backends = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "keyagent_backend_seconds", Help: "Time of one call to a key management or storage backend with its retries, by backend, operation and class of the result.",
+		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 17),
+	}, []string{"backend", "operation", "class"})
+	m.rewrap = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "keyagent_rewrap_records", Help: "Records of the last background re-wrap: total, done, changed, failed.",
+	}, []string{"records"})
+	m.registry.MustRegister(m.requests, m.attestations, m.warnings, m.reloads, m.backends, m.rewrap,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "keyagent_unattested_connections", Help: "Connections that have not attested themselves yet.",
 		}, func() float64 { n, _ := waiting(); return float64(n) }),
@@ -75,6 +85,12 @@ func (m *Metrics) reloaded(err error) {
 		result = "error"
 	}
 	m.reloads.WithLabelValues(result).Inc()
+}
+
+func (m *Metrics) rewrapped(p record.Progress) {
+	for name, n := range map[string]int{"total": p.Total, "done": p.Done, "changed": p.Changed, "failed": p.Failed} {
+		m.rewrap.WithLabelValues(name).Set(float64(n))
+	}
 }
 
 // handler serves /metrics, /healthz and /readyz.

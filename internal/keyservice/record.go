@@ -2,18 +2,15 @@ package keyservice
 
 import (
 	"bytes"
-	"crypto/hmac"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/keyagent/keyagent/attestation/policy"
-	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -36,13 +33,14 @@ var transitions = map[State][]State{
 }
 
 // ErrRecord: a record is not one that this key service wrote under this name.
-var ErrRecord = errors.New("volume record is refused")
+var ErrRecord = record.ErrRefused
 
 // ErrTransition: a change that the life of a volume does not have.
 var ErrTransition = errors.New("volume cannot change this way")
 
 // Record is what the key service knows of one volume, and the only authority
-// on whether it may be formatted. It is stored with a MAC.
+// on whether it may be formatted. It is stored as JSON, with a MAC: see package
+// record and docs/spec/volume-record.md.
 type Record struct {
 	VolumeID   string       `json:"volume_id"`
 	State      State        `json:"state"`
@@ -86,49 +84,6 @@ func (r *Record) binding() (kms.Binding, kms.Wrapped, error) {
 	return kms.Binding{}, kms.Wrapped{}, fmt.Errorf("%w: key version %d is not in it", ErrRecord, r.KeyVersion)
 }
 
-// The stored form: one line "keyagent volume record 1 HEXMAC", then JSON. See
-// docs/spec/volume-record.md.
-const (
-	recordMagic  = "keyagent volume record 1 "
-	recordDomain = "keyagent volume record mac v1"
-	maxRecord    = 32 << 10
-)
-
-// encodeRecord stores r under name. The MAC covers the name, so that a record
-// that was copied to another name is refused.
-func encodeRecord(macKey *secret.Bytes, name string, r *Record) ([]byte, error) {
-	body, err := json.Marshal(r)
-	if err != nil {
-		return nil, err
-	}
-	mac, err := recordMAC(macKey, name, body)
-	if err != nil {
-		return nil, err
-	}
-	return append([]byte(recordMagic+hex.EncodeToString(mac)+"\n"), body...), nil
-}
-
-// decodeRecord authenticates first and parses second.
-func decodeRecord(macKey *secret.Bytes, name string, data []byte) (*Record, error) {
-	if len(data) > maxRecord {
-		return nil, fmt.Errorf("%w: %d bytes", ErrRecord, len(data))
-	}
-	line, body, ok := bytes.Cut(data, []byte("\n"))
-	text, isRecord := strings.CutPrefix(string(line), recordMagic)
-	got, err := hex.DecodeString(text)
-	if !ok || !isRecord || err != nil {
-		return nil, fmt.Errorf("%w: not a volume record of version 1", ErrRecord)
-	}
-	want, err := recordMAC(macKey, name, body)
-	if err != nil {
-		return nil, err
-	}
-	if !hmac.Equal(got, want) {
-		return nil, fmt.Errorf("%w: its MAC does not verify (hint: was the master secret changed, or the storage written by somebody else?)", ErrRecord)
-	}
-	return parseRecord(body)
-}
-
 // parseRecord parses the JSON of a record strictly: it must be exactly what
 // encoding the result gives again.
 func parseRecord(body []byte) (*Record, error) {
@@ -164,17 +119,4 @@ func (r *Record) check() error {
 		return err
 	}
 	return b.Validate()
-}
-
-func recordMAC(key *secret.Bytes, name string, body []byte) (mac []byte, err error) {
-	err = key.Use(func(k []byte) error {
-		h := hmac.New(sha256.New, k)
-		for _, part := range [][]byte{[]byte(recordDomain), []byte(name), body} {
-			h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(part))))
-			h.Write(part)
-		}
-		mac = h.Sum(nil)
-		return nil
-	})
-	return mac, err
 }

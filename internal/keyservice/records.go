@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
@@ -32,73 +32,24 @@ const dekLength = 32
 
 // records are the volume records in storage.
 type records struct {
-	kms     kms.KMS
-	storage storage.Storage
-	macKey  *secret.Bytes
-	now     func() time.Time
+	kms  kms.KMS
+	book *record.Book
+	now  func() time.Time
 
 	mu   sync.Mutex
 	seen map[string]uint64 // highest revision by volume, from the audit log and since
 }
 
-const macKeyName = "keyservice/record-mac-key"
-
-var macBinding = kms.Binding{VolumeID: "keyservice", Purpose: kms.RecordMAC, Version: 1, Length: 32}
-
-// openRecords derives or unwraps the key that authenticates records. Its
-// wrapped form is in storage; who replaces it makes every record be refused.
 func openRecords(ctx context.Context, k kms.KMS, s storage.Storage, now func() time.Time) (*records, error) {
-	r := &records{kms: k, storage: s, now: now, seen: map[string]uint64{}}
-	data, _, err := s.Get(ctx, macKeyName)
-	switch {
-	case errors.Is(err, storage.ErrNotFound):
-		err = r.newMACKey(ctx)
-		if errors.Is(err, storage.ErrConflict) { // another replica was faster
-			return openRecords(ctx, k, s, now)
-		}
-		return r, err
-	case err != nil:
-		return nil, fmt.Errorf("record MAC key: %w", err)
-	}
-	var w kms.Wrapped
-	if err := json.Unmarshal(data, &w); err != nil {
-		return nil, fmt.Errorf("record MAC key: %w", err)
-	}
-	if r.macKey, err = k.Unwrap(ctx, macBinding, w); err != nil {
-		return nil, fmt.Errorf("record MAC key: %w (hint: these records were made under another KEK)", err)
-	}
-	return r, nil
-}
-
-// newMACKey is for an empty storage only: volumes without their MAC key mean
-// that something was removed.
-func (r *records) newMACKey(ctx context.Context) error {
-	names, err := r.storage.List(ctx, "volumes/", "", 1)
+	book, err := record.Open(ctx, k, s)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if len(names) > 0 {
-		return fmt.Errorf("%w: there are volume records, but their MAC key is gone", ErrRollback)
-	}
-	key, w, err := r.kms.Generate(ctx, macBinding)
-	if err != nil {
-		return fmt.Errorf("record MAC key: %w", err)
-	}
-	data, err := json.Marshal(w)
-	if err == nil {
-		_, err = r.storage.Put(ctx, macKeyName, data, storage.Absent)
-	}
-	if err != nil {
-		return errors.Join(err, key.Close())
-	}
-	r.macKey = key
-	return nil
+	return &records{kms: k, book: book, now: now, seen: map[string]uint64{}}, nil
 }
 
 // Close wipes the MAC key.
-func (r *records) Close() error { return r.macKey.Close() }
-
-func objectName(volume string) string { return "volumes/" + volume }
+func (r *records) Close() error { return r.book.Close() }
 
 // noteRevision remembers what was seen of a volume.
 func (r *records) noteRevision(volume string, revision uint64) {
@@ -116,21 +67,20 @@ func (r *records) lastSeen(volume string) uint64 {
 // get returns the record of a volume. A volume that was seen and has no record
 // now, or an older one, is never taken for a new one.
 func (r *records) get(ctx context.Context, volume string) (*Record, storage.Version, error) {
-	name := objectName(volume)
 	// What was seen before the read: a change that lands during it is newer than
 	// what is read, and no rollback.
 	seen := r.lastSeen(volume)
-	data, version, err := r.storage.Get(ctx, name)
+	body, version, err := r.book.Get(ctx, record.Volume, volume)
 	if errors.Is(err, storage.ErrNotFound) {
 		if seen > 0 {
 			return nil, "", fmt.Errorf("%w: volume %q is gone, its revision %d was seen", ErrRollback, volume, seen)
 		}
 		return nil, "", ErrNoVolume
 	}
-	if err != nil {
-		return nil, "", fmt.Errorf("record of %q: %w", volume, err)
+	var rec *Record
+	if err == nil {
+		rec, err = parseRecord(body)
 	}
-	rec, err := decodeRecord(r.macKey, name, data)
 	if err != nil {
 		return nil, "", fmt.Errorf("record of %q: %w", volume, err)
 	}
@@ -145,12 +95,11 @@ func (r *records) get(ctx context.Context, volume string) (*Record, storage.Vers
 }
 
 func (r *records) put(ctx context.Context, rec *Record, expect storage.Version) error {
-	name := objectName(rec.VolumeID)
-	data, err := encodeRecord(r.macKey, name, rec)
+	body, err := json.Marshal(rec)
 	if err != nil {
 		return err
 	}
-	if _, err := r.storage.Put(ctx, name, data, expect); err != nil {
+	if err := r.book.Put(ctx, record.Volume, rec.VolumeID, body, expect); err != nil {
 		return fmt.Errorf("record of %q: %w", rec.VolumeID, err)
 	}
 	r.noteRevision(rec.VolumeID, rec.Revision)

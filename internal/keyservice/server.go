@@ -27,18 +27,28 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
 
 // Config is the configuration file of keyagent serve. docs/configuration.md
 // explains each field.
 type Config struct {
-	Listen  string    `yaml:"listen"`
-	TLS     TLSConfig `yaml:"tls"`
-	Policy  string    `yaml:"policy"`
-	KMS     string    `yaml:"kms"`
-	Storage string    `yaml:"storage"`
-	Audit   string    `yaml:"audit"`
+	Listen string    `yaml:"listen"`
+	TLS    TLSConfig `yaml:"tls"`
+	Policy string    `yaml:"policy"`
+	KMS    string    `yaml:"kms"`
+	// OldKMS open keys that were made under them, until those are wrapped again
+	// under KMS.
+	OldKMS  []string `yaml:"old_kms,omitempty"`
+	Storage string   `yaml:"storage"`
+	// RecordKey is the ID of the key that authenticates the records, if the
+	// audit log does not have it.
+	RecordKey string `yaml:"record_key,omitempty"`
+	// Rewrap is how often keys that are not under the KEK in force are wrapped
+	// again; never by default.
+	Rewrap string `yaml:"rewrap,omitempty"`
+	Audit  string `yaml:"audit"`
 	// Metrics is a loopback address for /metrics, /healthz and /readyz.
 	Metrics string `yaml:"metrics,omitempty"`
 	// TPM, if set, lets clients demand the service's own evidence.
@@ -112,7 +122,50 @@ func LoadConfig(path string, override Config) (*Config, error) {
 	if _, err := c.timeout(); err != nil {
 		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"handshake_timeout"}, "%w", err), "")
 	}
+	if _, err := c.rewrapEvery(); err != nil {
+		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"rewrap"}, "%w", err), "")
+	}
+	if err := c.checkSecrets(path, doc); err != nil {
+		return nil, err
+	}
 	return c, nil
+}
+
+// checkSecrets refuses a file that others can read if a URI in it holds a secret.
+func (c *Config) checkSecrets(path string, doc *config.Document) error {
+	uris := []struct {
+		uri  string
+		path []any
+	}{{c.KMS, []any{"kms"}}, {c.Storage, []any{"storage"}}}
+	for i, uri := range c.OldKMS {
+		uris = append(uris, struct {
+			uri  string
+			path []any
+		}{uri, []any{"old_kms", i}})
+	}
+	for _, u := range uris {
+		name := setup.HoldsSecret(u.uri)
+		if name == "" {
+			continue
+		}
+		if err := config.CheckSecretFile(path); err != nil {
+			return failure.New(failure.Configuration, doc.Errorf(u.path, "the parameter %q holds a secret: %w", name, err),
+				fmt.Sprintf("put the secret into a file of its own and name it with %sFile", name))
+		}
+	}
+	return nil
+}
+
+// rewrapEvery is 0 for never.
+func (c *Config) rewrapEvery() (time.Duration, error) {
+	if c.Rewrap == "" {
+		return 0, nil
+	}
+	d, err := time.ParseDuration(c.Rewrap)
+	if err == nil && d < time.Minute {
+		err = errors.New("must be at least 1m")
+	}
+	return d, err
 }
 
 func (c *Config) timeout() (time.Duration, error) {
@@ -196,24 +249,22 @@ func (s *Server) loadCertificate() error {
 }
 
 func (s *Server) openService(ctx context.Context) error {
-	k, err := setup.KMS(ctx, s.cfg.KMS)
+	k, err := s.openKMS(ctx)
 	if err != nil {
-		hint := ""
-		if errors.Is(err, fs.ErrNotExist) {
-			hint = "keyagent serve --init-master-secret makes a master secret, once"
-		}
-		return failure.New(failure.Configuration, fmt.Errorf("kms: %w", err), hint)
+		return err
 	}
-	s.closers = append(s.closers, k)
 	st, err := setup.Storage(ctx, s.cfg.Storage)
 	if err != nil {
 		return failure.New(failure.Configuration, fmt.Errorf("storage: %w", err), "")
 	}
 	s.closers = append(s.closers, st)
-	seen := map[string]uint64{}
+	seen, recordKey := map[string]uint64{}, ""
 	log, err := audit.Open(s.cfg.Audit, time.Now, func(e audit.Entry) {
 		if e.Result == "allowed" && e.Volume != "" {
 			seen[e.Volume] = max(seen[e.Volume], e.Revision)
+		}
+		if e.RecordKey != "" {
+			recordKey = e.RecordKey
 		}
 	})
 	if err != nil {
@@ -223,12 +274,46 @@ func (s *Server) openService(ctx context.Context) error {
 	if n := log.Recovered(); n > 0 {
 		s.log.Warn("cut off an unfinished audit entry, as a crash leaves it", "bytes", n)
 	}
-	s.service, err = New(ctx, Options{Policy: s.policy, KMS: k, Storage: st, Audit: log, Log: s.log, Metrics: s.metrics, Seen: seen})
+	known := recordKey
+	if s.cfg.RecordKey != "" {
+		known = s.cfg.RecordKey
+	}
+	s.service, err = New(ctx, Options{
+		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
+		Seen: seen, RecordKey: known,
+	})
 	if err != nil {
 		return classify(err)
 	}
 	s.closers = append(s.closers, s.service)
-	return nil
+	id, err := s.service.RecordKey()
+	if err != nil || id == recordKey {
+		return err
+	}
+	// From now on the log knows it.
+	return log.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
+}
+
+// openKMS opens the KMS in force with those that only open keys.
+func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
+	var all []kms.KMS
+	for i, uri := range append([]string{s.cfg.KMS}, s.cfg.OldKMS...) {
+		name := "kms"
+		if i > 0 {
+			name = fmt.Sprintf("old_kms[%d]", i-1)
+		}
+		k, err := setup.KMS(ctx, uri)
+		if err != nil {
+			hint := ""
+			if errors.Is(err, fs.ErrNotExist) {
+				hint = "keyagent serve --init-master-secret makes a master secret, once"
+			}
+			return nil, failure.New(failure.Configuration, fmt.Errorf("%s: %w", name, err), hint)
+		}
+		s.closers = append(s.closers, k)
+		all = append(all, observeKMS(k, uri, s.metrics))
+	}
+	return kms.WithOld(all[0], all[1:]...), nil
 }
 
 func auditError(err error) error {
@@ -350,6 +435,9 @@ func (s *Server) Run(ctx context.Context) error {
 			return nil
 		})
 		group.Go(func() error { <-ctx.Done(); return web.Close() })
+	}
+	if every, err := s.cfg.rewrapEvery(); err == nil && every > 0 {
+		group.Go(func() error { s.service.rewrapLoop(ctx, every); return nil })
 	}
 	group.Go(func() error {
 		<-ctx.Done()

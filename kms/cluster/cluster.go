@@ -16,8 +16,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
-	"path/filepath"
 
 	"github.com/google/uuid"
 
@@ -177,7 +175,7 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 	case schemeWrapped:
 		return k.open(b, w.Blob)
 	}
-	return nil, fmt.Errorf("%w: unknown scheme", kms.ErrWrongKey)
+	return nil, fmt.Errorf("%w: %.32q", kms.ErrScheme, w.Scheme)
 }
 
 func (k *KMS) open(b kms.Binding, blob []byte) (*secret.Bytes, error) {
@@ -232,28 +230,5 @@ func initMasterSecret(path string) error {
 		return err
 	}
 	defer s.Close()
-	// Readable by its owner alone, and left behind only by a crash.
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-master-secret-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	err = s.Use(func(b []byte) error { _, err := f.Write(b); return err })
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	// Unlike a rename, a link fails where a file is.
-	if err := os.Link(f.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return config.WriteSecretFile(path, s)
 }

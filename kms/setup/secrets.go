@@ -1,6 +1,7 @@
 package setup
 
 import (
+	"crypto/x509"
 	"fmt"
 
 	"github.com/keyagent/keyagent/internal/config"
@@ -8,8 +9,11 @@ import (
 	"github.com/keyagent/keyagent/kms"
 )
 
-// maxCredential bounds a credential of a cloud in bytes.
-const maxCredential = 8 << 10
+// The bounds of what is read from files in bytes.
+const (
+	maxCredential   = 16 << 10
+	maxCertificates = 1 << 20
+)
 
 // credential takes a parameter that may stand in the URI (name), in a file
 // (nameFile) or in a systemd credential (nameCredential). It returns nil if none
@@ -58,13 +62,18 @@ func text(b *secret.Bytes) (s string, err error) {
 	return s, err
 }
 
-// flag takes a parameter that is true, false or left out.
-func flag(u *kms.URI, name string) (bool, error) {
-	switch u.Optional(name) {
-	case "", "false":
-		return false, nil
-	case "true":
-		return true, nil
+// roots reads certificates in PEM form; no path is nil, for the system's.
+func roots(path string) (*x509.CertPool, error) {
+	if path == "" {
+		return nil, nil
 	}
-	return false, fmt.Errorf("%w: the parameter %q is true or false", kms.ErrURI, name)
+	text, err := config.ReadPublicFile(path, maxCertificates)
+	if err != nil {
+		return nil, fmt.Errorf("certificate authority: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("certificate authority: %s holds no certificate in PEM form", path)
+	}
+	return pool, nil
 }

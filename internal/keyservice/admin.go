@@ -1,0 +1,223 @@
+package keyservice
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/dek"
+	"github.com/keyagent/keyagent/storage"
+)
+
+// ErrNoRecords: the storage holds nothing of a key service.
+var ErrNoRecords = errors.New("storage holds no records")
+
+// Admin is what an operator does with all records at once. It works beside a key
+// service that runs: every change is a compare-and-swap.
+type Admin struct {
+	kms  kms.KMS
+	book *record.Book
+	now  func() time.Time
+}
+
+// OpenAdmin opens the records of a storage. recordKey is the ID of their MAC key,
+// if it is known; it must be where anybody can wrap under the KEK.
+func OpenAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string) (*Admin, error) {
+	return newAdmin(ctx, k, s, recordKey, record.OpenExisting)
+}
+
+// OpenNewAdmin is OpenAdmin for a storage that may be empty.
+func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string) (*Admin, error) {
+	return newAdmin(ctx, k, s, recordKey, record.Open)
+}
+
+func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*record.Book, error)) (*Admin, error) {
+	book, err := open(ctx, k, s)
+	if errors.Is(err, storage.ErrNotFound) {
+		return nil, ErrNoRecords
+	}
+	if err != nil {
+		return nil, classify(err)
+	}
+	if err := book.Trust(k, recordKey); err != nil {
+		return nil, errors.Join(classify(err), book.Close())
+	}
+	return &Admin{kms: k, book: book, now: time.Now}, nil
+}
+
+// Close wipes the MAC key. The KMS and the storage are the caller's.
+func (a *Admin) Close() error { return a.book.Close() }
+
+// visits say how the records of each kind hold their keys.
+func visits(now func() time.Time) map[record.Kind]record.Visit {
+	return map[record.Kind]record.Visit{record.Volume: visitVolume(now), record.DEK: dek.Visit}
+}
+
+func visitVolume(now func() time.Time) record.Visit {
+	return func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
+		r, err := parseRecord(body)
+		if err != nil {
+			return nil, err
+		}
+		if r.VolumeID != id {
+			return nil, fmt.Errorf("%w: it is of volume %q", ErrRecord, r.VolumeID)
+		}
+		changed := false
+		for i := range r.Keys {
+			k := &r.Keys[i]
+			w, err := f(kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length}, k.Wrapped)
+			if err != nil {
+				return nil, fmt.Errorf("key version %d: %w", k.Version, err)
+			}
+			changed = changed || w.KEK != k.Wrapped.KEK || w.Scheme != k.Wrapped.Scheme
+			k.Wrapped = w
+		}
+		if !changed {
+			return body, nil
+		}
+		r.Revision++
+		r.Updated = now().UTC()
+		return json.Marshal(r)
+	}
+}
+
+// Status is what records there are, and under which KEKs.
+type Status struct {
+	Current   string         `json:"current_kek"`    // what keys are wrapped under now
+	RecordKey string         `json:"record_key"`     // ID of the record MAC key
+	MACKey    string         `json:"record_key_kek"` // the KEK that it is under
+	Volumes   map[State]int  `json:"volumes"`        // records by state
+	DEKs      int            `json:"deks"`           // of programs without a key service
+	Keys      map[string]int `json:"keys"`           // by KEK
+	Refused   []string       `json:"refused,omitempty"`
+}
+
+// Outdated counts the keys, the MAC key among them, that are not under the
+// current KEK.
+func (s *Status) Outdated() int {
+	n := 0
+	for kek, keys := range s.Keys {
+		if kek != s.Current {
+			n += keys
+		}
+	}
+	if s.MACKey != s.Current {
+		n++
+	}
+	return n
+}
+
+// Status reads every record. It unwraps nothing. Records that are refused are
+// named in it.
+func (a *Admin) Status(ctx context.Context) (*Status, error) {
+	s := &Status{Volumes: map[State]int{}, Keys: map[string]int{}}
+	var err error
+	if s.Current, err = kms.Current(ctx, a.kms); err != nil {
+		return nil, classify(err)
+	}
+	if s.RecordKey, err = a.book.KeyID(); err != nil {
+		return nil, err
+	}
+	mac, err := a.book.MACKey(ctx)
+	if err != nil {
+		return nil, classify(err)
+	}
+	s.MACKey = mac.KEK
+	var mu sync.Mutex
+	for _, kind := range record.Kinds {
+		visit := visits(a.now)[kind]
+		look := func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
+			if _, err := visit(id, body, f); err != nil {
+				return nil, err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if kind == record.DEK {
+				s.DEKs++
+				return body, nil
+			}
+			r, err := parseRecord(body)
+			if err == nil {
+				s.Volumes[r.State]++
+			}
+			return body, err
+		}
+		count := func(_ context.Context, _ kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			s.Keys[w.KEK]++
+			return w, nil
+		}
+		p, err := a.book.Walk(ctx, kind, look, count, nil)
+		if err != nil && p.Done < p.Total {
+			return nil, classify(err)
+		}
+		if err != nil {
+			s.Refused = append(s.Refused, err.Error())
+		}
+	}
+	return s, nil
+}
+
+// Rewrap wraps every key that is not under the KEK in force again under that one.
+// The MAC key comes last, so that as long as anything is under an older KEK it is
+// too. It may be ended at any point and run again.
+func (a *Admin) Rewrap(ctx context.Context, report func(record.Progress)) (record.Progress, error) {
+	return rewrap(ctx, a.kms, a.book, a.now, report)
+}
+
+func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.Time, report func(record.Progress)) (record.Progress, error) {
+	current, err := kms.Current(ctx, k)
+	if err != nil {
+		return record.Progress{}, classify(err)
+	}
+	again := record.Rewrap(k, current)
+	var sum record.Progress
+	for _, kind := range record.Kinds {
+		before := sum
+		p, err := book.Walk(ctx, kind, visits(now)[kind], again, func(p record.Progress) {
+			if report != nil {
+				report(before.Plus(p))
+			}
+		})
+		sum = sum.Plus(p)
+		if err != nil {
+			return sum, classify(err)
+		}
+	}
+	err = book.RewrapMACKey(ctx, func(b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return again(ctx, b, w) })
+	if errors.Is(err, storage.ErrConflict) {
+		err = nil // somebody else just did
+	}
+	return sum, classify(err)
+}
+
+// rewrapLoop runs until ctx ends. A run that fails is tried again at its next
+// time; the keys stay as they are, and open.
+func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		p, err := rewrap(ctx, s.kms, s.records.book, s.now, s.metrics.rewrapped)
+		s.metrics.rewrapped(p)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			s.log.ErrorContext(ctx, "re-wrap did not finish, it goes on at its next time", "done", p.Done, "total", p.Total, "changed", p.Changed, "failed", p.Failed, "error", err)
+		case p.Changed > 0:
+			s.log.InfoContext(ctx, "re-wrap finished", "total", p.Total, "changed", p.Changed)
+		}
+		timer.Reset(every)
+	}
+}

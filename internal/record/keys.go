@@ -1,0 +1,159 @@
+package record
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/storage"
+)
+
+// Visit hands each wrapped key in a record's body to f, and returns the body with
+// what f made of them: the same bytes, if f changed nothing.
+type Visit func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error)
+
+// Progress of a walk over all records of a kind.
+type Progress struct {
+	Total   int // records when the walk began
+	Done    int // looked at so far
+	Changed int // written again
+	Failed  int // of Done; they stay as they are
+}
+
+// Plus adds up two walks.
+func (p Progress) Plus(q Progress) Progress {
+	return Progress{p.Total + q.Total, p.Done + q.Done, p.Changed + q.Changed, p.Failed + q.Failed}
+}
+
+// parallel bounds how many records are worked on at once.
+const parallel = 8
+
+// Walk looks at every record of a kind, changes those whose keys f changes, and
+// goes on behind those that fail. Whoever changes a record in the meantime wins,
+// and the record is looked at again. It ends early if ctx ends, or the KMS or
+// storage does not work: walking again carries on, since what was changed needs
+// no second change. report, if not nil, is called after each record, never twice
+// at once.
+func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error), report func(Progress)) (Progress, error) {
+	ids, err := b.all(ctx, kind)
+	if err != nil {
+		return Progress{}, err
+	}
+	var mu sync.Mutex
+	var failures []error
+	p := Progress{Total: len(ids)}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(parallel)
+	for _, id := range ids {
+		if ctx.Err() != nil {
+			break
+		}
+		group.Go(func() error {
+			changed, err := b.change(ctx, kind, id, visit, f)
+			if stops(ctx, err) {
+				return fmt.Errorf("%s%s: %w", kind.Prefix, id, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			p.Done++
+			if changed {
+				p.Changed++
+			}
+			if err != nil {
+				p.Failed++
+				failures = append(failures, fmt.Errorf("%s%s: %w", kind.Prefix, id, err))
+			}
+			if report != nil {
+				report(p)
+			}
+			return nil
+		})
+	}
+	err = group.Wait()
+	mu.Lock()
+	defer mu.Unlock()
+	return p, errors.Join(append(failures, err)...)
+}
+
+// stops says whether an error would meet the next record as well.
+func stops(ctx context.Context, err error) bool {
+	if err == nil {
+		return false
+	}
+	for _, e := range []error{kms.ErrUnavailable, kms.ErrCredentials, kms.ErrDenied, storage.ErrUnavailable, storage.ErrCredentials, storage.ErrDenied, storage.ErrNoBucket} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return ctx.Err() != nil
+}
+
+// maxConflicts bounds how often a change is tried against other writers.
+const maxConflicts = 16
+
+func (b *Book) change(ctx context.Context, kind Kind, id string, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error)) (bool, error) {
+	for range maxConflicts {
+		body, version, err := b.Get(ctx, kind, id)
+		if errors.Is(err, storage.ErrNotFound) {
+			return false, nil // deleted since it was listed
+		}
+		if err != nil {
+			return false, err
+		}
+		next, err := visit(id, body, func(bind kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return f(ctx, bind, w) })
+		if err != nil || string(next) == string(body) {
+			return false, err
+		}
+		if err := b.Put(ctx, kind, id, next, version); !errors.Is(err, storage.ErrConflict) {
+			return err == nil, err
+		}
+	}
+	return false, storage.ErrConflict
+}
+
+// all lists the IDs of a kind to the end.
+func (b *Book) all(ctx context.Context, kind Kind) (ids []string, err error) {
+	for after := ""; ; after = ids[len(ids)-1] {
+		page, err := b.List(ctx, kind, after, 1000)
+		if err != nil {
+			return nil, err
+		}
+		if len(page) == 0 {
+			return ids, nil
+		}
+		ids = append(ids, page...)
+	}
+}
+
+// Rewrap returns a function that wraps a key again under the KEK that k has in
+// force, unless it is under that already. The new form is opened once before it
+// is returned: it replaces the only one that there is.
+func Rewrap(k kms.KMS, current string) func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error) {
+	return func(ctx context.Context, b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {
+		if w.KEK == current {
+			return w, nil
+		}
+		key, err := k.Unwrap(ctx, b, w)
+		if err != nil {
+			return w, err
+		}
+		defer key.Close()
+		next, err := k.Wrap(ctx, b, key)
+		if err != nil {
+			return w, err
+		}
+		again, err := k.Unwrap(ctx, b, next)
+		if err != nil {
+			return w, fmt.Errorf("the key does not come back from its new form: %w", err)
+		}
+		defer again.Close()
+		if !again.Equal(key) {
+			return w, fmt.Errorf("%w: another key came back from its new form", kms.ErrWrongKey)
+		}
+		return next, nil
+	}
+}

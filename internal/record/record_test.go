@@ -1,0 +1,258 @@
+package record
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/memfs"
+)
+
+func wantErr(t testing.TB, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("got %v, want %v", err, want)
+	}
+}
+
+func newKMS(t testing.TB, master string) *cluster.KMS {
+	t.Helper()
+	m, err := secret.From([]byte(master))
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := cluster.New(cluster.Options{MasterSecret: m})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+func newBook(t testing.TB, master string, s storage.Storage) *Book {
+	t.Helper()
+	b, err := Open(context.Background(), newKMS(t, master), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+const master = "0123456789abcdef"
+
+func TestARecordComesBackAsItWasStored(t *testing.T) {
+	s := memfs.New()
+	b := newBook(t, master, s)
+	if err := b.Put(t.Context(), Volume, "data-1", []byte("{}\n"), storage.Absent); err != nil {
+		t.Fatal(err)
+	}
+	body, version, err := newBook(t, master, s).Get(t.Context(), Volume, "data-1")
+	if err != nil || string(body) != "{}\n" {
+		t.Fatalf("%q, %v", body, err)
+	}
+	wantErr(t, b.Put(t.Context(), Volume, "data-1", nil, storage.Absent), storage.ErrConflict)
+	if err := b.Put(t.Context(), Volume, "data-1", nil, version); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{"data-2", "data-3"} {
+		if err := b.Put(t.Context(), Volume, id, nil, storage.Absent); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ids, err := b.List(t.Context(), Volume, "data-1", 10)
+	if err != nil || strings.Join(ids, " ") != "data-2 data-3" {
+		t.Errorf("%q, %v", ids, err)
+	}
+	if ids, err := b.List(t.Context(), DEK, "", 10); err != nil || len(ids) != 0 {
+		t.Errorf("%q, %v", ids, err)
+	}
+}
+
+// Case 41: who writes the storage and has no MAC key changes nothing.
+func TestARecordThatWasTamperedWithIsRefused(t *testing.T) {
+	b := newBook(t, master, memfs.New())
+	stored, err := b.Encode(Volume, "data-1", []byte(`{"some":"record"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	magic := len(Volume.Magic)
+	for i := range stored {
+		for _, flip := range []byte{1, 0x20, 0x80} {
+			changed := bytes.Clone(stored)
+			changed[i] ^= flip
+			// The MAC itself may be spelled in capitals: that says the same.
+			if i >= magic && i < magic+64 && strings.EqualFold(string(changed), string(stored)) {
+				continue
+			}
+			_, err := b.Decode(Volume, "data-1", changed)
+			wantErr(t, err, ErrRefused)
+		}
+	}
+	for name, data := range map[string][]byte{
+		"empty": nil, "its first line": stored[:bytes.IndexByte(stored, '\n')+1], "cut": stored[:len(stored)-1],
+		"longer": append(bytes.Clone(stored), '\n'), "twice": append(bytes.Clone(stored), stored...),
+		"without a MAC":       append([]byte(Volume.Magic+"\n"), stored[bytes.IndexByte(stored, '\n')+1:]...),
+		"of version 2":        bytes.Replace(stored, []byte("record 1 "), []byte("record 2 "), 1),
+		"the JSON by itself":  stored[bytes.IndexByte(stored, '\n')+1:],
+		"larger than allowed": append(bytes.Clone(stored), make([]byte, MaxSize)...),
+	} {
+		if _, err := b.Decode(Volume, "data-1", data); !errors.Is(err, ErrRefused) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	_, err = b.Decode(Volume, "data-2", stored)
+	wantErr(t, err, ErrRefused)
+	_, err = b.Decode(DEK, "data-1", bytes.Replace(stored, []byte(Volume.Magic), []byte(DEK.Magic), 1))
+	wantErr(t, err, ErrRefused)
+	_, err = newBook(t, "another master secret", memfs.New()).Decode(Volume, "data-1", stored)
+	wantErr(t, err, ErrRefused)
+	_, err = b.Encode(Volume, "data-1", make([]byte, MaxSize))
+	wantErr(t, err, ErrRefused)
+}
+
+// Case 41: the MAC key is one of the things that storage may lose.
+func TestTheMACKeyIsMadeOnce(t *testing.T) {
+	s := memfs.New()
+	var wg sync.WaitGroup
+	ids := make([]string, 8)
+	for i := range ids {
+		wg.Go(func() {
+			k := newKMS(t, master)
+			b, err := Open(t.Context(), wrapping{k}, s)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer b.Close()
+			ids[i], _ = b.KeyID()
+		})
+	}
+	wg.Wait()
+	for _, id := range ids {
+		if id != ids[0] || len(id) != 32 {
+			t.Fatalf("eight replicas have the MAC keys %q", ids)
+		}
+	}
+	b, err := Open(t.Context(), wrapping{newKMS(t, master)}, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	if err := b.Put(t.Context(), DEK, "a", nil, storage.Absent); err != nil {
+		t.Fatal(err)
+	}
+	data, version, err := s.Get(t.Context(), macKeyName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, planted := range map[string][]byte{
+		"nothing": {}, "no JSON": []byte("x"), "an unknown field": []byte(`{"scheme":"a","kek":"b","more":1}`), "more behind it": append(bytes.Clone(data), "{}"...),
+	} {
+		if version, err = s.Put(t.Context(), macKeyName, planted, version); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(t.Context(), newKMS(t, master), s); !errors.Is(err, ErrRefused) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := s.Delete(t.Context(), macKeyName, version); err != nil {
+		t.Fatal(err)
+	}
+	_, err = Open(t.Context(), newKMS(t, master), s)
+	wantErr(t, err, ErrMACKey)
+}
+
+// wrapping is a KMS that cannot derive: each key that it makes is another one.
+type wrapping struct{ kms.KMS }
+
+func (w wrapping) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
+	return kms.GenerateWrapped(ctx, b, w.Wrap)
+}
+
+// liar acknowledges writes and does something else.
+type liar struct {
+	storage.Storage
+	put func(name string, data []byte, expect storage.Version) (storage.Version, error)
+}
+
+func (l *liar) Put(ctx context.Context, name string, data []byte, expect storage.Version) (storage.Version, error) {
+	if l.put != nil {
+		return l.put(name, data, expect)
+	}
+	return l.Storage.Put(ctx, name, data, expect)
+}
+
+// Case 42.
+func TestAWriteThatIsAcknowledgedAndNotStoredIsAnError(t *testing.T) {
+	s := &liar{Storage: memfs.New()}
+	b := newBook(t, master, s)
+	s.put = func(string, []byte, storage.Version) (storage.Version, error) { return "v", nil }
+	wantErr(t, b.Put(t.Context(), DEK, "a", nil, storage.Absent), ErrNotStored)
+	s.put = func(name string, data []byte, expect storage.Version) (storage.Version, error) {
+		return s.Storage.Put(t.Context(), name, data[:len(data)/2], expect)
+	}
+	wantErr(t, b.Put(t.Context(), DEK, "b", []byte("body"), storage.Absent), ErrNotStored)
+	s.put = nil
+	if err := b.Put(t.Context(), DEK, "c", []byte("old"), storage.Absent); err != nil {
+		t.Fatal(err)
+	}
+	_, version, err := b.Get(t.Context(), DEK, "c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.put = func(string, []byte, storage.Version) (storage.Version, error) { return "v", nil }
+	wantErr(t, b.Put(t.Context(), DEK, "c", []byte("new"), version), storage.ErrConflict)
+}
+
+func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
+	s := memfs.New()
+	b := newBook(t, master, s)
+	if err := b.Put(t.Context(), DEK, "a", []byte("body"), storage.Absent); err != nil {
+		t.Fatal(err)
+	}
+	next := newKMS(t, "another master secret")
+	err := b.RewrapMACKey(t.Context(), func(bind kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {
+		key, err := newKMS(t, master).Unwrap(t.Context(), bind, w)
+		if err != nil {
+			return kms.Wrapped{}, err
+		}
+		defer key.Close()
+		return next.Wrap(t.Context(), bind, key)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := newBook(t, "another master secret", s)
+	if body, _, err := after.Get(t.Context(), DEK, "a"); err != nil || string(body) != "body" {
+		t.Errorf("%q, %v", body, err)
+	}
+	if w, err := after.MACKey(t.Context()); err != nil || w.KEK != next.KEK() {
+		t.Errorf("%q, %v", w.KEK, err)
+	}
+	_, err = Open(t.Context(), newKMS(t, master), s)
+	wantErr(t, err, kms.ErrWrongKey)
+}
+
+// FuzzDecode: nothing is read that has no MAC.
+func FuzzDecode(f *testing.F) {
+	b := newBook(f, master, memfs.New())
+	stored, err := b.Encode(Volume, "data-1", []byte("{}"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(stored[:len(stored)-1])
+	f.Add([]byte(Volume.Magic + "\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if body, err := b.Decode(Volume, "data-1", data); !errors.Is(err, ErrRefused) && string(body) != "{}" {
+			t.Fatalf("%q was read: %v", body, err)
+		}
+	})
+}
