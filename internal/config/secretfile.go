@@ -77,7 +77,9 @@ func WriteSecretFile(path string, s *secret.Bytes) error {
 		return err
 	}
 	// Unlike a rename, a link fails where a file is.
-	if err := os.Link(f.Name(), path); err != nil {
+	if err := os.Link(f.Name(), path); errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s: %w", path, fs.ErrExist) // without the other name
+	} else if err != nil {
 		return err
 	}
 	d, err := os.Open(dir)

@@ -39,7 +39,7 @@ func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey s
 func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*record.Book, error)) (*Admin, error) {
 	book, err := open(ctx, k, s)
 	if errors.Is(err, storage.ErrNotFound) {
-		return nil, ErrNoRecords
+		return nil, classify(ErrNoRecords)
 	}
 	if err != nil {
 		return nil, classify(err)
