@@ -71,6 +71,40 @@ func TestDerivationIsHKDF(t *testing.T) {
 	}
 }
 
+// TestPublishedVectorsOfHKDFHold runs the test cases of RFC 5869, appendix A, that
+// use SHA-256 through this package's derivation.
+func TestPublishedVectorsOfHKDFHold(t *testing.T) {
+	run := func(from, to int) string { // the bytes from, from+1, … to
+		var b []byte
+		for i := from; i <= to; i++ {
+			b = append(b, byte(i))
+		}
+		return string(b)
+	}
+	for name, tt := range map[string]struct {
+		ikm, salt, info string
+		okm             string
+	}{
+		"A.1": {strings.Repeat("\x0b", 22), run(0x00, 0x0c), run(0xf0, 0xf9),
+			"3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865"},
+		"A.2": {run(0x00, 0x4f), run(0x60, 0xaf), run(0xb0, 0xff),
+			"b11e398dc80327a1c8e7f78c596a49344f012eda2d4efad8a050cc4c19afa97c59045a99cac7827271cb41c65e590e09da3275600c2f09b8367793a9aca3db71cc30c58179ec3e87c14c01d5c1f3434f1d87"},
+		"A.3": {strings.Repeat("\x0b", 22), "", "",
+			"8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8"},
+	} {
+		key, err := newKMS(t, tt.ikm, tt.salt).derive([]byte(tt.info), len(tt.okm)/2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = key.Use(func(got []byte) error {
+			if hex.EncodeToString(got) != tt.okm {
+				t.Errorf("%s: got %x", name, got)
+			}
+			return nil
+		})
+	}
+}
+
 func TestMasterSecretFiles(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "master")
