@@ -256,6 +256,7 @@ func classify(err error) error {
 		{ErrConfirm, failure.State, ""},
 		{ErrTransition, failure.State, ""},
 		{ErrNoRecords, failure.NotFound, "is it the right storage, with the right prefix?"},
+		{ErrRecipient, failure.Configuration, "keyagent kms recipient prints one"},
 		{ErrExport, failure.Tampered, ""},
 		{ErrDigest, failure.Tampered, "export it again, or give the digest that the export printed"},
 		{ErrExists, failure.State, "nothing was overwritten"},

@@ -40,6 +40,8 @@ var (
 	// ErrExport: a file is not an export for this identity, or was cut or
 	// changed.
 	ErrExport = errors.New("export is refused")
+	// ErrRecipient: what should say whom to export to does not.
+	ErrRecipient = errors.New("recipient cannot be read")
 	// ErrDigest: a file is not the export that was meant.
 	ErrDigest = errors.New("export has another digest")
 	// ErrExists: a volume that is to be imported exists, and differs.
@@ -71,7 +73,7 @@ func NewTransferIdentity() (identity *secret.Bytes, recipient []byte, err error)
 func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, report func(record.Progress)) (digest string, p record.Progress, err error) {
 	key, err := hpke.MLKEM768X25519().NewPublicKey(recipient)
 	if err != nil {
-		return "", p, fmt.Errorf("recipient: %w", err)
+		return "", p, classify(fmt.Errorf("%w: %w", ErrRecipient, err))
 	}
 	enc, sender, err := hpke.NewSender(key, hpke.HKDFSHA256(), hpke.AES256GCM(), []byte(exportInfo))
 	if err != nil {
