@@ -105,8 +105,8 @@ const checkHint = "keyagent kms check URI says which step fails"
 // arguments and the environment of this one.
 func refuseSecrets(uris ...string) error {
 	for _, uri := range uris {
-		if name := setup.HoldsSecret(uri); name != "" {
-			return failure.Newf(failure.Usage, fmt.Sprintf("put the secret into a file and name it with %sFile, or put the URI into the configuration file", name),
+		if name, instead := setup.HoldsSecret(uri); name != "" {
+			return failure.Newf(failure.Usage, fmt.Sprintf("put the secret into a file and name it with the parameter %q, or put the URI into a configuration file that only its owner can read", instead),
 				"%s: the parameter %q is a secret, and what stands on a command line can be read by others", setup.Redact(uri), name)
 		}
 	}

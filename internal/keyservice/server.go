@@ -144,13 +144,13 @@ func (c *Config) checkSecrets(path string, doc *config.Document) error {
 		}{uri, []any{"old_kms", i}})
 	}
 	for _, u := range uris {
-		name := setup.HoldsSecret(u.uri)
+		name, instead := setup.HoldsSecret(u.uri)
 		if name == "" {
 			continue
 		}
 		if err := config.CheckSecretFile(path); err != nil {
 			return failure.New(failure.Configuration, doc.Errorf(u.path, "the parameter %q holds a secret: %w", name, err),
-				fmt.Sprintf("put the secret into a file of its own and name it with %sFile", name))
+				fmt.Sprintf("put the secret into a file of its own, and name it with the parameter %q", instead))
 		}
 	}
 	return nil

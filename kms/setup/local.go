@@ -180,23 +180,25 @@ func vaultKMS(u *kms.URI) (*vault.KMS, error) {
 }
 
 // HoldsSecret returns the name of a parameter of uri that holds a secret itself,
-// or "": such a URI must not stand where others can read it, as a process's
-// arguments are.
-func HoldsSecret(uri string) string {
+// and the one that names a file instead; or "": such a URI must not stand where
+// others can read it, as a process's arguments are.
+func HoldsSecret(uri string) (name, instead string) {
 	u, err := kms.ParseURI(uri)
 	if err != nil {
-		return ""
+		return "", ""
 	}
-	names := secretParameters
 	if u.Scheme == "kms" && u.Name == "cluster-kms" {
-		names = []string{"key"}
+		if u.Optional("key") != "" {
+			return "key", "file"
+		}
+		return "", ""
 	}
-	for _, name := range names {
+	for _, name := range secretParameters {
 		if u.Optional(name) != "" {
-			return name
+			return name, name + "File"
 		}
 	}
-	return ""
+	return "", ""
 }
 
 // secretParameters are the names under which clouds' credentials stand in URIs.
