@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/dek"
 )
 
 // Case 46: a parameter that is unknown, missing or contradicts another is
@@ -26,6 +27,13 @@ func TestWhatABackendDoesNotKnowIsRefused(t *testing.T) {
 		"a misspelt parameter":         "kms://cluster-kms?file=hunter2&slat=hunter2",
 		"the secret itself":            "kms://cluster-kms?secret=hunter2",
 		"a derivation that is unknown": "kms://cluster-kms?file=hunter2&derivation=hunter2",
+		"a key that is not base64":     "kms://cluster-kms?key=hunter2!",
+		"a salt that is not base64":    "kms://cluster-kms?file=hunter2&salt=hunter2!",
+		"two salts":                    "kms://cluster-kms?file=hunter2&salt=aaaa&saltFile=hunter2",
+		"a salt beside its own":        "kms://cluster-kms?constellationFile=hunter2&salt=aaaa",
+		"a duration that is none":      "kms://command?command=true&cache=hunter2",
+		"no token":                     "kms://vault?address=https://hunter2&key=k&caFile=hunter2",
+		"no authority":                 "kms://vault?address=https://hunter2&key=k&tokenFile=hunter2",
 	} {
 		t.Run(name, func(t *testing.T) {
 			k, err := KMS(t.Context(), uri)
@@ -48,6 +56,19 @@ func TestWhatABackendDoesNotKnowIsRefused(t *testing.T) {
 			}
 		})
 	}
+	for name, text := range map[string]string{
+		"no JSON": "hunter2", "another field": `{"key":"aHVudGVyMmh1bnRlcjI=","salt":"","more":"hunter2"}`, "no key": `{"salt":"aHVudGVyMg=="}`,
+		"not base64": `{"key":"hunter2!"}`, "more behind it": `{"key":"aHVudGVyMmh1bnRlcjI="}{}`,
+	} {
+		path := filepath.Join(t.TempDir(), "master.json")
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		k, err := KMS(t.Context(), "kms://cluster-kms?constellationFile="+path)
+		if err == nil || k != nil || strings.Contains(err.Error(), "unter2") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 	k, err := KMS(t.Context(), "kms://cluster-kms?file="+master)
 	if err != nil {
 		t.Fatal(err)
@@ -58,4 +79,48 @@ func TestWhatABackendDoesNotKnowIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
+}
+
+func TestAURIThatHoldsASecretIsKnown(t *testing.T) {
+	for uri, want := range map[string]string{
+		"kms://cluster-kms?key=x": "key", "kms://vault?key=x": "", "kms://cluster-kms?file=x": "", "nonsense": "",
+		"storage://aws?bucket=b&accessKey=x": "accessKey", "storage://aws?bucket=b&accessKeyFile=x": "", "kms://aws?sessionToken=x": "sessionToken",
+		"kms://azure?clientSecret=x": "clientSecret", "storage://etcd?password=x": "password",
+	} {
+		name, instead := HoldsSecret(uri)
+		if name != want || (name == "") != (instead == "") {
+			t.Errorf("%s: %q, %q", uri, name, instead)
+		}
+	}
+}
+
+func TestNoStorageIsForKMSesThatDerive(t *testing.T) {
+	master := filepath.Join(t.TempDir(), "master")
+	if err := os.WriteFile(master, make([]byte, 32), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := DEKs(t.Context(), "kms://cluster-kms?file="+master, "storage://no-store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keys.Close()
+	key, err := keys.GetDEK(t.Context(), "a", 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key.Close()
+	if _, err := DEKs(t.Context(), "kms://cluster-kms?file="+master, "storage://no-store?dir=x"); !errors.Is(err, kms.ErrURI) {
+		t.Error(err)
+	}
+	if s, err := Storage(t.Context(), "storage://no-store"); !errors.Is(err, kms.ErrURI) || s != nil {
+		t.Error(err)
+	}
+	wraps, err := DEKs(t.Context(), "kms://command?command=printf%200123456789abcdef", "storage://no-store")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wraps.Close()
+	if _, err := wraps.GetDEK(t.Context(), "a", 32); !errors.Is(err, dek.ErrNoStorage) {
+		t.Error(err)
+	}
 }
