@@ -1,0 +1,137 @@
+package azure
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
+
+	"github.com/keyagent/keyagent/kms"
+)
+
+// operation is one of the calls, with its permission in a vault and in a managed
+// HSM.
+type operation struct{ name, vault, hsm string }
+
+var (
+	get    = operation{"get", "keys/get", "Microsoft.KeyVault/managedHsm/keys/read/action"}
+	wrap   = operation{"wrap", "keys/wrapKey", "Microsoft.KeyVault/managedHsm/keys/wrap/action"}
+	unwrap = operation{"unwrap", "keys/unwrapKey", "Microsoft.KeyVault/managedHsm/keys/unwrap/action"}
+)
+
+func (k *KMS) permission(op operation) string {
+	if k.hsm {
+		return op.hsm
+	}
+	return op.vault
+}
+
+// failure is the error document of a vault. What it means is often only in the
+// code inside.
+type failure struct {
+	Error struct {
+		Code, Message string
+		InnerError    struct{ Code string }
+	}
+}
+
+// unusable are the codes inside a refusal that are about the key and not about
+// who asks.
+var unusable = map[string]bool{"KeyDisabled": true, "KeyExpired": true, "KeyNotYetValid": true}
+
+// explain gives an error of the SDK its class. ctx is the caller's, without our
+// own timeout.
+func (k *KMS) explain(ctx context.Context, op operation, err error) error {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return fmt.Errorf("azure kms: %s: %w", op.name, context.Canceled)
+	}
+	if errors.Is(err, kms.ErrCredentials) {
+		return fmt.Errorf("azure kms: %s: %w", op.name, err)
+	}
+	var re *azcore.ResponseError
+	if !errors.As(err, &re) {
+		return fmt.Errorf("azure kms: %s: %w: %w", op.name, kms.ErrUnavailable, err)
+	}
+	// The SDK's own text repeats all of the answer.
+	var f failure
+	if body, err := runtime.Payload(re.RawResponse); err == nil {
+		_ = json.Unmarshal(body, &f) // what is no error document says nothing
+	}
+	inner := f.Error.InnerError.Code
+	why := fmt.Sprintf("%d %s %s", re.StatusCode, short(re.ErrorCode), short(inner))
+	if re.StatusCode != http.StatusUnauthorized { // which may repeat whose token it was
+		why += ": " + short(f.Error.Message)
+	}
+	why = strings.Join(strings.Fields(why), " ")
+	class := kms.ErrUnavailable
+	switch re.StatusCode {
+	case http.StatusUnauthorized:
+		class = kms.ErrCredentials
+	case http.StatusForbidden:
+		if unusable[inner] || unusable[re.ErrorCode] {
+			class = kms.ErrKEK
+			break
+		}
+		return fmt.Errorf("azure kms: %s: %w: %s on the key %s of %s: %s", op.name, kms.ErrDenied, k.permission(op), k.opts.Key, k.host, why)
+	case http.StatusNotFound:
+		class = kms.ErrKEK
+	case http.StatusTooManyRequests:
+		class = kms.ErrThrottled
+	case http.StatusBadRequest:
+		switch {
+		case re.ErrorCode != "BadParameter":
+		case op == unwrap:
+			class = kms.ErrWrongKey
+		default:
+			class = kms.ErrKEK // nothing else in the request depends on the configuration
+		}
+	}
+	return fmt.Errorf("azure kms: %s: %w: %s", op.name, class, why)
+}
+
+// short bounds words of others.
+func short(text string) string { return text[:min(len(text), 256)] }
+
+// credential gives the errors of a credential their class: those of azidentity
+// have several types, and others may have any.
+type credential struct{ azcore.TokenCredential }
+
+// refused is an error of a credential. Its text is cut, because those of azidentity
+// repeat all of an answer.
+type refused struct{ error }
+
+func (r refused) Error() string { return strings.Join(strings.Fields(short(r.error.Error())), " ") }
+func (r refused) Unwrap() error { return r.error }
+
+func (c credential) GetToken(ctx context.Context, options policy.TokenRequestOptions) (azcore.AccessToken, error) {
+	token, err := c.TokenCredential.GetToken(ctx, options)
+	if err != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", kms.ErrCredentials, refused{err})
+	}
+	return token, err
+}
+
+// challenges drops challenges that the SDK would panic on: it takes the fourth part
+// of the authorization's URL without counting.
+type challenges struct{ next http.RoundTripper }
+
+func (c challenges) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := c.next.RoundTrip(r)
+	if err != nil {
+		return nil, err
+	}
+	for field := range strings.FieldsSeq(resp.Header.Get("WWW-Authenticate")) {
+		value, ok := strings.CutPrefix(field, "authorization=")
+		if ok && strings.Count(value, "/") < 3 {
+			resp.Header.Del("WWW-Authenticate")
+			break
+		}
+	}
+	return resp, nil
+}
