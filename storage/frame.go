@@ -51,3 +51,17 @@ func ReadFrame(r io.Reader) (data []byte, token string, err error) {
 	}
 	return Unframe(body)
 }
+
+// FrameStart is what each framed object with that token begins with. A backend
+// that can compare contents recognises an object by it.
+func FrameStart(token string) string { return frameMagic + token + " " }
+
+// JoinVersion makes the version of a framed object of its token, by which it is
+// unique, and of what the service compares.
+func JoinVersion(token, compared string) Version { return Version(token + " " + compared) }
+
+// SplitVersion undoes JoinVersion. A version that is not from there is nobody's.
+func SplitVersion(v Version) (token, compared string, ok bool) {
+	token, compared, ok = strings.Cut(string(v), " ")
+	return token, compared, ok && token != "" && compared != ""
+}

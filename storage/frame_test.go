@@ -47,3 +47,18 @@ func FuzzUnframe(f *testing.F) {
 		}
 	})
 }
+
+func TestAVersionIsSplitIntoWhatItWasMadeOf(t *testing.T) {
+	if token, compared, ok := SplitVersion(JoinVersion("T", `"e t"`)); !ok || token != "T" || compared != `"e t"` {
+		t.Errorf("%q, %q, %v", token, compared, ok)
+	}
+	for _, v := range []Version{Absent, "x", " x", "x "} {
+		if _, _, ok := SplitVersion(v); ok {
+			t.Errorf("%q was split", v)
+		}
+	}
+	body, token := Frame(nil)
+	if !bytes.HasPrefix(body, []byte(FrameStart(token))) {
+		t.Errorf("%q does not begin with %q", body, FrameStart(token))
+	}
+}

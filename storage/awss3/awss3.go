@@ -24,9 +24,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/url"
 	"strings"
 	"time"
 
@@ -153,14 +151,8 @@ func (o *Options) check() error {
 	if o.Endpoint == "" {
 		return nil
 	}
-	u, err := url.Parse(o.Endpoint)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return errors.New("the endpoint must be of the form https://HOST:PORT") // the parser's error would repeat it
-	}
-	if ip := net.ParseIP(u.Hostname()); u.Scheme != "https" && (u.Scheme != "http" || ip == nil || !ip.IsLoopback()) {
-		return errors.New("the endpoint must be https, or http on a loopback address")
-	}
-	return nil
+	_, err := storage.CheckEndpoint(o.Endpoint)
+	return err
 }
 
 // openBucket demands that the bucket is there.

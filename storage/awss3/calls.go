@@ -25,7 +25,7 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 	if err != nil {
 		return nil, "", err
 	}
-	return data, version(token, etag), nil
+	return data, storage.JoinVersion(token, etag), nil
 }
 
 func (s *Storage) get(ctx context.Context, name string) (data []byte, token, etag string, err error) {
@@ -62,7 +62,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	if expect == storage.Absent {
 		in.IfNoneMatch = aws.String("*")
-	} else if _, etag, ok := splitVersion(expect); ok {
+	} else if _, etag, ok := storage.SplitVersion(expect); ok {
 		in.IfMatch = &etag
 	} else {
 		return "", storage.ErrConflict
@@ -70,7 +70,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	out, err := s.client.PutObject(ctx, in)
 	switch {
 	case err == nil && aws.ToString(out.ETag) != "":
-		return version(token, *out.ETag), nil
+		return storage.JoinVersion(token, *out.ETag), nil
 	case err == nil: // written, but what to expect next time is not known
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without an ETag"))
 	}
@@ -91,7 +91,7 @@ func (s *Storage) mine(ctx context.Context, name, token string, otherwise error)
 	_, have, etag, err := s.get(ctx, name)
 	switch {
 	case err == nil && have == token:
-		return version(token, etag), nil
+		return storage.JoinVersion(token, etag), nil
 	case err == nil, errors.Is(err, storage.ErrNotFound), errors.Is(err, storage.ErrCorrupt), errors.Is(err, storage.ErrTooLarge):
 		return "", otherwise // somebody else's
 	}
@@ -111,7 +111,7 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 	if err != nil {
 		return err
 	}
-	if version(token, etag) != expect {
+	if storage.JoinVersion(token, etag) != expect {
 		return storage.ErrConflict
 	}
 	_, err = s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.opts.Bucket, Key: s.key(name), IfMatch: &etag, ExpectedBucketOwner: s.owner()})

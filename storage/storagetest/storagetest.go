@@ -3,6 +3,7 @@ package storagetest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,9 @@ type Bed struct {
 	// Plant writes an object that does not come from this package under a
 	// name. Nil where the backend has no such thing as a foreign writer.
 	Plant func(name string, data []byte)
+	// Names is how long the longest list is; 0 is 10 000. Less is for a stand-in
+	// that takes a time quadratic in it, and still several pages of the service.
+	Names int
 }
 
 // Run runs the suite. fresh makes a bed for each test of it.
@@ -135,9 +139,10 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		}
 	})
 
-	t.Run("10 000 names are listed in pages", func(t *testing.T) {
-		s := fresh(t).Open()
-		want := make([]string, 10_000)
+	t.Run("a long list of names comes in pages", func(t *testing.T) {
+		bed := fresh(t)
+		s := bed.Open()
+		want := make([]string, cmp.Or(bed.Names, 10_000))
 		names := make(chan string)
 		var wg sync.WaitGroup
 		for range 16 {
@@ -153,7 +158,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		}
 		close(names)
 		wg.Wait()
-		for _, page := range []int{999, 10_001} {
+		for _, page := range []int{999, len(want) + 1} {
 			if got := list(t, s, "volumes/", page); !slices.Equal(got, want) {
 				t.Errorf("pages of %d: %d names", page, len(got))
 			}
