@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"io"
 	"log"
 	"net/http"
@@ -21,6 +22,7 @@ import (
 type Proxy struct {
 	URL   string         // http://127.0.0.1:PORT, or https
 	Roots *x509.CertPool // who vouches for the proxy, if it speaks TLS
+	PEM   []byte         // the same as a file
 
 	mu     sync.Mutex
 	answer func(http.ResponseWriter, *http.Request) bool
@@ -94,6 +96,7 @@ func HandleTLS(t testing.TB, service http.Handler) *Proxy {
 	server.StartTLS()
 	p.URL, p.Roots = server.URL, x509.NewCertPool()
 	p.Roots.AddCert(server.Certificate())
+	p.PEM = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
 	return p
 }
 

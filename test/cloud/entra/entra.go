@@ -4,10 +4,12 @@ package entra
 
 import (
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 )
 
 // Authority gives tokens of one tenant to one client. It is served over TLS.
@@ -68,7 +70,7 @@ func (a *Authority) token(w http.ResponseWriter, r *http.Request) {
 		refuse("invalid_scope", "AADSTS70011: The provided request must include a 'scope' input parameter.")
 		return
 	}
-	token := rand.Text()
+	token := unsigned(strings.TrimSuffix(scope, "/.default"))
 	a.mu.Lock()
 	if a.tokens == nil {
 		a.tokens = map[string]string{}
@@ -76,6 +78,22 @@ func (a *Authority) token(w http.ResponseWriter, r *http.Request) {
 	a.tokens[token] = scope
 	a.mu.Unlock()
 	reply(w, http.StatusOK, map[string]any{"token_type": "Bearer", "expires_in": 3599, "ext_expires_in": 3599, "access_token": token})
+}
+
+// unsigned makes a token in the form of the real ones: services in tests read its
+// claims, and only this authority knows whether it made it.
+func unsigned(audience string) string {
+	part := func(fields map[string]any) string {
+		data, err := json.Marshal(fields)
+		if err != nil {
+			panic(err) // maps of strings and numbers can be encoded
+		}
+		return base64.RawURLEncoding.EncodeToString(data)
+	}
+	now := time.Now().Unix()
+	return part(map[string]any{"alg": "RS256", "typ": "JWT"}) + "." + part(map[string]any{
+		"aud": audience, "iss": "https://sts.windows.net/test/", "iat": now - 60, "nbf": now - 60, "exp": now + 3600, "jti": rand.Text(),
+	}) + "." + base64.RawURLEncoding.EncodeToString([]byte("not signed"))
 }
 
 func reply(w http.ResponseWriter, status int, fields map[string]any) {
