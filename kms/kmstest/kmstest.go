@@ -121,7 +121,8 @@ func Run(t *testing.T, bed Bed) {
 			"truncated":   func(w *kms.Wrapped) { w.Blob = w.Blob[:len(w.Blob)-1] },
 			"empty":       func(w *kms.Wrapped) { w.Blob = nil },
 			"longer":      func(w *kms.Wrapped) { w.Blob = append(w.Blob, 0) },
-			"bit flip":    func(w *kms.Wrapped) { w.Blob[len(w.Blob)/2] ^= 1 },
+			// In what is encrypted, whatever stands before it.
+			"bit flip":    func(w *kms.Wrapped) { w.Blob[len(w.Blob)*3/4] ^= 1 },
 			"scheme":      func(w *kms.Wrapped) { w.Scheme = "none" },
 			"KEK":         func(w *kms.Wrapped) { w.KEK += "x" },
 			"endless":     func(w *kms.Wrapped) { w.Blob = make([]byte, 1<<20) },
