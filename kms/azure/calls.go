@@ -147,6 +147,11 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", kms.ErrWrongKey, err)
 	}
+	if in.algorithm == algorithmRSA && !k.Public() {
+		// An older version may have been an RSA key, under which anybody could
+		// wrap: what Public says must hold for every key that opens.
+		return nil, fmt.Errorf("%w: it was wrapped by an RSA key, and the key is a symmetric one", kms.ErrWrongKey)
+	}
 	calling, cancel := context.WithTimeout(ctx, k.opts.Timeout)
 	defer cancel()
 	algorithm := azkeys.EncryptionAlgorithm(in.algorithm)
