@@ -13,8 +13,9 @@
 // Whoever can write the storage must not choose the key. A wrapped key therefore
 // opens only under [Options].Key or one of Options.OldKeys, and the call names
 // that key; the service is never left to find it in the ciphertext. A
-// multi-Region key is the same key in each of its Regions. When the service
-// rotates the material of a key, its name stays, and so does Wrapped.KEK.
+// multi-Region key is the same key in each of its Regions, although it has another
+// ARN there, and Wrapped.KEK another text. When the service rotates the material
+// of a key, its ARN stays, and so does Wrapped.KEK.
 //
 // The permissions that are needed: kms:DescribeKey and kms:Encrypt on Key,
 // kms:Decrypt on Key and on each of OldKeys.
@@ -67,8 +68,8 @@ type Options struct {
 	// Region of the service; default that of Key if it is an ARN, else what the
 	// SDK finds in its environment.
 	Region string
-	// Endpoint is the URL of the service; default Amazon's. It is https, or
-	// http on a loopback address.
+	// Endpoint is the URL of the service; default Amazon's, or what the SDK finds
+	// in its environment. It is https, or http on a loopback address.
 	Endpoint string
 	// Credentials; nil is the SDK's default chain.
 	Credentials awssdk.CredentialsProvider
@@ -172,9 +173,14 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 	k.client = service.NewFromConfig(cfg, func(o *service.Options) {
 		if opts.Endpoint != "" {
 			o.BaseEndpoint = &opts.Endpoint
+		} else if o.BaseEndpoint != nil { // the environment names one
+			err = checkEndpoint(*o.BaseEndpoint)
 		}
 		o.ClientLogMode = 0 // which could be set to log bodies, with keys in them
 	})
+	if err != nil {
+		return nil, fmt.Errorf("aws configuration: %w", err)
+	}
 	if k.current, err = k.resolve(ctx, opts.Key); err != nil {
 		return nil, err
 	}
@@ -209,8 +215,12 @@ func (o *Options) check() error {
 	if o.Endpoint == "" {
 		return nil
 	}
-	u, err := url.Parse(o.Endpoint)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+	return checkEndpoint(o.Endpoint)
+}
+
+func checkEndpoint(endpoint string) error {
+	u, err := url.Parse(endpoint)
+	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
 		return errors.New("the endpoint must be of the form https://HOST:PORT") // the parser's error would repeat it
 	}
 	if ip := net.ParseIP(u.Hostname()); u.Scheme != "https" && (u.Scheme != "http" || ip == nil || !ip.IsLoopback()) {

@@ -54,6 +54,10 @@ func (k *KMS) explain(ctx context.Context, what string, err error) error {
 	if errors.Is(err, kms.ErrCredentials) {
 		return fmt.Errorf("aws kms: %s: %w", what, err)
 	}
+	// This one carries all of the answer, which may hold a key.
+	if unread := (*smithy.DeserializationError)(nil); errors.As(err, &unread) {
+		return fmt.Errorf("aws kms: %s: %w: its answer cannot be read", what, kms.ErrUnavailable)
+	}
 	var api smithy.APIError
 	if !errors.As(err, &api) {
 		return fmt.Errorf("aws kms: %s: %w: %w", what, kms.ErrUnavailable, err)

@@ -451,7 +451,7 @@ func TestAServiceThatDoesNotAnswerIsGivenUp(t *testing.T) {
 		"current": func() error { _, err := k.Current(t.Context()); return err },
 		"new":     func() error { _, err := New(t.Context(), opts); return err },
 	} {
-		if err := call(); !errors.Is(err, kms.ErrUnavailable) || errors.Is(err, context.Canceled) {
+		if err := call(); !errors.Is(err, kms.ErrUnavailable) || !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -557,7 +557,9 @@ func FuzzABlob(f *testing.F) {
 	})
 }
 
-// BenchmarkAKey compares this package with the bare call of the SDK.
+// BenchmarkAKey compares this package with the bare call of the SDK. On loopback a
+// call is short, and the pages of locked memory that hold the key and the content key cost
+// as much as it: ratio-held compares with the bare call and those pages.
 func BenchmarkAKey(b *testing.B) {
 	s := newBed(b, "RSA")
 	k := open(b, s.options("kek"))
@@ -590,7 +592,7 @@ func BenchmarkAKey(b *testing.B) {
 	}
 	for what := range bare {
 		b.Run(what, func(b *testing.B) {
-			var mine, theirs time.Duration
+			var mine, theirs, pages time.Duration
 			for b.Loop() { // in turns, so that both see the same machine
 				start := time.Now()
 				if err := bare[what](); err != nil {
@@ -600,10 +602,28 @@ func BenchmarkAKey(b *testing.B) {
 				if err := ours[what](); err != nil {
 					b.Fatal(err)
 				}
+				end := time.Now()
 				theirs += middle.Sub(start)
-				mine += time.Since(middle)
+				mine += end.Sub(middle)
+				for range 2 {
+					hold(b)
+				}
+				pages += time.Since(end)
 			}
 			b.ReportMetric(float64(mine)/float64(theirs), "ratio")
+			b.ReportMetric(float64(mine)/float64(theirs+pages), "ratio-held")
+			b.ReportMetric(float64((mine-theirs).Microseconds())/float64(b.N), "extra-us/op")
 		})
+	}
+}
+
+// hold takes and gives back what one secret costs.
+func hold(b *testing.B) {
+	s, err := secret.Random(binding.Length)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		b.Fatal(err)
 	}
 }

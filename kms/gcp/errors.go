@@ -74,6 +74,8 @@ func (k *KMS) explain(ctx context.Context, op operation, key string, err error) 
 	switch s.Code() {
 	case codes.PermissionDenied:
 		return fmt.Errorf("gcp kms: %s: %w: %s on %s: %s", op.name, kms.ErrDenied, op.permission, key, why)
+	case codes.DeadlineExceeded:
+		return fmt.Errorf("gcp kms: %s: %w: %w: %s", op.name, class, context.DeadlineExceeded, why)
 	case codes.Unauthenticated:
 		class = kms.ErrCredentials
 	case codes.NotFound, codes.FailedPrecondition:
