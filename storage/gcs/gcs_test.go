@@ -228,6 +228,28 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 	}
 }
 
+func TestAListThatComesInPiecesIsPutTogether(t *testing.T) {
+	p := service(t, nil)
+	s := open(t, options(p))
+	p.Answer(func(w http.ResponseWriter, r *http.Request) bool {
+		q := r.URL.Query()
+		if q.Get("prefix") != "a/b/v" || q.Get("startOffset") != "" && q.Get("startOffset") != "a/b/v1" {
+			t.Errorf("asked for %v", q)
+		}
+		fmt.Fprint(w, map[string]string{
+			"":          `{"items":[{"name":"a/b/v1"}],"nextPageToken":"some more"}`,
+			"some more": `{"nextPageToken":"m 2"}`, // the service may give less than it has
+			"m 2":       `{"items":[{"name":"a/b/v2"},{"name":"a/b/v3/.not ours"},{"name":"a/b/v4"}]}`,
+		}[q.Get("pageToken")])
+		return true
+	})
+	for limit, want := range map[int]string{1: "v2", 2: "v2 v4", 9: "v2 v4"} {
+		if got, err := s.List(t.Context(), "v", "v1", limit); err != nil || strings.Join(got, " ") != want {
+			t.Errorf("limit %d: %v, %v", limit, got, err)
+		}
+	}
+}
+
 func TestCredentialsThatAreNoneAreNamed(t *testing.T) {
 	p := service(t, nil)
 	for name, c := range map[string]struct {
