@@ -278,6 +278,9 @@ func classify(err error) error {
 		{kms.ErrKEK, failure.Configuration, "the key service's key-encryption key is disabled or gone"},
 		{storage.ErrNoBucket, failure.Configuration, "the key service's storage is gone"},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
+		// The caller went, or did not wait any longer.
+		{context.Canceled, failure.Unreachable, "try again"},
+		{context.DeadlineExceeded, failure.Unreachable, "try again"},
 	} {
 		if errors.Is(err, row.is) {
 			return failure.New(row.class, err, row.hint)
