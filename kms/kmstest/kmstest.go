@@ -118,9 +118,9 @@ func Run(t *testing.T, bed Bed) {
 			t.Fatal(err)
 		}
 		for name, change := range map[string]func(w *kms.Wrapped){
-			"truncated":   func(w *kms.Wrapped) { w.Blob = w.Blob[:len(w.Blob)-1] },
-			"empty":       func(w *kms.Wrapped) { w.Blob = nil },
-			"longer":      func(w *kms.Wrapped) { w.Blob = append(w.Blob, 0) },
+			"truncated": func(w *kms.Wrapped) { w.Blob = w.Blob[:len(w.Blob)-1] },
+			"empty":     func(w *kms.Wrapped) { w.Blob = nil },
+			"longer":    func(w *kms.Wrapped) { w.Blob = append(w.Blob, 0) },
 			// In what is encrypted, whatever stands before it.
 			"bit flip":    func(w *kms.Wrapped) { w.Blob[len(w.Blob)*3/4] ^= 1 },
 			"scheme":      func(w *kms.Wrapped) { w.Scheme = "none" },
