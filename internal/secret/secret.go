@@ -1,7 +1,7 @@
 // Package secret holds key material in memory that the kernel keeps to itself.
 //
-// A [Bytes] lives in pages of its own, outside the Go heap, so that the garbage
-// collector never copies it. The pages come from memfd_secret(2) where the
+// A [Bytes] lives in pages outside the Go heap that hold nothing but secrets, so
+// that the garbage collector never copies it. The pages come from memfd_secret(2) where the
 // kernel offers it: they are then missing from the kernel's direct map, and
 // neither ptrace, /proc/PID/mem nor a kernel read primitive sees them. Elsewhere
 // they are anonymous pages that are locked (no swap), left out of core dumps and
@@ -39,7 +39,7 @@ var ErrSize = errors.New("secret has a size that is not allowed")
 // every Use that is under way. The zero value is closed.
 type Bytes struct {
 	mu      sync.RWMutex
-	mem     *mapping
+	mem     *area
 	n       int
 	cleanup runtime.Cleanup
 }
@@ -49,13 +49,13 @@ func New(n int) (*Bytes, error) {
 	if n < 1 || n > 1<<20 {
 		return nil, fmt.Errorf("%w: %d bytes", ErrSize, n)
 	}
-	m, err := newMapping(n)
+	m, err := newArea(n)
 	if err != nil {
 		return nil, err
 	}
 	b := &Bytes{mem: m, n: n}
 	// A Bytes that nobody closed is wiped when it becomes unreachable.
-	b.cleanup = runtime.AddCleanup(b, func(m *mapping) { m.destroy() }, m)
+	b.cleanup = runtime.AddCleanup(b, func(m *area) { m.destroy() }, m)
 	return b, nil
 }
 

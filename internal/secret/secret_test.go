@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	mathrand "math/rand/v2"
 	"os"
 	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -130,10 +133,16 @@ func TestThePagesAreLocked(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		start := fmt.Sprintf("%x-", uintptrOf(p))
-		_, rest, found := strings.Cut(string(smaps), start)
-		if !found {
-			t.Fatalf("no mapping starts at %s", start)
+		rest := ""
+		for _, line := range regexp.MustCompile(`(?m)^([0-9a-f]+)-([0-9a-f]+) `).FindAllStringSubmatchIndex(string(smaps), -1) {
+			from, _ := strconv.ParseUint(string(smaps[line[2]:line[3]]), 16, 64)
+			to, _ := strconv.ParseUint(string(smaps[line[4]:line[5]]), 16, 64)
+			if at := uint64(uintptrOf(p)); from <= at && at < to {
+				rest = string(smaps[line[0]:])
+			}
+		}
+		if rest == "" {
+			t.Fatal("the secret is in no mapping")
 		}
 		_, flags, _ := strings.Cut(rest, "VmFlags:")
 		flags, _, _ = strings.Cut(flags, "\n")
@@ -161,6 +170,72 @@ func TestBothKindsOfMappingWork(t *testing.T) {
 		if err := m.destroy(); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
+	}
+}
+
+// Secrets that share pages do not share bytes, whatever is closed in between, and
+// a slot is zeros before anybody gets it.
+func TestSecretsThatSharePagesKeepToThemselves(t *testing.T) {
+	var wg sync.WaitGroup
+	for worker := range 8 {
+		wg.Go(func() {
+			r := mathrand.New(mathrand.NewPCG(1, uint64(worker)))
+			held := map[*Bytes]byte{}
+			for range 3000 {
+				if len(held) > 100 || len(held) > 0 && r.IntN(3) == 0 {
+					for b, fill := range held {
+						_ = b.Use(func(p []byte) error {
+							if len(p) != b.Len() || bytes.Count(p, []byte{fill}) != len(p) {
+								t.Errorf("%d bytes of %d changed", len(p)-bytes.Count(p, []byte{fill}), len(p))
+							}
+							if cap(p) != len(p) {
+								t.Error("an append would reach a neighbour")
+							}
+							return nil
+						})
+						b.Close()
+						delete(held, b)
+						break
+					}
+					continue
+				}
+				b, err := New(1 + r.IntN(2*slotSize))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				fill := byte(1 + r.IntN(255))
+				_ = b.Use(func(p []byte) error {
+					if bytes.Count(p, []byte{0}) != len(p) {
+						t.Error("what somebody else left is in it")
+					}
+					for i := range p {
+						p[i] = fill
+					}
+					return nil
+				})
+				held[b] = fill
+			}
+			for b := range held {
+				b.Close()
+			}
+		})
+	}
+	wg.Wait()
+	shared.mu.Lock()
+	defer shared.mu.Unlock()
+	if shared.empty > spare {
+		t.Errorf("%d pages without a secret are kept", shared.empty)
+	}
+}
+
+func BenchmarkAKeyIsMadeAndClosed(b *testing.B) {
+	for b.Loop() {
+		k, err := New(32)
+		if err != nil {
+			b.Fatal(err)
+		}
+		k.Close()
 	}
 }
 

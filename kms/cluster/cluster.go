@@ -48,7 +48,7 @@ const (
 
 // Options configure [New].
 type Options struct {
-	// MasterSecret is the KEK. Required. The KMS keeps a copy of its own.
+	// MasterSecret is the KEK. Required. The KMS keeps nothing of it.
 	MasterSecret *secret.Bytes
 	// Salt of HKDF. It is not secret. Default none.
 	Salt []byte
@@ -60,8 +60,9 @@ type Options struct {
 
 // KMS derives keys from a master secret. Close wipes it.
 type KMS struct {
-	master        *secret.Bytes
-	salt          []byte
+	// prk is what HKDF-Extract makes of the master secret and the salt. Nothing
+	// else is needed of them.
+	prk           *secret.Bytes
 	id            string
 	constellation bool
 }
@@ -76,14 +77,14 @@ func New(opts Options) (*KMS, error) {
 	if opts.MasterSecret == nil || opts.MasterSecret.Len() < MinMasterSecret || opts.MasterSecret.Len() > MaxMasterSecret {
 		return nil, fmt.Errorf("master secret must have %d to %d bytes", MinMasterSecret, MaxMasterSecret)
 	}
-	master, err := opts.MasterSecret.Clone()
+	prk, err := extract(opts.MasterSecret, opts.Salt)
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{master: master, salt: opts.Salt, constellation: opts.Constellation}
+	k := &KMS{prk: prk, constellation: opts.Constellation}
 	id, err := k.derive([]byte(domainID), 8)
 	if err != nil {
-		return nil, errors.Join(err, master.Close())
+		return nil, errors.Join(err, prk.Close())
 	}
 	defer id.Close()
 	// The KEK's name is derived from it one-way, so that another master secret
@@ -92,8 +93,8 @@ func New(opts Options) (*KMS, error) {
 	return k, err
 }
 
-// Close wipes the master secret.
-func (k *KMS) Close() error { return k.master.Close() }
+// Close wipes what was made of the master secret.
+func (k *KMS) Close() error { return k.prk.Close() }
 
 // KEK names the master secret without revealing it.
 func (k *KMS) KEK() string { return k.id }
@@ -101,17 +102,42 @@ func (k *KMS) KEK() string { return k.id }
 // Current implements kms.Namer.
 func (k *KMS) Current(ctx context.Context) (string, error) { return k.id, ctx.Err() }
 
-func (k *KMS) derive(info []byte, length int) (key *secret.Bytes, err error) {
-	useErr := k.master.Use(func(master []byte) error {
+func extract(master *secret.Bytes, salt []byte) (prk *secret.Bytes, err error) {
+	err = master.Use(func(m []byte) error {
 		secret.Do(func() {
 			var out []byte
-			if out, err = hkdf.Key(sha256.New, master, k.salt, string(info), length); err == nil {
-				key, err = secret.From(out)
+			if out, err = hkdf.Extract(sha256.New, m, salt); err == nil {
+				prk, err = secret.From(out)
 			}
 		})
 		return err
 	})
-	return key, useErr
+	return prk, err
+}
+
+func (k *KMS) derive(info []byte, length int) (*secret.Bytes, error) {
+	key, err := secret.New(length)
+	if err != nil {
+		return nil, err
+	}
+	text := string(info)
+	err = key.Use(func(to []byte) error {
+		return k.prk.Use(func(prk []byte) (err error) {
+			// As little as possible is in here: what is allocated inside costs
+			// more than the derivation.
+			secret.Do(func() {
+				var out []byte
+				if out, err = hkdf.Expand(sha256.New, prk, text, length); err == nil {
+					copy(to, out)
+				}
+			})
+			return err
+		})
+	})
+	if err != nil {
+		return nil, errors.Join(err, key.Close())
+	}
+	return key, nil
 }
 
 // Generate implements kms.KMS. The same binding gives the same key.

@@ -18,7 +18,7 @@ import (
 	"github.com/keyagent/keyagent/kms/kmstest"
 )
 
-func newKMS(t *testing.T, master, salt string) *KMS {
+func newKMS(t testing.TB, master, salt string) *KMS {
 	t.Helper()
 	m, err := secret.From([]byte(master))
 	if err != nil {
