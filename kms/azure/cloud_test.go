@@ -12,8 +12,8 @@ import (
 	"github.com/keyagent/keyagent/kms/kmstest"
 )
 
-// TestARealVaultHoldsTheSuite runs against the keys KEYAGENT_TEST_AZURE_KEY and
-// KEYAGENT_TEST_AZURE_KEY_OTHER of the vault KEYAGENT_TEST_AZURE_VAULT_NAME, which
+// TestARealVaultHoldsTheSuite runs against the keys KEYAGENT_TEST_AZURE_VAULT_KEY and
+// KEYAGENT_TEST_AZURE_VAULT_KEY_OTHER of the vault KEYAGENT_TEST_AZURE_VAULT_NAME, which
 // is of the type KEYAGENT_TEST_AZURE_VAULT_TYPE, with the credentials of the
 // environment. It is asked for by the build tag cloud, and fails if it then has
 // nothing to run against.
@@ -35,5 +35,5 @@ func TestARealVaultHoldsTheSuite(t *testing.T) {
 			return open(t, Options{VaultName: vault, VaultType: kind, Key: key, Credential: c})
 		}
 	}
-	kmstest.Run(t, kmstest.Bed{Open: at(must("KEYAGENT_TEST_AZURE_KEY")), Other: at(must("KEYAGENT_TEST_AZURE_KEY_OTHER"))})
+	kmstest.Run(t, kmstest.Bed{Open: at(must("KEYAGENT_TEST_AZURE_VAULT_KEY")), Other: at(must("KEYAGENT_TEST_AZURE_VAULT_KEY_OTHER"))})
 }
