@@ -41,6 +41,28 @@ func (a arn) String() string {
 	return "arn:" + a.partition + ":kms:" + a.region + ":" + a.account + ":key/" + a.id
 }
 
+// name is what stands in a wrapped key. A multi-Region key has one name in all of
+// its Regions, so that key services in two of them agree on what is up to date.
+func (a arn) name() string {
+	if a.multiRegion() {
+		a.region = "*"
+	}
+	return prefix + a.String()
+}
+
+// parseName undoes name for a client in a Region.
+func parseName(text, region string) (arn, bool) {
+	text, ours := strings.CutPrefix(text, prefix)
+	if whole, anywhere := strings.CutPrefix(text, "arn:"); anywhere {
+		if partition, rest, ok := strings.Cut(whole, ":kms:*:"); ok {
+			a, ok := parseARN("arn:" + partition + ":kms:" + region + ":" + rest)
+			return a, ours && ok && a.multiRegion()
+		}
+	}
+	a, ok := parseARN(text)
+	return a, ours && ok && !a.multiRegion()
+}
+
 func (a arn) multiRegion() bool { return strings.HasPrefix(a.id, "mrk-") }
 
 // same reports whether both name one key: a multi-Region key is one in all of

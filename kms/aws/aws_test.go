@@ -204,9 +204,12 @@ func TestAMultiRegionKeyIsOneKey(t *testing.T) {
 	local := strings.Replace(first, there, here, 1)
 	k := open(t, b.options(local))
 	opens(t, k, w, key)
-	if name, err := k.Current(t.Context()); err != nil || name != prefix+local {
-		t.Errorf("here it has the name %q, %v", name, err)
+	if name, err := k.Current(t.Context()); err != nil || name != w.KEK || strings.Contains(name, here) || strings.Contains(name, there) {
+		t.Errorf("here it has the name %q, there %q, %v", name, w.KEK, err)
 	}
+	named := w
+	named.KEK = prefix + local // a name is written in one way
+	fails(t, k, named, kms.ErrKEKVersion)
 	opts = b.options(b.CreateKey(here))
 	opts.OldKeys = []string{first}
 	opens(t, open(t, opts), w, key)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"strconv"
-	"strings"
 
 	awssdk "github.com/aws/aws-sdk-go-v2/aws"
 	service "github.com/aws/aws-sdk-go-v2/service/kms"
@@ -74,7 +73,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 	if err := k.follow(used); err != nil {
 		return kms.Wrapped{}, err
 	}
-	return kms.Wrapped{Scheme: scheme, KEK: prefix + used.String(), Blob: out.CiphertextBlob}, nil
+	return kms.Wrapped{Scheme: scheme, KEK: used.name(), Blob: out.CiphertextBlob}, nil
 }
 
 // follow takes what Key is now from an answer of the service. Only an alias can
@@ -107,7 +106,7 @@ func (k *KMS) Current(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return prefix + a.String(), k.follow(a)
+	return a.name(), k.follow(a)
 }
 
 // Unwrap implements kms.KMS.
@@ -156,9 +155,8 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 // allowed returns the key that a wrapped key names, in our Region, if it is one
 // of ours.
 func (k *KMS) allowed(ctx context.Context, kek string) (arn, error) {
-	text, ours := strings.CutPrefix(kek, prefix)
-	named, ok := parseARN(text)
-	if !ours || !ok {
+	named, ok := parseName(kek, k.opts.Region)
+	if !ok {
 		return arn{}, fmt.Errorf("%w: it names no key of aws kms", kms.ErrKEKVersion)
 	}
 	if a, ok := k.find(named); ok {
@@ -177,7 +175,7 @@ func (k *KMS) allowed(ctx context.Context, kek string) (arn, error) {
 			return a, nil
 		}
 	}
-	return arn{}, fmt.Errorf("%w: it was made under %q, which is neither the key nor an old key", kms.ErrKEKVersion, text)
+	return arn{}, fmt.Errorf("%w: it was made under %q, which is neither the key nor an old key", kms.ErrKEKVersion, kek)
 }
 
 func (k *KMS) find(named arn) (arn, bool) {
