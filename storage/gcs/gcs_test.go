@@ -185,7 +185,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		"throttling in the guise of a refusal":                  {answer(403, "userRateLimitExceeded"), list, storage.ErrThrottled, ""},
 		"a request that the service does not understand":        {answer(400, "invalid"), write, nil, "invalid"},
 		"a refusal that is a page": {func(w http.ResponseWriter, _ *http.Request) bool {
-			http.Error(w, strings.Repeat("x", 9999), 502)
+			http.Error(w, strings.Repeat("x", 9999), http.StatusBadGateway)
 			return true
 		}, read, storage.ErrUnavailable, "502"},
 		"a connection that breaks":                         {func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }, list, storage.ErrUnavailable, ""},
