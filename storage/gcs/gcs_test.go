@@ -347,6 +347,26 @@ func TestAWriteWhoseAnswerWasLostIsNotAConflict(t *testing.T) {
 	}
 }
 
+func TestADeletionWhoseAnswerWasLostIsDone(t *testing.T) {
+	p := faultproxy.New(t, emulator.GCS(t))
+	s := open(t, Options{Bucket: "records", Endpoint: p.URL, CreateBucket: true, Project: "p"})
+	for name, status := range map[string]int{"x": http.StatusNotFound, "y": http.StatusPreconditionFailed} {
+		v, err := s.Put(t.Context(), name, []byte("one"), storage.Absent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		isDelete := func(r *http.Request) bool { return r.Method == http.MethodDelete }
+		p.LoseAnswer(isDelete)
+		var tries atomic.Int32
+		p.Answer(func(w http.ResponseWriter, r *http.Request) bool {
+			return isDelete(r) && tries.Add(1) == 2 && refuse(w, status, "of an object that is not there")
+		})
+		if err := s.Delete(t.Context(), name, v); err != nil || tries.Load() != 2 {
+			t.Errorf("%d: %v after %d tries", status, err, tries.Load())
+		}
+	}
+}
+
 func TestWhatFailsForAMomentIsTriedAgain(t *testing.T) {
 	p := service(t, nil)
 	opts := options(p)
