@@ -116,6 +116,9 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 		return nil, errors.New("the region of the bucket is not known (hint: set the parameter region, or AWS_REGION)")
 	}
 	opts.Region = cfg.Region
+	if cfg.Credentials != nil {
+		cfg.Credentials = provider{cfg.Credentials}
+	}
 	s := &Storage{opts: opts, client: s3.NewFromConfig(cfg, func(o *s3.Options) {
 		if opts.Endpoint != "" {
 			o.BaseEndpoint, o.UsePathStyle = &opts.Endpoint, true
@@ -155,16 +158,19 @@ func (o *Options) check() error {
 	return err
 }
 
-// openBucket demands that the bucket is there.
+// openBucket demands that the bucket is there. It lists, because a refusal of
+// HeadBucket does not say whether credentials or a permission are missing; the
+// permission is the same.
 func (s *Storage) openBucket(ctx context.Context) error {
-	_, err := s.client.HeadBucket(ctx, &s3.HeadBucketInput{Bucket: &s.opts.Bucket, ExpectedBucketOwner: s.owner()})
+	_, err := s.client.ListObjectsV2(ctx, &s3.ListObjectsV2Input{
+		Bucket: &s.opts.Bucket, Prefix: optional(s.prefix), MaxKeys: aws.Int32(1), ExpectedBucketOwner: s.owner(),
+	})
+	err = s.explain("look for", err, "s3:ListBucket")
 	switch {
-	case err == nil:
-		return nil
-	case status(err) != http.StatusNotFound:
-		return s.explain("look for", err, "s3:ListBucket")
+	case !errors.Is(err, storage.ErrNoBucket):
+		return err
 	case !s.opts.CreateBucket:
-		return fmt.Errorf("%w: %s (hint: create it, or allow it with createBucket=true)", storage.ErrNoBucket, s.opts.Bucket)
+		return fmt.Errorf("%w (hint: create it, or allow it with createBucket=true)", err)
 	}
 	in := &s3.CreateBucketInput{Bucket: &s.opts.Bucket}
 	if s.opts.Region != "us-east-1" { // which S3 knows by being left out

@@ -1,6 +1,7 @@
 package awss3
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,12 +12,17 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/smithy-go"
 	"github.com/johannesboyne/gofakes3"
 	"github.com/johannesboyne/gofakes3/backend/s3mem"
 
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
+	"github.com/keyagent/keyagent/test/emulator"
+	"github.com/keyagent/keyagent/test/faultproxy"
 )
 
 // trick sees each request before the service does, and says whether it has
@@ -86,6 +92,79 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 	}
 }
 
+// TestTheSuiteOfStorageHoldsOverTheWire runs against a server that is not of this
+// process, and checks signatures.
+func TestTheSuiteOfStorageHoldsOverTheWire(t *testing.T) {
+	server := emulator.S3(t)
+	secret := credentials.NewStaticCredentialsProvider(server.AccessKey, server.Secret, "")
+	operator := s3.New(s3.Options{Region: "us-east-1", BaseEndpoint: &server.URL, UsePathStyle: true, Credentials: secret})
+	var buckets atomic.Int32
+	storagetest.Run(t, func(t *testing.T) storagetest.Bed {
+		proxy := faultproxy.New(t, server.URL)
+		bucket := fmt.Sprintf("records-%d", buckets.Add(1))
+		opts := Options{Bucket: bucket, Prefix: "some/where", Region: "us-east-1", Endpoint: proxy.URL, Credentials: secret, CreateBucket: true}
+		if _, err := New(t.Context(), opts); err != nil {
+			t.Fatal(err)
+		}
+		opts.CreateBucket = false
+		key := func(name string) *string { return aws.String(opts.Prefix + "/" + name) }
+		return storagetest.Bed{
+			Folders: true, // objects are files
+			Names:   2500, // on disk
+			Open: func() storage.Storage {
+				st, err := New(t.Context(), opts)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return st
+			},
+			Stall: proxy.Stall,
+			LoseAnswer: func() {
+				proxy.LoseAnswer(func(r *http.Request) bool { return r.Method == http.MethodPut })
+			},
+			Remove: func() {
+				if _, err := operator.DeleteObject(t.Context(), &s3.DeleteObjectInput{Bucket: &bucket, Key: key("a")}); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := operator.DeleteBucket(t.Context(), &s3.DeleteBucketInput{Bucket: &bucket}); err != nil {
+					t.Fatal(err)
+				}
+			},
+			Plant: func(name string, data []byte) {
+				if _, err := operator.PutObject(t.Context(), &s3.PutObjectInput{Bucket: &bucket, Key: key(name), Body: bytes.NewReader(data)}); err != nil {
+					t.Fatal(err)
+				}
+			},
+		}
+	})
+
+	opts := Options{Bucket: "records-1", Region: "us-east-1", Endpoint: server.URL}
+	opts.Credentials = credentials.NewStaticCredentialsProvider(server.AccessKey, "hunter2", "")
+	if _, err := New(t.Context(), opts); !errors.Is(err, storage.ErrCredentials) || strings.Contains(err.Error(), "hunter2") {
+		t.Errorf("a wrong secret: %v", err)
+	}
+}
+
+func TestCredentialsThatAreNoneAreNamed(t *testing.T) {
+	s := newService(t)
+	lost := &smithy.OperationError{ServiceID: "STS", OperationName: "AssumeRoleWithWebIdentity", Err: errors.New("connection refused")}
+	for name, c := range map[string]struct{ err, want error }{
+		"there are none":                {errors.New("no provider has any"), storage.ErrCredentials},
+		"this is no instance":           {&smithy.OperationError{ServiceID: "ec2imds", Err: errors.New("timeout")}, storage.ErrCredentials},
+		"their service does not answer": {lost, storage.ErrUnavailable},
+	} {
+		opts := s.options()
+		opts.Attempts = 1
+		opts.Credentials = aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, error) { return aws.Credentials{}, c.err })
+		_, err := New(t.Context(), opts)
+		for _, class := range []error{storage.ErrCredentials, storage.ErrUnavailable} {
+			if errors.Is(err, class) != (class == c.want) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	}
+}
+
 func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 	write := func(ctx context.Context, s *Storage) error {
 		_, err := s.Put(ctx, "x", []byte("new"), storage.Absent)
@@ -127,9 +206,16 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		"a forbidden list names the permission":                 {answer(403, "AccessDenied"), list, storage.ErrDenied, "s3:ListBucket"},
 		"a bucket that is gone is not an object that is absent": {answer(404, "NoSuchBucket"), read, storage.ErrNoBucket, ""},
 		"404 without a reason is not an object that is absent":  {answer(404, "NotFound"), read, nil, "in the words"},
-		"a service that fails leaves open what is there":        {answer(500, "InternalError"), read, nil, "InternalError"},
-		"throttling that lasts is an error":                     {answer(503, "SlowDown"), write, nil, "SlowDown"},
-		"expired credentials are named":                         {answer(400, "ExpiredToken"), read, nil, "ExpiredToken"},
+		"a request that the service does not understand":        {answer(400, "InvalidRequest"), write, nil, "InvalidRequest"},
+		"a service that fails leaves open what is there":        {answer(500, "InternalError"), read, storage.ErrUnavailable, "InternalError"},
+		"a service that has given up":                           {answer(400, "RequestTimeout"), write, storage.ErrUnavailable, "RequestTimeout"},
+		"throttling that lasts is an error":                     {answer(503, "SlowDown"), write, storage.ErrThrottled, "SlowDown"},
+		"throttling without a name":                             {answer(503, "ServiceUnavailable"), list, storage.ErrThrottled, ""},
+		"throttling by others than Amazon":                      {answer(429, "TooManyRequests"), read, storage.ErrThrottled, ""},
+		"expired credentials are named":                         {answer(400, "ExpiredToken"), read, storage.ErrCredentials, "ExpiredToken"},
+		"a key that the service does not know":                  {answer(403, "InvalidAccessKeyId"), write, storage.ErrCredentials, "InvalidAccessKeyId"},
+		"a wrong secret is no missing permission":               {answer(403, "SignatureDoesNotMatch"), list, storage.ErrCredentials, "SignatureDoesNotMatch"},
+		"a connection that breaks":                              {func(http.ResponseWriter, *http.Request, http.Handler) bool { panic(http.ErrAbortHandler) }, list, storage.ErrUnavailable, ""},
 		"another region is hinted at":                           {answer(301, "PermanentRedirect"), read, nil, "another region"},
 		"a body that is too short is corrupt":                   {send("keyagent object 1 T"), read, storage.ErrCorrupt, ""},
 		"an object of somebody else is corrupt":                 {send("hello\nworld"), read, storage.ErrCorrupt, ""},
@@ -138,7 +224,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 			w.Header().Set("Content-Length", "100")
 			fmt.Fprint(w, "short")
 			return true
-		}, read, nil, "unexpected EOF"},
+		}, read, storage.ErrUnavailable, "unexpected EOF"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newService(t)
@@ -153,7 +239,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 			if err == nil || (c.want != nil && !errors.Is(err, c.want)) || !strings.Contains(err.Error(), c.text) {
 				t.Fatalf("%v, want %v with %q", err, c.want, c.text)
 			}
-			for _, never := range []error{storage.ErrNotFound, storage.ErrConflict} {
+			for _, never := range []error{storage.ErrNotFound, storage.ErrConflict, storage.ErrNoBucket, storage.ErrDenied, storage.ErrCredentials, storage.ErrThrottled} {
 				if c.want != never && errors.Is(err, never) {
 					t.Errorf("%v must not be %v", err, never)
 				}
@@ -217,12 +303,16 @@ func TestAServiceThatDoesNotAnswerIsGivenUp(t *testing.T) {
 		}
 		return true
 	})
-	if _, _, err := st.Get(t.Context(), "x"); !errors.Is(err, context.DeadlineExceeded) {
+	if _, _, err := st.Get(t.Context(), "x"); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, storage.ErrUnavailable) {
 		t.Errorf("get: %v", err)
 	}
 	opts.Timeout = 50 * time.Millisecond
-	if _, err := New(t.Context(), opts); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := New(t.Context(), opts); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, storage.ErrUnavailable) {
 		t.Errorf("new: %v", err)
+	}
+	opts.Endpoint, opts.Attempts, opts.Timeout = "http://127.0.0.1:1", 2, 5*time.Second
+	if _, err := New(t.Context(), opts); !errors.Is(err, storage.ErrUnavailable) {
+		t.Errorf("nobody listens: %v", err)
 	}
 }
 
@@ -264,9 +354,8 @@ func TestABucketIsMadeOnlyWhenThatIsAllowed(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.plays(func(w http.ResponseWriter, r *http.Request, _ http.Handler) bool {
-		if r.Method == http.MethodHead {
-			w.WriteHeader(http.StatusNotFound)
-			return true
+		if r.Method == http.MethodGet {
+			return refusal(w, 404, "NoSuchBucket")
 		}
 		return refusal(w, 403, "AccessDenied")
 	})

@@ -8,9 +8,9 @@
 // ours when the answer to it was lost.
 //
 // The service is asked by its REST API over azcore, which does retries, tokens
-// and challenges. The four requests that are needed are in this package; the
-// module azblob, which has all others too, would add ADDED to a program instead
-// of OURS.
+// and challenges. The few requests that are needed are in this package, which
+// adds 1.4 MB to a program that speaks HTTP; the module azblob has all others
+// too, and would add 5.0 MB.
 //
 // The permissions that are needed, as data actions below
 // Microsoft.Storage/storageAccounts/blobServices/containers: blobs/read (to read

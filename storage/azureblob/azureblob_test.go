@@ -131,10 +131,6 @@ func refusal(status int, code string) trick {
 	}
 }
 
-func on(method string, f trick) trick {
-	return func(w http.ResponseWriter, r *http.Request) bool { return r.Method == method && f(w, r) }
-}
-
 func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 	write := func(ctx context.Context, s *Storage) error {
 		_, err := s.Put(ctx, "x", []byte("new"), storage.Absent)

@@ -28,7 +28,8 @@ func withReason(ctx context.Context) (context.Context, *reason) {
 // other.
 func keepReason(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	err := invoke(ctx, method, req, reply, cc, opts...)
-	if r, ok := ctx.Value(reasonKey{}).(*reason); ok && err != nil {
+	// That the deadline has passed is a reason only if there was none before.
+	if r, ok := ctx.Value(reasonKey{}).(*reason); ok && err != nil && (r.err == nil || status.Code(err) != codes.DeadlineExceeded) {
 		r.err = err
 	}
 	return err

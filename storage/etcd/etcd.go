@@ -19,6 +19,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -103,6 +104,7 @@ func (o *Options) check() error {
 	case (o.Username == "") != (o.Password == nil):
 		return errors.New("a username and a password go together")
 	}
+	o.Endpoints = slices.Clone(o.Endpoints) // ours is changed
 	plain := 0
 	for i, endpoint := range o.Endpoints {
 		o.Endpoints[i] = strings.TrimSuffix(endpoint, "/")
@@ -183,8 +185,12 @@ func (s *Storage) do(ctx context.Context, what string, f func(context.Context, *
 	if failed != nil {
 		return failed
 	}
-	if client, failed = s.renew(ctx, client, password); failed != nil || client == nil {
-		return errors.Join(failed, err)
+	client, failed = s.renew(ctx, client, password)
+	switch {
+	case failed != nil:
+		return failed
+	case client == nil:
+		return err
 	}
 	return s.explain(what, f(ctx, client), why)
 }

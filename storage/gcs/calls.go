@@ -160,6 +160,12 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 		err := s.service.Objects.Delete(s.opts.Bucket, s.prefix+name).IfGenerationMatch(number).Context(ctx).Do()
 		return s.explain("delete "+name+" in", err, "storage.objects.delete")
 	})
+	if errors.Is(err, storage.ErrConflict) {
+		// What is not there is in no generation.
+		if _, _, _, now := s.get(ctx, name); errors.Is(now, storage.ErrNotFound) {
+			err = now
+		}
+	}
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil // it was there a moment ago: an earlier try, or somebody else with the same wish
 	}

@@ -185,7 +185,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		"throttling in the guise of a refusal":                  {answer(403, "userRateLimitExceeded"), list, storage.ErrThrottled, ""},
 		"a request that the service does not understand":        {answer(400, "invalid"), write, nil, "invalid"},
 		"a refusal that is a page": {func(w http.ResponseWriter, _ *http.Request) bool {
-			http.Error(w, strings.Repeat("x", 9999), 502)
+			http.Error(w, strings.Repeat("x", 9999), http.StatusBadGateway)
 			return true
 		}, read, storage.ErrUnavailable, "502"},
 		"a connection that breaks":                         {func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) }, list, storage.ErrUnavailable, ""},
@@ -344,6 +344,26 @@ func TestAWriteWhoseAnswerWasLostIsNotAConflict(t *testing.T) {
 	}
 	if _, got, err := s.Get(t.Context(), "y"); err != nil || got != v {
 		t.Errorf("%q, %v, want %q", got, err, v)
+	}
+}
+
+func TestADeletionWhoseAnswerWasLostIsDone(t *testing.T) {
+	p := faultproxy.New(t, emulator.GCS(t))
+	s := open(t, Options{Bucket: "records", Endpoint: p.URL, CreateBucket: true, Project: "p"})
+	for name, status := range map[string]int{"x": http.StatusNotFound, "y": http.StatusPreconditionFailed} {
+		v, err := s.Put(t.Context(), name, []byte("one"), storage.Absent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		isDelete := func(r *http.Request) bool { return r.Method == http.MethodDelete }
+		p.LoseAnswer(isDelete)
+		var tries atomic.Int32
+		p.Answer(func(w http.ResponseWriter, r *http.Request) bool {
+			return isDelete(r) && tries.Add(1) == 2 && refuse(w, status, "of an object that is not there")
+		})
+		if err := s.Delete(t.Context(), name, v); err != nil || tries.Load() != 2 {
+			t.Errorf("%d: %v after %d tries", status, err, tries.Load())
+		}
 	}
 }
 

@@ -38,7 +38,8 @@ func installed(t testing.TB, name string) string {
 func build(t testing.TB, name, pkg string) string {
 	t.Helper()
 	module, tool := servers(t), installed(t, "go")
-	dir := cached(t, name, []string{module}, runtime.Version()+" "+pkg, func(dir string) *exec.Cmd {
+	sources := []string{filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum"), filepath.Join(module, "localkms")}
+	dir := cached(t, name, sources, runtime.Version()+" "+pkg, func(dir string) *exec.Cmd {
 		cmd := exec.Command(tool, "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, name), pkg)
 		cmd.Dir = module
 		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off", "CGO_ENABLED=0")
@@ -118,16 +119,17 @@ func entry(name string, sources []string, also string, fill func(dir string) *ex
 	return final, os.Rename(temp, final)
 }
 
-// digestOf digests the names and the content of all files below some folders.
-func digestOf(folders []string, also string) (string, error) {
+// digestOf digests the names and the content of files, and of all files below
+// folders.
+func digestOf(sources []string, also string) (string, error) {
 	h := sha256.New()
 	fmt.Fprintf(h, "%q\n", also)
-	for _, folder := range folders {
-		err := filepath.WalkDir(folder, func(path string, d fs.DirEntry, err error) error {
+	for _, source := range sources {
+		err := filepath.WalkDir(source, func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !d.Type().IsRegular() {
 				return err
 			}
-			rel, err := filepath.Rel(folder, path)
+			rel, err := filepath.Rel(filepath.Dir(source), path)
 			if err != nil {
 				return err
 			}
