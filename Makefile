@@ -7,7 +7,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: all deps build demo test lint bench fuzz generate clean
+.PHONY: all deps build demo test test-cloud lint bench fuzz generate clean
 
 all: build
 
@@ -29,8 +29,11 @@ lint:
 test: deps lint ## everything, with real kernels in guests; needs root
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 ./...
 
+test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
+	@./test/cloud/run $(TOOL) gotestsum --format pkgname --
+
 bench: deps ## figures and ratios, see docs/BENCHMARKS.md
-	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/...
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret
 	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/uml
 
 FUZZTIME ?= 30s

@@ -18,6 +18,7 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/storage"
 )
 
 func read(t *testing.T, path string) string {
@@ -79,6 +80,46 @@ func TestTheVectorsOfTheKeysSpecificationHold(t *testing.T) {
 	}
 	if n != 5 {
 		t.Fatalf("%d vectors were found", n)
+	}
+}
+
+// TestTheVectorOfTheEnvelopeHolds opens what another language's AES-GCM made.
+func TestTheVectorOfTheEnvelopeHolds(t *testing.T) {
+	m := regexp.MustCompile("the envelope is\n`([0-9a-f]{120})`").FindStringSubmatch(read(t, "docs/spec/keys.md"))
+	if m == nil {
+		t.Fatal("the vector was not found")
+	}
+	blob, err := hex.DecodeString(m[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	kek := make([]byte, 32)
+	for i := range kek {
+		kek[i] = byte(i)
+	}
+	k, err := secret.From(kek)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	key, err := kms.OpenEnvelope(k, kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}, blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	_ = key.Use(func(b []byte) error {
+		if hex.EncodeToString(b) != strings.Repeat("ff", 32) {
+			t.Errorf("the key is %x", b)
+		}
+		return nil
+	})
+}
+
+func TestTheVectorOfTheObjectSpecificationHolds(t *testing.T) {
+	line := regexp.MustCompile(`(?m)^keyagent object 1 .*\n`).FindString(read(t, "docs/spec/storage-object.md"))
+	data, token, err := storage.Unframe([]byte(line + "data"))
+	if err != nil || string(data) != "data" || token != "ABCDEFGHIJKLMNOPQRSTUVWXYZ" {
+		t.Errorf("%q, %q, %v", data, token, err)
 	}
 }
 
