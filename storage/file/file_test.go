@@ -2,9 +2,13 @@ package file
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
@@ -100,5 +104,54 @@ func TestASymlinkIsNotFollowed(t *testing.T) {
 	}
 	if _, _, err := s.Get(t.Context(), "a"); err == nil || errors.Is(err, storage.ErrNotFound) {
 		t.Fatal(err)
+	}
+}
+
+// Case 42: the disk is full when an object is written, synced or closed. What was
+// there before stays as it was.
+func TestAFullFileSystemLosesNothing(t *testing.T) {
+	mount := t.TempDir()
+	if err := unix.Mount("tmpfs", mount, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=256k"); err != nil {
+		t.Fatalf("mount: %v (hint: this test needs root)", err)
+	}
+	t.Cleanup(func() { must(t, unix.Unmount(mount, 0)) })
+	s, err := Open(filepath.Join(mount, "records"))
+	must(t, err)
+	defer s.Close()
+	want := map[string]string{}
+	versions := map[string]storage.Version{}
+	large := strings.Repeat("x", storage.MaxObject)
+	var full error
+	for i := 0; full == nil; i++ {
+		name := fmt.Sprintf("v%d", i)
+		var v storage.Version
+		if v, full = s.Put(t.Context(), name, []byte(large), storage.Absent); full == nil {
+			want[name], versions[name] = large, v
+		}
+		if i > 10 {
+			t.Fatal("the file system does not fill up")
+		}
+	}
+	if !errors.Is(full, unix.ENOSPC) {
+		t.Errorf("a first write: %v", full)
+	}
+	if _, err := s.Put(t.Context(), "v0", []byte(strings.Repeat("y", storage.MaxObject)), versions["v0"]); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("a change: %v", err)
+	}
+	names, err := s.List(t.Context(), "", "", 100)
+	must(t, err)
+	if len(names) != len(want) {
+		t.Errorf("there are %q", names)
+	}
+	for name, data := range want {
+		if got, v, err := s.Get(t.Context(), name); err != nil || string(got) != data || v != versions[name] {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := s.Delete(t.Context(), "v0", versions["v0"]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Put(t.Context(), "v0", []byte(large), storage.Absent); err != nil {
+		t.Errorf("with room again: %v", err)
 	}
 }
