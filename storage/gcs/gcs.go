@@ -183,8 +183,11 @@ func (s *Storage) openBucket(ctx context.Context) error {
 		_, err := s.service.Buckets.Insert(s.opts.Project, bucket).Context(ctx).Do()
 		return s.explain("create", err, "storage.buckets.create in the project "+s.opts.Project)
 	})
-	if errors.Is(err, errBucketExists) {
+	switch {
+	case errors.Is(err, errBucketExists):
 		return s.askForBucket(ctx) // another replica was faster, or the name is a stranger's
+	case errors.Is(err, storage.ErrNotFound):
+		return fmt.Errorf("%w: %s, and it cannot be made: there is no project %s", storage.ErrNoBucket, s.opts.Bucket, s.opts.Project)
 	}
 	return err
 }

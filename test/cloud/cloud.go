@@ -33,8 +33,19 @@ type Shape struct {
 	// Throttle has the KMS refuse every call as one too many until stop is
 	// called.
 	Throttle func() (stop func())
+	// Deny takes the permission to wrap from whoever asks; Permission is what the
+	// cloud calls it.
+	Deny       func()
+	Permission string
 	// Gone has the bucket be gone until back is called.
 	Gone func() (back func())
+}
+
+func grpcStatus(w http.ResponseWriter, code, message string) bool {
+	w.Header().Set("Content-Type", "application/grpc")
+	w.Header().Set("Grpc-Status", code)
+	w.Header().Set("Grpc-Message", message)
+	return true
 }
 
 // Shapes are the clouds by name. Each of them starts its services on loopback, for
@@ -96,6 +107,17 @@ func AWS(t testing.TB) Shape {
 			})
 			return front.Heal
 		},
+		Deny: func() {
+			front.Answer(func(w http.ResponseWriter, r *http.Request) bool {
+				denied := strings.HasSuffix(r.Header.Get("X-Amz-Target"), ".Encrypt")
+				if denied {
+					w.WriteHeader(http.StatusBadRequest)
+					fmt.Fprint(w, `{"__type":"AccessDeniedException","Message":"User is not authorized to perform: kms:Encrypt"}`)
+				}
+				return denied
+			})
+		},
+		Permission: "kms:Encrypt",
 		Gone: func() func() {
 			bucket.Answer(func(w http.ResponseWriter, _ *http.Request) bool {
 				w.WriteHeader(http.StatusNotFound)
@@ -128,14 +150,17 @@ func Google(t testing.TB) Shape {
 		},
 		Throttle: func() func() {
 			front.Answer(func(w http.ResponseWriter, _ *http.Request) bool {
-				w.Header().Set("Content-Type", "application/grpc")
-				w.Header().Set("Grpc-Status", "8") // RESOURCE_EXHAUSTED
-				w.Header().Set("Grpc-Message", "Quota exceeded")
-				return true
+				return grpcStatus(w, "8", "Quota exceeded") // RESOURCE_EXHAUSTED
 			})
 			return front.Heal
 		},
-		Gone: func() func() { bucket.Answer(status(http.StatusNotFound)); return bucket.Heal },
+		Deny: func() {
+			front.Answer(func(w http.ResponseWriter, r *http.Request) bool {
+				return strings.HasSuffix(r.URL.Path, "/Encrypt") && grpcStatus(w, "7", "Permission denied on resource") // PERMISSION_DENIED
+			})
+		},
+		Permission: "cloudkms.cryptoKeyVersions.useToEncrypt",
+		Gone:       func() func() { bucket.Answer(status(http.StatusNotFound)); return bucket.Heal },
 	}
 }
 
@@ -168,8 +193,10 @@ func Azure(t testing.TB) Shape {
 				"account": "devstoreaccount1", "container": "records", "prefix": prefix, "createContainer": "true", "endpoint": blobs.URL + "/devstoreaccount1",
 			}))
 		},
-		Disable:  func(off bool) { vault.Enable("disks", !off) },
-		Throttle: func() func() { front.Answer(status(http.StatusTooManyRequests)); return front.Heal },
+		Disable:    func(off bool) { vault.Enable("disks", !off) },
+		Throttle:   func() func() { front.Answer(status(http.StatusTooManyRequests)); return front.Heal },
+		Deny:       func() { vault.Deny("wrapkey", "ForbiddenByRbac") },
+		Permission: "keys/wrapKey",
 		Gone: func() func() {
 			blobs.Answer(func(w http.ResponseWriter, _ *http.Request) bool {
 				w.Header().Set("x-ms-error-code", "ContainerNotFound")
