@@ -557,9 +557,7 @@ func FuzzABlob(f *testing.F) {
 	})
 }
 
-// BenchmarkAKey compares this package with the bare call of the SDK. On loopback a
-// call is short, and the pages of locked memory that hold the key and the content key cost
-// as much as it: ratio-held compares with the bare call and those pages.
+// BenchmarkAKey compares this package with the bare calls of the SDK.
 func BenchmarkAKey(b *testing.B) {
 	s := newBed(b, "RSA")
 	k := open(b, s.options("kek"))
@@ -570,60 +568,11 @@ func BenchmarkAKey(b *testing.B) {
 	}
 	algorithm := azkeys.EncryptionAlgorithm(algorithmRSA)
 	version := w.KEK[strings.LastIndex(w.KEK, "/")+1:]
-	bare := map[string]func() error{
-		"unwrap": func() error {
-			_, err := k.client.UnwrapKey(b.Context(), "kek", version, azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: parsed.wrapped}, nil)
-			return err
-		},
-		"generate": func() error {
-			_, err := k.client.WrapKey(b.Context(), "kek", "", azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: make([]byte, 32)}, nil)
-			return err
-		},
-	}
-	ours := map[string]func() error{
-		"unwrap": func() error {
-			key, err := k.Unwrap(b.Context(), binding, w)
-			return errors.Join(err, key.Close())
-		},
-		"generate": func() error {
-			key, _, err := k.Generate(b.Context(), binding)
-			return errors.Join(err, key.Close())
-		},
-	}
-	for what := range bare {
-		b.Run(what, func(b *testing.B) {
-			var mine, theirs, pages time.Duration
-			for b.Loop() { // in turns, so that both see the same machine
-				start := time.Now()
-				if err := bare[what](); err != nil {
-					b.Fatal(err)
-				}
-				middle := time.Now()
-				if err := ours[what](); err != nil {
-					b.Fatal(err)
-				}
-				end := time.Now()
-				theirs += middle.Sub(start)
-				mine += end.Sub(middle)
-				for range 2 {
-					hold(b)
-				}
-				pages += time.Since(end)
-			}
-			b.ReportMetric(float64(mine)/float64(theirs), "ratio")
-			b.ReportMetric(float64(mine)/float64(theirs+pages), "ratio-held")
-			b.ReportMetric(float64((mine-theirs).Microseconds())/float64(b.N), "extra-us/op")
-		})
-	}
-}
-
-// hold takes and gives back what one secret costs.
-func hold(b *testing.B) {
-	s, err := secret.Random(binding.Length)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := s.Close(); err != nil {
-		b.Fatal(err)
-	}
+	kmstest.Bench(b, k, binding, w, func() error {
+		_, err := k.client.UnwrapKey(b.Context(), "kek", version, azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: parsed.wrapped}, nil)
+		return err
+	}, func() error {
+		_, err := k.client.WrapKey(b.Context(), "kek", "", azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: make([]byte, 32)}, nil)
+		return err
+	})
 }

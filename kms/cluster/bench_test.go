@@ -3,10 +3,11 @@ package cluster
 import (
 	"crypto/hkdf"
 	"crypto/sha256"
+	"errors"
 	"testing"
-	"time"
 
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/kmstest"
 )
 
 // BenchmarkDerive compares a derived key, in locked memory and with what the
@@ -15,21 +16,11 @@ func BenchmarkDerive(b *testing.B) {
 	k := newKMS(b, testMaster, "")
 	bind := kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
 	info := string(bind.Encode(domainDerive))
-	var mine, theirs time.Duration
-	for b.Loop() { // in turns, so that both see the same machine
-		start := time.Now()
-		if _, err := hkdf.Key(sha256.New, []byte(testMaster), nil, info, 32); err != nil {
-			b.Fatal(err)
-		}
-		middle := time.Now()
+	kmstest.Compare(b, func() error {
 		key, _, err := k.Generate(b.Context(), bind)
-		if err != nil {
-			b.Fatal(err)
-		}
-		key.Close()
-		theirs += middle.Sub(start)
-		mine += time.Since(middle)
-	}
-	b.ReportMetric(float64(mine)/float64(theirs), "ratio")
-	b.ReportMetric(float64(theirs.Nanoseconds())/float64(b.N), "bare-ns/op")
+		return errors.Join(err, key.Close())
+	}, func() error {
+		_, err := hkdf.Key(sha256.New, []byte(testMaster), nil, info, 32)
+		return err
+	})
 }

@@ -439,67 +439,18 @@ func FuzzABlob(f *testing.F) {
 	})
 }
 
-// BenchmarkAKey compares this package with the bare call of the SDK. On loopback a
-// call is short, and the pages of locked memory that hold the key cost
-// as much as it: ratio-held compares with the bare call and those pages.
+// BenchmarkAKey compares this package with the bare calls of the SDK.
 func BenchmarkAKey(b *testing.B) {
 	s := newBed(b)
 	k := open(b, s.options("a"))
 	_, w := wrapped(b, k)
 	_, ciphertext, _ := splitBlob(w.Blob)
 	aad := binding.Encode(domain)
-	bare := map[string]func() error{
-		"unwrap": func() error {
-			_, err := k.client.Decrypt(b.Context(), &kmspb.DecryptRequest{Name: k.name, Ciphertext: ciphertext, AdditionalAuthenticatedData: aad})
-			return err
-		},
-		"generate": func() error {
-			_, err := k.client.Encrypt(b.Context(), &kmspb.EncryptRequest{Name: k.name, Plaintext: make([]byte, 32), AdditionalAuthenticatedData: aad})
-			return err
-		},
-	}
-	ours := map[string]func() error{
-		"unwrap": func() error {
-			key, err := k.Unwrap(b.Context(), binding, w)
-			return errors.Join(err, key.Close())
-		},
-		"generate": func() error {
-			key, _, err := k.Generate(b.Context(), binding)
-			return errors.Join(err, key.Close())
-		},
-	}
-	for what := range bare {
-		b.Run(what, func(b *testing.B) {
-			var mine, theirs, pages time.Duration
-			for b.Loop() { // in turns, so that both see the same machine
-				start := time.Now()
-				if err := bare[what](); err != nil {
-					b.Fatal(err)
-				}
-				middle := time.Now()
-				if err := ours[what](); err != nil {
-					b.Fatal(err)
-				}
-				end := time.Now()
-				theirs += middle.Sub(start)
-				mine += end.Sub(middle)
-				hold(b)
-				pages += time.Since(end)
-			}
-			b.ReportMetric(float64(mine)/float64(theirs), "ratio")
-			b.ReportMetric(float64(mine)/float64(theirs+pages), "ratio-held")
-			b.ReportMetric(float64((mine-theirs).Microseconds())/float64(b.N), "extra-us/op")
-		})
-	}
-}
-
-// hold takes and gives back what one secret costs.
-func hold(b *testing.B) {
-	s, err := secret.Random(binding.Length)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := s.Close(); err != nil {
-		b.Fatal(err)
-	}
+	kmstest.Bench(b, k, binding, w, func() error {
+		_, err := k.client.Decrypt(b.Context(), &kmspb.DecryptRequest{Name: k.name, Ciphertext: ciphertext, AdditionalAuthenticatedData: aad})
+		return err
+	}, func() error {
+		_, err := k.client.Encrypt(b.Context(), &kmspb.EncryptRequest{Name: k.name, Plaintext: make([]byte, 32), AdditionalAuthenticatedData: aad})
+		return err
+	})
 }

@@ -15,7 +15,6 @@ import (
 	"path"
 	"strings"
 	"testing"
-	"time"
 
 	gcpservice "cloud.google.com/go/kms/apiv1"
 	"cloud.google.com/go/kms/apiv1/kmspb"
@@ -33,6 +32,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/kmstest"
 	"github.com/keyagent/keyagent/kms/setup"
 	clouds "github.com/keyagent/keyagent/test/cloud"
 )
@@ -63,29 +63,9 @@ func BenchmarkGetDEK(b *testing.B) {
 				b.Fatal(err)
 			}
 			theirs := bare(b, parameters(b, shape.KMS), parameters(b, shape.Storage(benchPrefix)), wrappedIn(b, shape.Storage(benchPrefix)))
-			compare(b, mine, func() error { return theirs(ctx) })
+			kmstest.Compare(b, mine, func() error { return theirs(ctx) })
 		})
 	}
-}
-
-// compare runs both in turns, so that they see the same machine.
-func compare(b *testing.B, mine, theirs func() error) {
-	b.Helper()
-	var ours, bare time.Duration
-	for b.Loop() {
-		start := time.Now()
-		if err := theirs(); err != nil {
-			b.Fatal(err)
-		}
-		middle := time.Now()
-		if err := mine(); err != nil {
-			b.Fatal(err)
-		}
-		bare += middle.Sub(start)
-		ours += time.Since(middle)
-	}
-	b.ReportMetric(float64(ours)/float64(bare), "ratio")
-	b.ReportMetric(float64(bare.Microseconds())/float64(b.N), "bare-us/op")
 }
 
 func parameters(b *testing.B, uri string) url.Values {
