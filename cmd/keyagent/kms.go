@@ -45,7 +45,7 @@ type backendFlags struct {
 }
 
 func (f *backendFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.config, "config", "", "take what is not given here from this file of keyagent serve")
+	cmd.Flags().StringVar(&f.config, "config", "", "take what is not given here from this file of keyagent serve (default "+serveConfig+", if neither --kms nor --storage is given)")
 	cmd.Flags().StringVar(&f.kms, "kms", "", "kms:// URI")
 	cmd.Flags().StringArrayVar(&f.old, "old-kms", nil, "kms:// URI of a KEK that keys may still be under; may be repeated")
 	cmd.Flags().StringVar(&f.storage, "storage", "", "storage:// URI")
@@ -56,6 +56,9 @@ func (f *backendFlags) add(cmd *cobra.Command) {
 func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice.Admin) error) (err error) {
 	if err := refuseSecrets(append([]string{f.kms, f.storage}, f.old...)...); err != nil {
 		return err
+	}
+	if f.config == "" && f.kms == "" && f.storage == "" {
+		f.config = serveConfig
 	}
 	if f.config != "" {
 		cfg, err := keyservice.LoadConfig(f.config, keyservice.Config{KMS: f.kms, Storage: f.storage})
@@ -77,14 +80,14 @@ func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice
 	for _, uri := range append([]string{f.kms}, f.old...) {
 		k, err := setup.KMS(ctx, uri)
 		if err != nil {
-			return failure.New(failure.Configuration, fmt.Errorf("%s: %w", setup.Redact(uri), err), checkHint)
+			return keyservice.BackendError(fmt.Errorf("%s: %w", setup.Redact(uri), err))
 		}
 		defer k.Close()
 		all = append(all, k)
 	}
 	s, err := setup.Storage(ctx, f.storage)
 	if err != nil {
-		return failure.New(failure.Configuration, fmt.Errorf("%s: %w", setup.Redact(f.storage), err), checkHint)
+		return keyservice.BackendError(fmt.Errorf("%s: %w", setup.Redact(f.storage), err))
 	}
 	defer s.Close()
 	open := keyservice.OpenAdmin
@@ -99,15 +102,13 @@ func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice
 	return do(admin)
 }
 
-const checkHint = "keyagent kms check URI says which step fails"
-
 // refuseSecrets refuses URIs that hold a secret: other processes can read the
 // arguments and the environment of this one.
 func refuseSecrets(uris ...string) error {
 	for _, uri := range uris {
 		if name, instead := setup.HoldsSecret(uri); name != "" {
 			return failure.Newf(failure.Usage, fmt.Sprintf("put the secret into a file and name it with the parameter %q, or put the URI into a configuration file that only its owner can read", instead),
-				"%s: the parameter %q is a secret, and what stands on a command line can be read by others", setup.Redact(uri), name)
+				"%s: the parameter %q is a secret, and others can read what stands on a command line or in the environment", setup.Redact(uri), name)
 		}
 	}
 	return nil
@@ -147,18 +148,25 @@ if a record is refused.`,
 }
 
 func printStatus(w io.Writer, s *keyservice.Status) {
-	fmt.Fprintf(w, "KEK in force    %s\nrecord MAC key  %s, under %s\n", s.Current, s.RecordKey, s.MACKey)
+	outdated := func(kek string) string {
+		if kek == s.Current {
+			return ""
+		}
+		return "  (outdated)"
+	}
+	fmt.Fprintf(w, "KEK in force    %s\nrecord MAC key  %s, under %s%s\n", s.Current, s.RecordKey, s.MACKey, outdated(s.MACKey))
 	for _, state := range slices.Sorted(maps.Keys(s.Volumes)) {
 		fmt.Fprintf(w, "%-15s %d volumes\n", state, s.Volumes[state])
 	}
 	fmt.Fprintf(w, "%-15s %d\n", "other DEKs", s.DEKs)
 	for _, kek := range slices.Sorted(maps.Keys(s.Keys)) {
-		note := ""
-		if kek != s.Current {
-			note = "  (outdated: keyagent kms rewrap)"
-		}
-		fmt.Fprintf(w, "%-15s %d under %s%s\n", "keys", s.Keys[kek], kek, note)
+		fmt.Fprintf(w, "%-15s %d under %s%s\n", "keys", s.Keys[kek], kek, outdated(kek))
 	}
+	fmt.Fprintf(w, "%-15s %d", "outdated", s.Outdated)
+	if s.Outdated > 0 {
+		fmt.Fprint(w, "  (hint: keyagent kms rewrap)")
+	}
+	fmt.Fprintln(w)
 	for _, r := range s.Refused {
 		fmt.Fprintf(w, "%-15s %s\n", "REFUSED", r)
 	}
@@ -185,7 +193,7 @@ old_kms in docs/configuration.md.`,
 		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
 			p, err := a.Rewrap(cmd.Context(), progress(cmd.ErrOrStderr(), "looked at"))
 			if err != nil {
-				return failure.New(failure.Internal, fmt.Errorf("after %d of %d records: %w", p.Done, p.Total, err), "run it again: it goes on where it was")
+				return fmt.Errorf("after %d of %d records, and run again it goes on where it was: %w", p.Done, p.Total, err)
 			}
 			return print(cmd, *output, p, func(w io.Writer) {
 				fmt.Fprintf(w, "%d records, %d of them wrapped again\n", p.Total, p.Changed)
@@ -266,7 +274,11 @@ the import knows that the file is this one.`,
 		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
 			out, err := os.OpenFile(*file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
-				return failure.New(failure.Configuration, err, "nothing is overwritten")
+				hint := ""
+				if errors.Is(err, fs.ErrExist) {
+					hint = "nothing is overwritten: name another file"
+				}
+				return failure.New(failure.Configuration, err, hint)
 			}
 			digest, p, err := a.Export(cmd.Context(), out, recipient, progress(cmd.ErrOrStderr(), "exported"))
 			if err = errors.Join(err, out.Sync(), out.Close()); err != nil {
@@ -315,6 +327,10 @@ again; one that differs is an error, and is not overwritten.`,
 			return failure.New(class, err, "")
 		}
 		defer in.Close()
+		// Before anything is made on this side, its first MAC key among it.
+		if err := keyservice.VerifyExport(in, identity, *digest); err != nil {
+			return err
+		}
 		return f.with(cmd.Context(), true, func(a *keyservice.Admin) error {
 			done, err := a.Import(cmd.Context(), in, identity, *digest)
 			if err != nil {

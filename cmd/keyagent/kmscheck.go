@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
@@ -61,6 +62,7 @@ type checkReport struct {
 type checkStep struct {
 	Backend string `json:"backend"` // the URI without its parameters
 	Step    string `json:"step"`
+	OK      bool   `json:"ok"`
 	Error   string `json:"error,omitempty"`
 }
 
@@ -77,20 +79,14 @@ func (r *checkReport) print(w io.Writer) {
 // step runs one step and notes how it went.
 func (r *checkReport) step(backend, name string, f func() error) error {
 	err := f()
-	s := checkStep{Backend: backend, Step: name}
+	s := checkStep{Backend: backend, Step: name, OK: err == nil}
 	if err != nil {
 		s.Error = err.Error()
-		class := failure.Unreachable
-		switch {
-		case errors.Is(err, kms.ErrURI), errors.Is(err, kms.ErrDenied), errors.Is(err, kms.ErrCredentials), errors.Is(err, kms.ErrKEK),
-			errors.Is(err, storage.ErrDenied), errors.Is(err, storage.ErrCredentials), errors.Is(err, storage.ErrNoBucket):
-			class = failure.Configuration
-		case errors.Is(err, kms.ErrWrongKey), errors.Is(err, errCheck):
-			class = failure.WrongKey
-		case errors.Is(err, storage.ErrCorrupt):
-			class = failure.Tampered
+		err = fmt.Errorf("%s: %s: %w", backend, name, err)
+		if errors.Is(err, errCheck) {
+			err = failure.New(failure.WrongKey, err, "it must not be used")
 		}
-		err = failure.New(class, fmt.Errorf("%s: %s: %w", backend, name, err), "docs/configuration.md describes the URIs")
+		err = keyservice.BackendError(err)
 	}
 	r.Steps = append(r.Steps, s)
 	return err
@@ -108,7 +104,8 @@ func (r *checkReport) check(ctx context.Context, uri string) error {
 }
 
 func (r *checkReport) checkKMS(ctx context.Context, backend, uri string) error {
-	b := kms.Binding{VolumeID: "keyagent-kms-check", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
+	// A UUID, which is the only kind of ID that derivation=constellation has.
+	b := kms.Binding{VolumeID: "c0ffee00-0000-4000-8000-000000000001", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
 	var k setup.Keys
 	var key *secret.Bytes
 	var w kms.Wrapped
@@ -144,15 +141,19 @@ func (r *checkReport) checkKMS(ctx context.Context, backend, uri string) error {
 	}
 	return r.step(backend, "refuse it for another volume", func() error {
 		other := b
-		other.VolumeID = "keyagent-kms-check-2"
+		other.VolumeID = "c0ffee00-0000-4000-8000-000000000002"
 		wrapped, err := k.Wrap(ctx, b, key)
 		if err != nil {
 			return err
 		}
-		if again, err := k.Unwrap(ctx, other, wrapped); !errors.Is(err, kms.ErrWrongKey) {
-			return errors.Join(fmt.Errorf("%w: a wrapped key opened for another volume", errCheck), err, again.Close())
+		again, err := k.Unwrap(ctx, other, wrapped)
+		switch {
+		case errors.Is(err, kms.ErrWrongKey):
+			return nil
+		case err != nil:
+			return err
 		}
-		return nil
+		return errors.Join(fmt.Errorf("%w: a wrapped key opened for another volume", errCheck), again.Close())
 	})
 }
 
@@ -183,10 +184,14 @@ func (r *checkReport) checkStorage(ctx context.Context, backend, uri string) (er
 		return err
 	}
 	if err := r.step(backend, "refuse a write that expects another version", func() error {
-		if _, err := s.Put(ctx, name, second, storage.Absent); !errors.Is(err, storage.ErrConflict) {
-			return errors.Join(fmt.Errorf("%w: the write was not refused", errCheck), err)
+		_, err := s.Put(ctx, name, second, storage.Absent)
+		switch {
+		case errors.Is(err, storage.ErrConflict):
+			return nil
+		case err != nil:
+			return err
 		}
-		return nil
+		return fmt.Errorf("%w: the write was not refused", errCheck)
 	}); err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 
@@ -10,23 +11,41 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
-// outputFlag adds --output, for people or for programs.
-func outputFlag(cmd *cobra.Command) *string {
-	return cmd.Flags().String("output", "text", "text, or json for programs")
+// outputFormat is text, for people, or json, for programs.
+type outputFormat string
+
+// outputFlag adds --output. A format that there is not is refused before any work
+// is done.
+func outputFlag(cmd *cobra.Command) *outputFormat {
+	o := outputFormat("text")
+	cmd.Flags().Var(&o, "output", "text, or json for programs")
+	return &o
+}
+
+// String implements pflag.Value.
+func (o *outputFormat) String() string { return string(*o) }
+
+// Type implements pflag.Value.
+func (o *outputFormat) Type() string { return "string" }
+
+// Set implements pflag.Value.
+func (o *outputFormat) Set(text string) error {
+	if text != "text" && text != "json" {
+		return fmt.Errorf("it is text or json")
+	}
+	*o = outputFormat(text)
+	return nil
 }
 
 // print writes v as JSON, or calls text.
-func print(cmd *cobra.Command, output string, v any, text func(io.Writer)) error {
-	switch output {
-	case "json":
+func print(cmd *cobra.Command, output outputFormat, v any, text func(io.Writer)) error {
+	if output == "json" {
 		e := json.NewEncoder(cmd.OutOrStdout())
 		e.SetIndent("", "  ")
 		return e.Encode(v)
-	case "text":
-		text(cmd.OutOrStdout())
-		return nil
 	}
-	return failure.Newf(failure.Usage, "text or json", "unknown output %q", output)
+	text(cmd.OutOrStdout())
+	return nil
 }
 
 // logFlags adds the flags of a command that logs.

@@ -18,6 +18,9 @@ import (
 	"github.com/keyagent/keyagent/systemd"
 )
 
+// serveConfig is where the key service's configuration is, unless it is named.
+const serveConfig = "/etc/keyagent/serve.yaml"
+
 func newServe() *cobra.Command {
 	var path string
 	var check, initMaster bool
@@ -72,8 +75,8 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&path, "config", "/etc/keyagent/serve.yaml", "configuration file")
-	f.BoolVar(&check, "check", false, "only check that everything can be opened")
+	f.StringVar(&path, "config", serveConfig, "configuration file")
+	f.BoolVar(&check, "check", false, "only check that everything can be opened; what a first start makes is made")
 	f.BoolVar(&initMaster, "init-master-secret", false, "make the master secret's file if it does not exist")
 	f.StringVar(&override.Listen, "listen", "", "address, instead of the file's")
 	f.StringVar(&override.Policy, "policy", "", "policy file, instead of the file's")

@@ -39,13 +39,13 @@ func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey s
 func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*record.Book, error)) (*Admin, error) {
 	book, err := open(ctx, k, s)
 	if errors.Is(err, storage.ErrNotFound) {
-		return nil, classify(ErrNoRecords)
+		return nil, forOperator(ErrNoRecords)
 	}
 	if err != nil {
-		return nil, classify(err)
+		return nil, forOperator(err)
 	}
 	if err := book.Trust(k, recordKey); err != nil {
-		return nil, errors.Join(classify(err), book.Close())
+		return nil, errors.Join(forOperator(err), book.Close())
 	}
 	return &Admin{kms: k, book: book, now: time.Now}, nil
 }
@@ -94,22 +94,8 @@ type Status struct {
 	Volumes   map[State]int  `json:"volumes"`        // records by state
 	DEKs      int            `json:"deks"`           // of programs without a key service
 	Keys      map[string]int `json:"keys"`           // by KEK
+	Outdated  int            `json:"outdated"`       // keys, the MAC key among them, under another KEK than Current
 	Refused   []string       `json:"refused,omitempty"`
-}
-
-// Outdated counts the keys, the MAC key among them, that are not under the
-// current KEK.
-func (s *Status) Outdated() int {
-	n := 0
-	for kek, keys := range s.Keys {
-		if kek != s.Current {
-			n += keys
-		}
-	}
-	if s.MACKey != s.Current {
-		n++
-	}
-	return n
 }
 
 // Status reads every record. It unwraps nothing. Records that are refused are
@@ -118,14 +104,14 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 	s := &Status{Volumes: map[State]int{}, Keys: map[string]int{}}
 	var err error
 	if s.Current, err = kms.Current(ctx, a.kms); err != nil {
-		return nil, classify(err)
+		return nil, forOperator(err)
 	}
 	if s.RecordKey, err = a.book.KeyID(); err != nil {
 		return nil, err
 	}
 	mac, err := a.book.MACKey(ctx)
 	if err != nil {
-		return nil, classify(err)
+		return nil, forOperator(err)
 	}
 	s.MACKey = mac.KEK
 	var mu sync.Mutex
@@ -155,69 +141,19 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 		}
 		p, err := a.book.Walk(ctx, kind, look, count, nil)
 		if err != nil && p.Done < p.Total {
-			return nil, classify(err)
+			return nil, forOperator(err)
 		}
 		if err != nil {
 			s.Refused = append(s.Refused, err.Error())
 		}
 	}
+	for kek, keys := range s.Keys {
+		if kek != s.Current {
+			s.Outdated += keys
+		}
+	}
+	if s.MACKey != s.Current {
+		s.Outdated++
+	}
 	return s, nil
-}
-
-// Rewrap wraps every key that is not under the KEK in force again under that one.
-// The MAC key comes last, so that as long as anything is under an older KEK it is
-// too. It may be ended at any point and run again.
-func (a *Admin) Rewrap(ctx context.Context, report func(record.Progress)) (record.Progress, error) {
-	return rewrap(ctx, a.kms, a.book, a.now, report)
-}
-
-func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.Time, report func(record.Progress)) (record.Progress, error) {
-	current, err := kms.Current(ctx, k)
-	if err != nil {
-		return record.Progress{}, classify(err)
-	}
-	again := record.Rewrap(k, current)
-	var sum record.Progress
-	for _, kind := range record.Kinds {
-		before := sum
-		p, err := book.Walk(ctx, kind, visits(now)[kind], again, func(p record.Progress) {
-			if report != nil {
-				report(before.Plus(p))
-			}
-		})
-		sum = sum.Plus(p)
-		if err != nil {
-			return sum, classify(err)
-		}
-	}
-	err = book.RewrapMACKey(ctx, func(b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return again(ctx, b, w) })
-	if errors.Is(err, storage.ErrConflict) {
-		err = nil // somebody else just did
-	}
-	return sum, classify(err)
-}
-
-// rewrapLoop runs until ctx ends. A run that fails is tried again at its next
-// time; the keys stay as they are, and open.
-func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-timer.C:
-		}
-		p, err := rewrap(ctx, s.kms, s.records.book, s.now, s.metrics.rewrapped)
-		s.metrics.rewrapped(p)
-		switch {
-		case ctx.Err() != nil:
-			return
-		case err != nil:
-			s.log.ErrorContext(ctx, "re-wrap did not finish, it goes on at its next time", "done", p.Done, "total", p.Total, "changed", p.Changed, "failed", p.Failed, "error", err)
-		case p.Changed > 0:
-			s.log.InfoContext(ctx, "re-wrap finished", "total", p.Total, "changed", p.Changed)
-		}
-		timer.Reset(every)
-	}
 }

@@ -140,7 +140,7 @@ func TestEveryKeyMovesToAnotherKEKAndStaysTheSame(t *testing.T) {
 		t.Fatal(err)
 	}
 	if before.Current != to.KEK() || before.MACKey != from.KEK() || before.Keys[from.KEK()] != 6 || before.Volumes[Active] != 4 ||
-		before.Volumes[Pending] != 1 || before.DEKs != 1 || before.Outdated() != 7 || len(before.RecordKey) != 32 {
+		before.Volumes[Pending] != 1 || before.DEKs != 1 || before.Outdated != 7 || len(before.RecordKey) != 32 {
 		t.Errorf("%+v", before)
 	}
 	var reports []record.Progress
@@ -153,7 +153,7 @@ func TestEveryKeyMovesToAnotherKEKAndStaysTheSame(t *testing.T) {
 	}
 	after := admin(t, to, s) // without the old one
 	status, err := after.Status(t.Context())
-	if err != nil || status.Outdated() != 0 || status.RecordKey != before.RecordKey {
+	if err != nil || status.Outdated != 0 || status.RecordKey != before.RecordKey {
 		t.Errorf("%+v, %v", status, err)
 	}
 	sameKeys(t, keysOf(t, to, s), was)

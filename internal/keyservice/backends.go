@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 	"github.com/keyagent/keyagent/storage"
@@ -23,35 +24,64 @@ func newBackend(uri string, m *Metrics) backend {
 }
 
 func (b backend) observe(operation string, began time.Time, err error) {
-	b.metrics.backends.WithLabelValues(b.name, operation, backendClass(err)).Observe(time.Since(began).Seconds())
+	b.metrics.backends.WithLabelValues(b.name, operation, backendLabel(err)).Observe(time.Since(began).Seconds())
 }
 
-// backendClass gives an error a label.
-func backendClass(err error) string {
+// backendErrors is the one table of what backends' errors mean: a label for
+// metrics, a class, and what a node that was refused, or the operator who stands
+// before the service, can do.
+var backendErrors = []struct {
+	is       error
+	label    string
+	class    failure.Class
+	node     string
+	operator string
+}{
+	{storage.ErrNotFound, "not found", failure.NotFound, "", ""},
+	{storage.ErrConflict, "conflict", failure.Unreachable, "try again", "try again"},
+	{storage.ErrNoBucket, "no bucket", failure.Configuration, "the key service's storage is gone", "create it, or look for a misspelt name"},
+	{storage.ErrCorrupt, "corrupt", failure.Tampered, "", "put back a good copy of the object"},
+	{storage.ErrTooLarge, "corrupt", failure.Tampered, "", "put back a good copy of the object"},
+	{kms.ErrWrongKey, "wrong key", failure.WrongKey, "", ""},
+	{kms.ErrKEK, "kek", failure.Configuration, "the key service's key-encryption key is disabled or gone", "enable the key, or cancel its deletion"},
+	{kms.ErrThrottled, "throttled", failure.Unreachable, "try again later", "try again later"},
+	{storage.ErrThrottled, "throttled", failure.Unreachable, "try again later", "try again later"},
+	// Credentials are renewed while the service runs.
+	{kms.ErrCredentials, "credentials", failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed", "docs/clouds.md says where credentials come from"},
+	{storage.ErrCredentials, "credentials", failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed", "docs/clouds.md says where credentials come from"},
+	{kms.ErrDenied, "denied", failure.Configuration, "the key service lacks a permission, its log says which", "docs/clouds.md and deploy/iam list the permissions"},
+	{storage.ErrDenied, "denied", failure.Configuration, "the key service lacks a permission, its log says which", "docs/clouds.md and deploy/iam list the permissions"},
+	{kms.ErrUnavailable, "unavailable", failure.Unreachable, "try again later", "is it reachable from here?"},
+	{storage.ErrUnavailable, "unavailable", failure.Unreachable, "try again later", "is it reachable from here?"},
+	{kms.ErrURI, "other", failure.Configuration, "", "docs/configuration.md lists the parameters of each URI"},
+	// The caller went, or did not wait any longer.
+	{context.Canceled, "cancelled", failure.Unreachable, "try again", ""},
+	{context.DeadlineExceeded, "unavailable", failure.Unreachable, "try again", "is it reachable from here?"},
+}
+
+// backendLabel gives an error its label.
+func backendLabel(err error) string {
 	if err == nil {
 		return "ok"
 	}
-	for _, row := range []struct {
-		is    error
-		class string
-	}{
-		{context.Canceled, "cancelled"},
-		{storage.ErrNotFound, "not found"},
-		{storage.ErrConflict, "conflict"},
-		{storage.ErrNoBucket, "no bucket"},
-		{storage.ErrCorrupt, "corrupt"},
-		{kms.ErrWrongKey, "wrong key"},
-		{kms.ErrKEK, "kek"},
-		{kms.ErrThrottled, "throttled"}, {storage.ErrThrottled, "throttled"},
-		{kms.ErrCredentials, "credentials"}, {storage.ErrCredentials, "credentials"},
-		{kms.ErrDenied, "denied"}, {storage.ErrDenied, "denied"},
-		{kms.ErrUnavailable, "unavailable"}, {storage.ErrUnavailable, "unavailable"},
-	} {
+	for _, row := range backendErrors {
 		if errors.Is(err, row.is) {
-			return row.class
+			return row.label
 		}
 	}
 	return "other"
+}
+
+// BackendError gives an error of a key management or storage backend its class and
+// a hint for the operator. What the table does not know is a matter of
+// configuration: backends refuse options that make no sense without a sentinel.
+func BackendError(err error) error {
+	for _, row := range backendErrors {
+		if errors.Is(err, row.is) {
+			return failure.New(row.class, err, row.operator)
+		}
+	}
+	return failure.New(failure.Configuration, err, "")
 }
 
 // observedKMS measures a KMS.

@@ -265,28 +265,34 @@ func classify(err error) error {
 		{ErrRecord, failure.Tampered, ""},
 		{record.ErrMACKey, failure.Tampered, ""},
 		{record.ErrNotStored, failure.Tampered, ""},
-		{storage.ErrCorrupt, failure.Tampered, ""},
-		{kms.ErrWrongKey, failure.WrongKey, ""},
-		{kms.ErrUnavailable, failure.Unreachable, "try again later"},
-		{storage.ErrUnavailable, failure.Unreachable, "try again later"},
-		{storage.ErrConflict, failure.Unreachable, "try again"},
-		// Credentials are renewed while the service runs.
-		{kms.ErrCredentials, failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed"},
-		{storage.ErrCredentials, failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed"},
-		{kms.ErrDenied, failure.Configuration, "the key service lacks a permission, its log says which"},
-		{storage.ErrDenied, failure.Configuration, "the key service lacks a permission, its log says which"},
-		{kms.ErrKEK, failure.Configuration, "the key service's key-encryption key is disabled or gone"},
-		{storage.ErrNoBucket, failure.Configuration, "the key service's storage is gone"},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
-		// The caller went, or did not wait any longer.
-		{context.Canceled, failure.Unreachable, "try again"},
-		{context.DeadlineExceeded, failure.Unreachable, "try again"},
 	} {
 		if errors.Is(err, row.is) {
 			return failure.New(row.class, err, row.hint)
 		}
 	}
+	for _, row := range backendErrors {
+		if errors.Is(err, row.is) {
+			return failure.New(row.class, err, row.node)
+		}
+	}
 	return err
+}
+
+// forOperator is classify for who stands before the service and its backends.
+func forOperator(err error) error {
+	if err == nil {
+		return nil
+	}
+	if err := classify(err); failure.Of(err).Class == failure.Internal {
+		return err
+	}
+	for _, row := range backendErrors {
+		if errors.Is(err, row.is) {
+			return failure.New(failure.Of(classify(err)).Class, err, row.operator)
+		}
+	}
+	return classify(err)
 }
 
 var errNotActive = errors.New("volume is not active")

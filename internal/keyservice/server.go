@@ -255,7 +255,7 @@ func (s *Server) openService(ctx context.Context) error {
 	}
 	st, err := setup.Storage(ctx, s.cfg.Storage)
 	if err != nil {
-		return failure.New(failure.Configuration, fmt.Errorf("storage: %w", err), "")
+		return BackendError(fmt.Errorf("storage: %w", err))
 	}
 	s.closers = append(s.closers, st)
 	seen, recordKey := map[string]uint64{}, ""
@@ -283,7 +283,7 @@ func (s *Server) openService(ctx context.Context) error {
 		Seen: seen, RecordKey: known,
 	})
 	if err != nil {
-		return classify(err)
+		return forOperator(err)
 	}
 	s.closers = append(s.closers, s.service)
 	id, err := s.service.RecordKey()
@@ -304,11 +304,7 @@ func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
 		}
 		k, err := setup.KMS(ctx, uri)
 		if err != nil {
-			hint := ""
-			if errors.Is(err, fs.ErrNotExist) {
-				hint = "keyagent serve --init-master-secret makes a master secret, once"
-			}
-			return nil, failure.New(failure.Configuration, fmt.Errorf("%s: %w", name, err), hint)
+			return nil, BackendError(fmt.Errorf("%s: %w", name, err))
 		}
 		s.closers = append(s.closers, k)
 		all = append(all, observeKMS(k, uri, s.metrics))

@@ -73,7 +73,7 @@ func NewTransferIdentity() (identity *secret.Bytes, recipient []byte, err error)
 func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, report func(record.Progress)) (digest string, p record.Progress, err error) {
 	key, err := hpke.MLKEM768X25519().NewPublicKey(recipient)
 	if err != nil {
-		return "", p, classify(fmt.Errorf("%w: %w", ErrRecipient, err))
+		return "", p, forOperator(fmt.Errorf("%w: %w", ErrRecipient, err))
 	}
 	enc, sender, err := hpke.NewSender(key, hpke.HKDFSHA256(), hpke.AES256GCM(), []byte(exportInfo))
 	if err != nil {
@@ -96,7 +96,7 @@ func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, repor
 		})
 		p = p.Plus(q)
 		if err != nil {
-			return "", p, classify(err)
+			return "", p, forOperator(err)
 		}
 	}
 	if err := e.seal(aadEnd, binary.BigEndian.AppendUint64(nil, e.records)); err != nil {
@@ -179,27 +179,32 @@ type Imported struct {
 // so that an import may be ended at any point and run again; one that differs
 // ends it. The whole export is verified before anything is written.
 func (a *Admin) Import(ctx context.Context, r io.ReadSeeker, identity *secret.Bytes, digest string) (done Imported, err error) {
-	defer func() { err = classify(err) }()
-	sum := sha256.New()
-	if _, err := io.Copy(sum, r); err != nil {
+	if err := VerifyExport(r, identity, digest); err != nil {
 		return done, err
 	}
+	if _, err := r.Seek(0, io.SeekStart); err != nil {
+		return done, err
+	}
+	err = readExport(r, identity, func(t *transferred) error { return a.importRecord(ctx, t, &done) })
+	return done, forOperator(err)
+}
+
+// VerifyExport reads all of an export without acting on it, see [Admin.Import].
+func VerifyExport(r io.ReadSeeker, identity *secret.Bytes, digest string) error {
+	sum := sha256.New()
+	if _, err := r.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	if _, err := io.Copy(sum, r); err != nil {
+		return err
+	}
 	if subtle.ConstantTimeCompare([]byte(hex.EncodeToString(sum.Sum(nil))), []byte(strings.ToLower(digest))) != 1 {
-		return done, fmt.Errorf("%w: it is %x", ErrDigest, sum.Sum(nil))
+		return forOperator(fmt.Errorf("%w: it is %x", ErrDigest, sum.Sum(nil)))
 	}
-	// First all of it without effect, then again.
-	for _, act := range []func(*transferred) error{
-		func(*transferred) error { return nil },
-		func(t *transferred) error { return a.importRecord(ctx, t, &done) },
-	} {
-		if _, err := r.Seek(0, io.SeekStart); err != nil {
-			return done, err
-		}
-		if err := readExport(r, identity, act); err != nil {
-			return done, err
-		}
+	if _, err := r.Seek(0, io.SeekStart); err != nil {
+		return err
 	}
-	return done, nil
+	return forOperator(readExport(r, identity, func(*transferred) error { return nil }))
 }
 
 // transferred is one record of an export.

@@ -18,10 +18,10 @@ type Visit func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wr
 
 // Progress of a walk over all records of a kind.
 type Progress struct {
-	Total   int // records when the walk began
-	Done    int // looked at so far
-	Changed int // written again
-	Failed  int // of Done; they stay as they are
+	Total   int `json:"total"`   // records when the walk began
+	Done    int `json:"done"`    // looked at so far
+	Changed int `json:"changed"` // written again
+	Failed  int `json:"failed"`  // of Done; they stay as they are
 }
 
 // Plus adds up two walks.

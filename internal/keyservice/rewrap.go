@@ -1,0 +1,71 @@
+package keyservice
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/storage"
+)
+
+// Rewrap wraps every key that is not under the KEK in force again under that one.
+// The MAC key comes last, so that as long as anything is under an older KEK it is
+// too. It may be ended at any point and run again.
+func (a *Admin) Rewrap(ctx context.Context, report func(record.Progress)) (record.Progress, error) {
+	return rewrap(ctx, a.kms, a.book, a.now, report)
+}
+
+func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.Time, report func(record.Progress)) (record.Progress, error) {
+	current, err := kms.Current(ctx, k)
+	if err != nil {
+		return record.Progress{}, forOperator(err)
+	}
+	again := record.Rewrap(k, current)
+	var sum record.Progress
+	for _, kind := range record.Kinds {
+		before := sum
+		p, err := book.Walk(ctx, kind, visits(now)[kind], again, func(p record.Progress) {
+			if report != nil {
+				report(before.Plus(p))
+			}
+		})
+		sum = sum.Plus(p)
+		if err != nil {
+			return sum, forOperator(err)
+		}
+	}
+	err = book.RewrapMACKey(ctx, func(b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return again(ctx, b, w) })
+	if errors.Is(err, storage.ErrConflict) {
+		err = nil // somebody else just did
+	}
+	return sum, forOperator(err)
+}
+
+// rewrapLoop re-wraps at intervals until ctx ends. The first run waits as well: while
+// replicas are restarted one after the other, those that are not yet must still
+// open what the first one finds. A run that fails is tried again at its next
+// time; the keys stay as they are, and open.
+func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
+	timer := time.NewTimer(every)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		p, err := rewrap(ctx, s.kms, s.records.book, s.now, s.metrics.rewrapped)
+		s.metrics.rewrapped(p)
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			s.log.ErrorContext(ctx, "re-wrap did not finish, it goes on at its next time", "done", p.Done, "total", p.Total, "changed", p.Changed, "failed", p.Failed, "error", err)
+		case p.Changed > 0:
+			s.log.InfoContext(ctx, "re-wrap finished", "total", p.Total, "changed", p.Changed)
+		}
+		timer.Reset(every)
+	}
+}
