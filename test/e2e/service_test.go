@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -259,6 +260,9 @@ func TestAnAgentWaitsForItsServiceAndTellsSystemd(t *testing.T) {
 			t.Errorf("while it waits it says %q", said)
 		}
 	}
+	// systemd reads on: an agent whose socket is full would wait for it.
+	must(t, socket.SetReadDeadline(time.Time{}))
+	go func() { _, _ = io.Copy(io.Discard, socket) }() // until the socket is closed
 	service := l.serve(t, dir, 0)
 	defer stop(t, service)
 	// The volume was never made, and the agent may not make it: an answer, and a
