@@ -52,8 +52,9 @@ func (f *backendFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.recordKey, "record-key", "", "ID that the record MAC key must have, as keyagent kms status prints it")
 }
 
-// with opens the records and calls do. fresh may be given an empty storage.
-func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice.Admin) error) (err error) {
+// with opens the records and calls do. An empty storage is refused unless fresh is
+// set, which is told the ID of the MAC key that is made for it.
+func (f *backendFlags) with(ctx context.Context, fresh func(id string) error, do func(*keyservice.Admin) error) (err error) {
 	if err := refuseSecrets(append([]string{f.kms, f.storage}, f.old...)...); err != nil {
 		return err
 	}
@@ -90,11 +91,13 @@ func (f *backendFlags) with(ctx context.Context, fresh bool, do func(*keyservice
 		return keyservice.BackendError(fmt.Errorf("%s: %w", setup.Redact(f.storage), err))
 	}
 	defer s.Close()
-	open := keyservice.OpenAdmin
-	if fresh {
-		open = keyservice.OpenNewAdmin
+	k := kms.WithOld(all[0], all[1:]...)
+	var admin *keyservice.Admin
+	if fresh == nil {
+		admin, err = keyservice.OpenAdmin(ctx, k, s, f.recordKey)
+	} else {
+		admin, err = keyservice.OpenNewAdmin(ctx, k, s, f.recordKey, fresh)
 	}
-	admin, err := open(ctx, kms.WithOld(all[0], all[1:]...), s, f.recordKey)
 	if err != nil {
 		return err
 	}
@@ -130,7 +133,7 @@ if a record is refused.`,
 	f.add(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
 			s, err := a.Status(cmd.Context())
 			if err != nil {
 				return err
@@ -190,7 +193,7 @@ old_kms in docs/configuration.md.`,
 	f.add(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
 			p, err := a.Rewrap(cmd.Context(), progress(cmd.ErrOrStderr(), "looked at"))
 			if err != nil {
 				return fmt.Errorf("after %d of %d records, and run again it goes on where it was: %w", p.Done, p.Total, err)
@@ -221,7 +224,8 @@ func newKMSRecipient() *cobra.Command {
 		Long: `Make an identity for an import, and print whom to export to.
 
 The identity stays on this machine: it opens every key of the export. Delete it
-when the import is done.`,
+when the import is done. The digest belongs with the recipient, by another way: who
+exchanges the recipient gets every key.`,
 		Example: `  keyagent kms recipient --identity transfer.key >transfer.pub`,
 		Args:    cobra.NoArgs,
 	}
@@ -239,6 +243,7 @@ when the import is done.`,
 			return failure.New(failure.Configuration, fmt.Errorf("identity: %w", err), "")
 		}
 		cmd.Println(base64.StdEncoding.EncodeToString(recipient))
+		cmd.PrintErrf("recipient digest %s\n", keyservice.RecipientDigest(recipient))
 		return nil
 	}
 	return cmd
@@ -252,16 +257,17 @@ func newKMSExport() *cobra.Command {
 
 The printed digest belongs with the file, by another way than the file: it is how
 the import knows that the file is this one.`,
-		Example: `  keyagent kms export --config /etc/keyagent/serve.yaml --recipient transfer.pub --file records.export`,
+		Example: `  keyagent kms export --recipient transfer.pub --recipient-digest 0a31… --file records.export`,
 		Args:    cobra.NoArgs,
 	}
 	var f backendFlags
 	f.add(cmd)
 	recipientFile := cmd.Flags().String("recipient", "", "file that keyagent kms recipient printed")
+	recipientDigest := cmd.Flags().String("recipient-digest", "", "what keyagent kms recipient printed beside it")
 	file := cmd.Flags().String("file", "", "file to write; it must not exist")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if *recipientFile == "" || *file == "" {
-			return failure.Newf(failure.Usage, "--recipient FILE --file FILE", "the recipient and the file to write must be named")
+		if *recipientFile == "" || *recipientDigest == "" || *file == "" {
+			return failure.Newf(failure.Usage, "--recipient FILE --recipient-digest HEX --file FILE", "the recipient with its digest, and the file to write, must be given")
 		}
 		text, err := config.ReadPublicFile(*recipientFile, 8<<10)
 		if err != nil {
@@ -271,7 +277,10 @@ the import knows that the file is this one.`,
 		if err != nil {
 			return failure.Newf(failure.Configuration, "keyagent kms recipient prints one", "recipient: the file holds none")
 		}
-		return f.with(cmd.Context(), false, func(a *keyservice.Admin) error {
+		if got := keyservice.RecipientDigest(recipient); !strings.EqualFold(got, *recipientDigest) {
+			return failure.Newf(failure.Tampered, "ask the other side for the digest again", "recipient: it has the digest %s, which is not the one that was given", got)
+		}
+		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
 			out, err := os.OpenFile(*file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
 				hint := ""
@@ -301,7 +310,7 @@ func newKMSImport() *cobra.Command {
 The whole file is verified before anything is written. Records that are here with
 the same keys are left alone, so that this may be killed at any point and run
 again; one that differs is an error, and is not overwritten.`,
-		Example: `  keyagent kms import --config /etc/keyagent/serve.yaml --identity transfer.key --digest 5f70… records.export`,
+		Example: `  keyagent kms import --identity transfer.key --digest 5f70… records.export`,
 		Args:    cobra.ExactArgs(1),
 	}
 	var f backendFlags
@@ -328,13 +337,19 @@ again; one that differs is an error, and is not overwritten.`,
 		}
 		defer in.Close()
 		// Before anything is made on this side, its first MAC key among it.
-		if err := keyservice.VerifyExport(in, identity, *digest); err != nil {
+		export, err := keyservice.OpenExport(in, identity, *digest)
+		if err != nil {
 			return err
 		}
-		return f.with(cmd.Context(), true, func(a *keyservice.Admin) error {
-			done, err := a.Import(cmd.Context(), in, identity, *digest)
+		defer export.Close()
+		announce := func(id string) error {
+			cmd.PrintErrf("making the record MAC key %s (hint: --record-key %s, if this is run again)\n", id, id)
+			return nil
+		}
+		return f.with(cmd.Context(), announce, func(a *keyservice.Admin) error {
+			done, err := a.Import(cmd.Context(), export)
 			if err != nil {
-				return failure.New(failure.Internal, fmt.Errorf("after %d records: %w", done.Created+done.Present, err), "")
+				return fmt.Errorf("after %d records: %w", done.Created+done.Present, err)
 			}
 			return print(cmd, *output, done, func(w io.Writer) {
 				fmt.Fprintf(w, "%d records made, %d were there\n", done.Created, done.Present)

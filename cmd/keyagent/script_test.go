@@ -1,6 +1,8 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"fmt"
 	"net"
 	"os"
@@ -39,6 +41,8 @@ func TestScripts(t *testing.T) {
 			"exits":    exits,
 			"waitport": waitPort,
 			"zeros":    zeros,
+			"digestof": digestOf,
+			"sumof":    sumOf,
 		},
 	})
 }
@@ -221,4 +225,16 @@ func zeros(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	ts.Check(f.Truncate(mib << 20))
 	ts.Check(f.Close())
+}
+
+// digestof FILE: sets DIGEST to the SHA-256 of what the file holds in base64.
+func digestOf(ts *testscript.TestScript, _ bool, args []string) {
+	raw, err := base64.StdEncoding.DecodeString(strings.TrimSpace(ts.ReadFile(args[0])))
+	ts.Check(err)
+	ts.Setenv("DIGEST", fmt.Sprintf("%x", sha256.Sum256(raw)))
+}
+
+// sumof FILE: sets SUM to the SHA-256 of a file.
+func sumOf(ts *testscript.TestScript, _ bool, args []string) {
+	ts.Setenv("SUM", fmt.Sprintf("%x", sha256.Sum256([]byte(ts.ReadFile(args[0])))))
 }

@@ -1,6 +1,7 @@
 package keyservice
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,9 +32,12 @@ func OpenAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey stri
 	return newAdmin(ctx, k, s, recordKey, record.OpenExisting)
 }
 
-// OpenNewAdmin is OpenAdmin for a storage that may be empty.
-func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string) (*Admin, error) {
-	return newAdmin(ctx, k, s, recordKey, record.Open)
+// OpenNewAdmin is OpenAdmin for a storage that may be empty. announce is told the ID
+// of a MAC key that is made for it, before it is stored.
+func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, announce func(id string) error) (*Admin, error) {
+	return newAdmin(ctx, k, s, recordKey, func(ctx context.Context, k kms.KMS, s storage.Storage) (*record.Book, error) {
+		return record.Open(ctx, k, s, announce)
+	})
 }
 
 func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*record.Book, error)) (*Admin, error) {
@@ -74,7 +78,8 @@ func visitVolume(now func() time.Time) record.Visit {
 			if err != nil {
 				return nil, fmt.Errorf("key version %d: %w", k.Version, err)
 			}
-			changed = changed || w.KEK != k.Wrapped.KEK || w.Scheme != k.Wrapped.Scheme
+			// The blob too: two servers may give their KEKs one name.
+			changed = changed || w.KEK != k.Wrapped.KEK || w.Scheme != k.Wrapped.Scheme || !bytes.Equal(w.Blob, k.Wrapped.Blob)
 			k.Wrapped = w
 		}
 		if !changed {
@@ -140,7 +145,7 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 			return w, nil
 		}
 		p, err := a.book.Walk(ctx, kind, look, count, nil)
-		if err != nil && p.Done < p.Total {
+		if err != nil && (p.Done < p.Total || ctx.Err() != nil) {
 			return nil, forOperator(err)
 		}
 		if err != nil {

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -46,7 +47,7 @@ const (
 // keys by the names of their objects.
 func fill(t *testing.T, k kms.KMS, s storage.Storage) map[string]*secret.Bytes {
 	t.Helper()
-	r, err := openRecords(t.Context(), k, s, time.Now)
+	r, err := openRecords(t.Context(), k, s, time.Now, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,8 +221,12 @@ func TestARecordThatIsRefusedDoesNotHoldUpTheOthers(t *testing.T) {
 	if p.Failed != 1 || p.Changed < 4 {
 		t.Errorf("%+v", p)
 	}
-	if status, err = a.Status(t.Context()); err != nil || status.MACKey == status.Current {
-		t.Errorf("the MAC key moved although a record is left: %+v, %v", status, err)
+	if p.Refused != 1 {
+		t.Errorf("%+v", p)
+	}
+	// What is no record of ours opens under no KEK.
+	if status, err = a.Status(t.Context()); err != nil || status.Outdated != 0 {
+		t.Errorf("an object of a stranger holds up the MAC key: %+v, %v", status, err)
 	}
 }
 
@@ -235,7 +240,7 @@ func (p public) Current(ctx context.Context) (string, error) { return kms.Curren
 // and every record with it.
 func TestAPlantedMACKeyIsRefused(t *testing.T) {
 	k, s := public{clusterKMS(t, oldMaster)}, memfs.New()
-	r, err := openRecords(t.Context(), k, s, time.Now)
+	r, err := openRecords(t.Context(), k, s, time.Now, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,6 +288,16 @@ func identity(t *testing.T) (*secret.Bytes, []byte) {
 	return id, recipient
 }
 
+func imports(t *testing.T, a *Admin, file []byte, id *secret.Bytes, digest string) (Imported, error) {
+	t.Helper()
+	e, err := OpenExport(bytes.NewReader(file), id, digest)
+	if err != nil {
+		return Imported{}, err
+	}
+	defer e.Close()
+	return a.Import(t.Context(), e)
+}
+
 func TestAnExportIsImportedElsewhere(t *testing.T) {
 	from, to := memfs.New(), memfs.New()
 	was := fill(t, clusterKMS(t, oldMaster), from)
@@ -298,30 +313,30 @@ func TestAnExportIsImportedElsewhere(t *testing.T) {
 	}
 	k := clusterKMS(t, newMaster)
 	open := func() *Admin {
-		a, err := OpenNewAdmin(t.Context(), k, to, "")
+		a, err := OpenNewAdmin(t.Context(), k, to, "", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { a.Close() })
 		return a
 	}
-	done, err := open().Import(t.Context(), bytes.NewReader(file), id, digest)
+	done, err := imports(t, open(), file, id, digest)
 	if err != nil || done != (Imported{Created: 6}) {
 		t.Fatalf("%+v, %v", done, err)
 	}
 	sameKeys(t, keysOf(t, k, to), was)
-	if done, err := open().Import(t.Context(), bytes.NewReader(file), id, digest); err != nil || done != (Imported{Present: 6}) {
+	if done, err := imports(t, open(), file, id, digest); err != nil || done != (Imported{Present: 6}) {
 		t.Errorf("again: %+v, %v", done, err)
 	}
 	// A volume of the same name that is another one.
 	other := memfs.New()
-	a, err := OpenNewAdmin(t.Context(), k, other, "")
+	a, err := OpenNewAdmin(t.Context(), k, other, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer a.Close()
 	fill(t, k, other)
-	_, err = a.Import(t.Context(), bytes.NewReader(file), id, digest)
+	_, err = imports(t, a, file, id, digest)
 	wantErr(t, err, ErrExists)
 }
 
@@ -350,12 +365,12 @@ func TestAnExportThatIsNotTheOneIsRefusedAndNothingIsWritten(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			to := memfs.New()
-			a, err := OpenNewAdmin(t.Context(), clusterKMS(t, newMaster), to, "")
+			a, err := OpenNewAdmin(t.Context(), clusterKMS(t, newMaster), to, "", nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer a.Close()
-			_, err = a.Import(t.Context(), strings.NewReader(tt.text), tt.id, digestOf(tt.text))
+			_, err = imports(t, a, []byte(tt.text), tt.id, digestOf(tt.text))
 			wantErr(t, err, ErrExport)
 			if names, _ := to.List(t.Context(), "volumes/", "", 10); len(names) != 0 {
 				t.Errorf("%q were written", names)
@@ -366,12 +381,12 @@ func TestAnExportThatIsNotTheOneIsRefusedAndNothingIsWritten(t *testing.T) {
 	forged := memfs.New()
 	fill(t, clusterKMS(t, "a master secret of somebody else"), forged)
 	planted, _ := export(t, admin(t, clusterKMS(t, "a master secret of somebody else"), forged), recipient)
-	a, err := OpenNewAdmin(t.Context(), clusterKMS(t, newMaster), memfs.New(), "")
+	a, err := OpenNewAdmin(t.Context(), clusterKMS(t, newMaster), memfs.New(), "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer a.Close()
-	_, err = a.Import(t.Context(), bytes.NewReader(planted), id, digestOf(string(file)))
+	_, err = imports(t, a, planted, id, digestOf(string(file)))
 	wantErr(t, err, ErrDigest)
 }
 
@@ -399,3 +414,90 @@ func FuzzTransferred(f *testing.F) {
 }
 
 func digestOf(text string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(text))) }
+
+// Case 41: two servers may give their KEKs one name. What is imported is under the
+// one of this side all the same.
+func TestAnImportIsUnderTheKEKOfThisSideAlsoIfItsNameIsTheSame(t *testing.T) {
+	from, to := memfs.New(), memfs.New()
+	there, here := named{clusterKMS(t, oldMaster)}, named{clusterKMS(t, newMaster)}
+	was := fill(t, there, from)
+	id, recipient := identity(t)
+	file, digest := export(t, admin(t, there, from), recipient)
+	a, err := OpenNewAdmin(t.Context(), here, to, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := imports(t, a, file, id, digest); err != nil {
+		t.Fatal(err)
+	}
+	sameKeys(t, keysOf(t, here, to), was)
+}
+
+// named is a KMS whose KEK has the same name everywhere.
+type named struct{ k *cluster.KMS }
+
+func (n named) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
+	return kms.GenerateWrapped(ctx, b, n.Wrap)
+}
+
+func (n named) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
+	w, err := n.k.Wrap(ctx, b, key)
+	w.KEK = "disks"
+	return w, err
+}
+
+func (n named) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
+	w.KEK = n.k.KEK()
+	return n.k.Unwrap(ctx, b, w)
+}
+
+func (named) Current(ctx context.Context) (string, error) { return "disks", ctx.Err() }
+
+// An import that was cut short goes on behind a volume that has lived since.
+func TestAnImportGoesOnBehindAVolumeThatWasConfirmedSince(t *testing.T) {
+	from, to := memfs.New(), memfs.New()
+	fill(t, clusterKMS(t, oldMaster), from)
+	id, recipient := identity(t)
+	file, digest := export(t, admin(t, clusterKMS(t, oldMaster), from), recipient)
+	k := clusterKMS(t, newMaster)
+	a, err := OpenNewAdmin(t.Context(), k, to, "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := imports(t, a, file, id, digest); err != nil {
+		t.Fatal(err)
+	}
+	r, err := openRecords(t.Context(), k, to, time.Now, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if _, err := r.confirm(t.Context(), "data-0", 1, 1, testMAC); err != nil {
+		t.Fatal(err)
+	}
+	if done, err := imports(t, a, file, id, digest); err != nil || done.Present != 6 {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
+// An export that was interrupted does not look whole, nor does a status.
+func TestWhatWasInterruptedSaysSo(t *testing.T) {
+	s := memfs.New()
+	fill(t, clusterKMS(t, oldMaster), s)
+	a := admin(t, clusterKMS(t, oldMaster), s)
+	_, recipient := identity(t)
+	for range 20 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go cancel()
+		if digest, p, err := a.Export(ctx, io.Discard, recipient, nil); err == nil && p.Done != 6 {
+			t.Fatalf("%+v, digest %s", p, digest)
+		}
+		ctx, cancel = context.WithCancel(t.Context())
+		go cancel()
+		if s, err := a.Status(ctx); err == nil && s.Volumes[Active] != 4 {
+			t.Fatalf("%+v", s)
+		}
+	}
+}

@@ -39,6 +39,9 @@ type Options struct {
 	// RecordKey is the ID that the record MAC key must have. Default any,
 	// unless anybody can wrap under the KEK.
 	RecordKey string
+	// RecordKeyPinned says that RecordKey is the operator's word, and not only what
+	// the audit log says.
+	RecordKeyPinned bool
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -64,11 +67,19 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	r, err := openRecords(ctx, opts.KMS, opts.Storage, opts.Now)
+	r, err := openRecords(ctx, opts.KMS, opts.Storage, opts.Now, func(id string) error {
+		// Before it is stored: a crash in between leaves an ID of nothing, and never
+		// a key that is not known.
+		return opts.Audit.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
+	})
 	if err != nil {
 		return nil, err
 	}
-	if err := r.book.Trust(opts.KMS, opts.RecordKey); err != nil {
+	known := opts.RecordKey
+	if r.book.Made() && len(opts.Seen) == 0 && !opts.RecordKeyPinned {
+		known = "" // an earlier first start was cut short before it stored its key
+	}
+	if err := r.book.Trust(opts.KMS, known); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	for volume, revision := range opts.Seen {

@@ -386,7 +386,7 @@ func TestAChangeThatLandsDuringAReadIsNoRollback(t *testing.T) {
 		t.Fatal(err)
 	}
 	slow := &slowStorage{Storage: memfs.New()}
-	r, err := openRecords(t.Context(), k, slow, time.Now)
+	r, err := openRecords(t.Context(), k, slow, time.Now, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

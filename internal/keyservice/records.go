@@ -40,8 +40,8 @@ type records struct {
 	seen map[string]uint64 // highest revision by volume, from the audit log and since
 }
 
-func openRecords(ctx context.Context, k kms.KMS, s storage.Storage, now func() time.Time) (*records, error) {
-	book, err := record.Open(ctx, k, s)
+func openRecords(ctx context.Context, k kms.KMS, s storage.Storage, now func() time.Time, announce func(id string) error) (*records, error) {
+	book, err := record.Open(ctx, k, s, announce)
 	if err != nil {
 		return nil, err
 	}

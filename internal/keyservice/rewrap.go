@@ -7,7 +7,6 @@ import (
 
 	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/kms"
-	"github.com/keyagent/keyagent/storage"
 )
 
 // Rewrap wraps every key that is not under the KEK in force again under that one.
@@ -24,6 +23,7 @@ func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.T
 	}
 	again := record.Rewrap(k, current)
 	var sum record.Progress
+	var refused error
 	for _, kind := range record.Kinds {
 		before := sum
 		p, err := book.Walk(ctx, kind, visits(now)[kind], again, func(p record.Progress) {
@@ -32,23 +32,23 @@ func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.T
 			}
 		})
 		sum = sum.Plus(p)
-		if err != nil {
-			return sum, forOperator(err)
+		refused = errors.Join(refused, err)
+		// An object that is no record of ours opens under no KEK: whoever writes
+		// the storage must not hold up a change of the KEK by leaving one there.
+		if err != nil && (p.Done < p.Total || p.Failed > p.Refused) {
+			return sum, forOperator(refused)
 		}
 	}
-	err = book.RewrapMACKey(ctx, func(b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return again(ctx, b, w) })
-	if errors.Is(err, storage.ErrConflict) {
-		err = nil // somebody else just did
-	}
-	return sum, forOperator(err)
+	return sum, forOperator(errors.Join(book.RewrapMACKey(ctx, k), refused))
 }
 
 // rewrapLoop re-wraps at intervals until ctx ends. The first run waits as well: while
 // replicas are restarted one after the other, those that are not yet must still
-// open what the first one finds. A run that fails is tried again at its next
+// open what the first one finds. It does not wait for longer than ten minutes, so that
+// a service that is restarted each day runs it at all. A run that fails is tried again at its next
 // time; the keys stay as they are, and open.
 func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
-	timer := time.NewTimer(every)
+	timer := time.NewTimer(min(every, 10*time.Minute))
 	defer timer.Stop()
 	for {
 		select {

@@ -280,17 +280,16 @@ func (s *Server) openService(ctx context.Context) error {
 	}
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
-		Seen: seen, RecordKey: known,
+		Seen: seen, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "",
 	})
 	if err != nil {
 		return forOperator(err)
 	}
 	s.closers = append(s.closers, s.service)
 	id, err := s.service.RecordKey()
-	if err != nil || id == recordKey {
-		return err
+	if err != nil || id == recordKey || s.service.records.book.Made() {
+		return err // the log knows it
 	}
-	// From now on the log knows it.
 	return log.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
 }
 

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"os"
 	"strings"
 	"sync"
 
@@ -65,6 +66,13 @@ func NewTransferIdentity() (identity *secret.Bytes, recipient []byte, err error)
 		}
 	})
 	return identity, recipient, err
+}
+
+// RecipientDigest names a recipient, by its SHA-256: whoever exchanges it on its way
+// gets every key.
+func RecipientDigest(recipient []byte) string {
+	sum := sha256.Sum256(recipient)
+	return hex.EncodeToString(sum[:])
 }
 
 // Export writes every record with its keys, sealed to recipient. It returns the
@@ -173,38 +181,63 @@ type Imported struct {
 	Present int `json:"present"` // were there already, with the same keys
 }
 
-// Import reads an export that was sealed to identity and has the digest that its
-// exporter was told, and makes its records here, their keys wrapped under the KEK
-// of this side. A record that is here already with the same keys is left alone,
-// so that an import may be ended at any point and run again; one that differs
-// ends it. The whole export is verified before anything is written.
-func (a *Admin) Import(ctx context.Context, r io.ReadSeeker, identity *secret.Bytes, digest string) (done Imported, err error) {
-	if err := VerifyExport(r, identity, digest); err != nil {
-		return done, err
-	}
-	if _, err := r.Seek(0, io.SeekStart); err != nil {
-		return done, err
-	}
-	err = readExport(r, identity, func(t *transferred) error { return a.importRecord(ctx, t, &done) })
-	return done, forOperator(err)
+// Export is an export that was verified: a copy that nobody else can write, which
+// an import acts on.
+type Export struct {
+	file     *os.File
+	identity *secret.Bytes
 }
 
-// VerifyExport reads all of an export without acting on it, see [Admin.Import].
-func VerifyExport(r io.ReadSeeker, identity *secret.Bytes, digest string) error {
-	sum := sha256.New()
-	if _, err := r.Seek(0, io.SeekStart); err != nil {
-		return err
+// OpenExport copies an export that was sealed to identity, and verifies all of it:
+// that it has the digest that its exporter was told, and that every line opens. It
+// borrows identity until Close.
+func OpenExport(r io.Reader, identity *secret.Bytes, digest string) (*Export, error) {
+	file, err := os.CreateTemp("", "keyagent-import-*")
+	if err != nil {
+		return nil, err
 	}
-	if _, err := io.Copy(sum, r); err != nil {
+	e := &Export{file, identity}
+	// Without a name from now on. What is in it is sealed.
+	err = os.Remove(file.Name())
+	if err == nil {
+		err = e.take(r, digest)
+	}
+	if err == nil {
+		err = e.each(func(*transferred) error { return nil })
+	}
+	if err != nil {
+		return nil, forOperator(errors.Join(err, file.Close()))
+	}
+	return e, nil
+}
+
+// Close gives the copy back.
+func (e *Export) Close() error { return e.file.Close() }
+
+func (e *Export) take(r io.Reader, digest string) error {
+	sum := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(e.file, sum), r); err != nil {
 		return err
 	}
 	if subtle.ConstantTimeCompare([]byte(hex.EncodeToString(sum.Sum(nil))), []byte(strings.ToLower(digest))) != 1 {
-		return forOperator(fmt.Errorf("%w: it is %x", ErrDigest, sum.Sum(nil)))
+		return fmt.Errorf("%w: it is %x", ErrDigest, sum.Sum(nil))
 	}
-	if _, err := r.Seek(0, io.SeekStart); err != nil {
+	return nil
+}
+
+func (e *Export) each(act func(*transferred) error) error {
+	if _, err := e.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	return forOperator(readExport(r, identity, func(*transferred) error { return nil }))
+	return readExport(e.file, e.identity, act)
+}
+
+// Import makes the records of an export here, their keys wrapped under the KEK of
+// this side. A record that is here already with the same keys is left alone, so
+// that an import may be ended at any point and run again; one that differs ends it.
+func (a *Admin) Import(ctx context.Context, e *Export) (done Imported, err error) {
+	err = e.each(func(t *transferred) error { return a.importRecord(ctx, t, &done) })
+	return done, forOperator(err)
 }
 
 // transferred is one record of an export.
@@ -361,7 +394,7 @@ func (a *Admin) importRecord(ctx context.Context, t *transferred, done *Imported
 			return kms.Wrapped{}, fmt.Errorf("%w: a key is missing", ErrExport)
 		}
 		i++
-		return a.kms.Wrap(ctx, b, t.keys[i-1])
+		return record.WrapAndOpen(ctx, a.kms, b, t.keys[i-1])
 	})
 	if err == nil && i != len(t.keys) {
 		err = fmt.Errorf("%w: there are more keys than the record has", ErrExport)
@@ -419,7 +452,10 @@ func (a *Admin) same(ctx context.Context, t *transferred) error {
 	if err != nil {
 		return err
 	}
-	if here.LUKSUUID != there.LUKSUUID || here.Generation != there.Generation || here.HeaderMAC != there.HeaderMAC || here.State != there.State {
+	// It may have gone on living since an earlier import was cut short.
+	order := map[State]int{Pending: 1, Active: 2, Retired: 3}
+	if here.LUKSUUID != there.LUKSUUID || here.Generation != there.Generation || here.Owner != there.Owner || here.KeyVersion != there.KeyVersion ||
+		order[here.State] < order[there.State] || (there.HeaderMAC != "" && here.HeaderMAC != there.HeaderMAC) {
 		return ErrExists
 	}
 	return nil

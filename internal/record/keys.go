@@ -22,12 +22,16 @@ type Progress struct {
 	Done    int `json:"done"`    // looked at so far
 	Changed int `json:"changed"` // written again
 	Failed  int `json:"failed"`  // of Done; they stay as they are
+	Refused int `json:"refused"` // of Failed: objects that are no record of ours
 }
 
 // Plus adds up two walks.
 func (p Progress) Plus(q Progress) Progress {
-	return Progress{p.Total + q.Total, p.Done + q.Done, p.Changed + q.Changed, p.Failed + q.Failed}
+	return Progress{p.Total + q.Total, p.Done + q.Done, p.Changed + q.Changed, p.Failed + q.Failed, p.Refused + q.Refused}
 }
+
+// maxFailures bounds how many failures a walk names.
+const maxFailures = 20
 
 // parallel bounds how many records are worked on at once.
 const parallel = 8
@@ -43,6 +47,7 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 	if err != nil {
 		return Progress{}, err
 	}
+	asked := ctx
 	var mu sync.Mutex
 	var failures []error
 	p := Progress{Total: len(ids)}
@@ -65,7 +70,12 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 			}
 			if err != nil {
 				p.Failed++
-				failures = append(failures, fmt.Errorf("%s%s: %w", kind.Prefix, id, err))
+				if errors.Is(err, ErrRefused) {
+					p.Refused++
+				}
+				if len(failures) < maxFailures { // a stranger can make any number of them
+					failures = append(failures, fmt.Errorf("%s%s: %w", kind.Prefix, id, err))
+				}
 			}
 			if report != nil {
 				report(p)
@@ -76,7 +86,11 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 	err = group.Wait()
 	mu.Lock()
 	defer mu.Unlock()
-	return p, errors.Join(append(failures, err)...)
+	if more := p.Failed - len(failures); more > 0 {
+		failures = append(failures, fmt.Errorf("and %d more", more))
+	}
+	// A walk that was cancelled between two records has met no error of its own.
+	return p, errors.Join(append(failures, err, asked.Err())...)
 }
 
 // stops says whether an error would meet the next record as well.
@@ -130,8 +144,7 @@ func (b *Book) all(ctx context.Context, kind Kind) (ids []string, err error) {
 }
 
 // Rewrap returns a function that wraps a key again under the KEK that k has in
-// force, unless it is under that already. The new form is opened once before it
-// is returned: it replaces the only one that there is.
+// force, unless it is under that already.
 func Rewrap(k kms.KMS, current string) func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error) {
 	return func(ctx context.Context, b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {
 		if w.KEK == current {
@@ -142,18 +155,28 @@ func Rewrap(k kms.KMS, current string) func(context.Context, kms.Binding, kms.Wr
 			return w, err
 		}
 		defer key.Close()
-		next, err := k.Wrap(ctx, b, key)
+		next, err := WrapAndOpen(ctx, k, b, key)
 		if err != nil {
 			return w, err
 		}
-		again, err := k.Unwrap(ctx, b, next)
-		if err != nil {
-			return w, fmt.Errorf("the key does not come back from its new form: %w", err)
-		}
-		defer again.Close()
-		if !again.Equal(key) {
-			return w, fmt.Errorf("%w: another key came back from its new form", kms.ErrWrongKey)
-		}
 		return next, nil
 	}
+}
+
+// WrapAndOpen wraps a key, and opens its new form once before it is returned: it is to
+// be the only one that there is.
+func WrapAndOpen(ctx context.Context, k kms.KMS, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
+	w, err := k.Wrap(ctx, b, key)
+	if err != nil {
+		return kms.Wrapped{}, err
+	}
+	again, err := k.Unwrap(ctx, b, w)
+	if err != nil {
+		return kms.Wrapped{}, fmt.Errorf("the key does not come back from its new form: %w", err)
+	}
+	defer again.Close()
+	if !again.Equal(key) {
+		return kms.Wrapped{}, fmt.Errorf("%w: another key came back from its new form", kms.ErrWrongKey)
+	}
+	return w, nil
 }

@@ -18,6 +18,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/keyagent/keyagent/internal/secret"
@@ -83,29 +84,43 @@ func OpenExisting(ctx context.Context, k kms.KMS, s storage.Storage) (*Book, err
 	return b, nil
 }
 
-// Open unwraps the MAC key, or makes it if the storage is empty.
-func Open(ctx context.Context, k kms.KMS, s storage.Storage) (*Book, error) {
-	for {
-		b, err := open(ctx, k, s)
-		if errors.Is(err, storage.ErrConflict) { // another replica made it first
-			continue
+// Open unwraps the MAC key, or makes it if the storage is empty. announce, if not
+// nil, is told the ID of a new key before that is stored: who writes it down knows
+// the key whenever the storage has it. Another replica may be faster, and then the
+// key is another one.
+func Open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(id string) error) (*Book, error) {
+	var err error
+	for range maxConflicts {
+		var b *Book
+		if b, err = open(ctx, k, s, announce); err == nil {
+			return b, nil
 		}
-		if err != nil {
-			return nil, fmt.Errorf("record MAC key: %w", err)
+		if !errors.Is(err, storage.ErrConflict) {
+			break
 		}
-		return b, nil
 	}
+	return nil, fmt.Errorf("record MAC key: %w", err)
 }
 
-func open(ctx context.Context, k kms.KMS, s storage.Storage) (*Book, error) {
+func open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(string) error) (*Book, error) {
 	w, _, err := readMACKey(ctx, s)
-	if errors.Is(err, storage.ErrNotFound) {
-		return create(ctx, k, s)
+	made := errors.Is(err, storage.ErrNotFound)
+	if made {
+		if err = create(ctx, k, s, announce); err == nil {
+			// Only the stored form counts: a key that does not come back from it
+			// must not authenticate anything.
+			w, _, err = readMACKey(ctx, s)
+		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	return unwrap(ctx, k, s, w)
+	b, err := unwrap(ctx, k, s, w)
+	if err != nil {
+		return nil, err
+	}
+	b.made = made
+	return b, nil
 }
 
 func unwrap(ctx context.Context, k kms.KMS, s storage.Storage, w kms.Wrapped) (*Book, error) {
@@ -126,7 +141,8 @@ func readMACKey(ctx context.Context, s storage.Storage) (w kms.Wrapped, v storag
 	}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&w); err != nil || d.More() {
+	err = d.Decode(&w)
+	if _, end := d.Token(); err != nil || !errors.Is(end, io.EOF) {
 		return w, v, fmt.Errorf("%w: the wrapped MAC key cannot be read", ErrRefused)
 	}
 	return w, v, nil
@@ -134,25 +150,31 @@ func readMACKey(ctx context.Context, s storage.Storage) (w kms.Wrapped, v storag
 
 // create is for an empty storage only: records without their MAC key mean that
 // something was removed.
-func create(ctx context.Context, k kms.KMS, s storage.Storage) (*Book, error) {
+func create(ctx context.Context, k kms.KMS, s storage.Storage, announce func(string) error) error {
 	for _, kind := range Kinds {
 		names, err := s.List(ctx, kind.Prefix, "", 1)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if len(names) > 0 {
-			return nil, fmt.Errorf("%w: it is gone, and there are records", ErrMACKey)
+			return fmt.Errorf("%w: it is gone, and there are records", ErrMACKey)
 		}
 	}
 	key, w, err := k.Generate(ctx, macBinding)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	b := &Book{storage: s, macKey: key, made: true}
-	if err := putMACKey(ctx, s, w, storage.Absent); err != nil {
-		return nil, errors.Join(err, key.Close())
+	defer key.Close()
+	if announce != nil {
+		id, err := keyID(key)
+		if err == nil {
+			err = announce(id)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return b, nil
+	return putMACKey(ctx, s, w, storage.Absent)
 }
 
 func putMACKey(ctx context.Context, s storage.Storage, w kms.Wrapped, expect storage.Version) error {
@@ -166,10 +188,15 @@ func putMACKey(ctx context.Context, s storage.Storage, w kms.Wrapped, expect sto
 // Close wipes the MAC key.
 func (b *Book) Close() error { return b.macKey.Close() }
 
+// Made reports whether this Open made the MAC key.
+func (b *Book) Made() bool { return b.made }
+
 // KeyID names the MAC key without revealing it. Who keeps it elsewhere notices a
 // storage whose MAC key was exchanged together with all of its records.
-func (b *Book) KeyID() (id string, err error) {
-	err = b.macKey.Use(func(k []byte) error {
+func (b *Book) KeyID() (string, error) { return keyID(b.macKey) }
+
+func keyID(key *secret.Bytes) (id string, err error) {
+	err = key.Use(func(k []byte) error {
 		h := hmac.New(sha256.New, k)
 		h.Write([]byte(idDomain))
 		id = hex.EncodeToString(h.Sum(nil)[:16])
@@ -201,20 +228,46 @@ func (b *Book) MACKey(ctx context.Context) (kms.Wrapped, error) {
 	return w, err
 }
 
-// RewrapMACKey has rewrap give the MAC key another wrapped form.
-func (b *Book) RewrapMACKey(ctx context.Context, rewrap func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) error {
-	w, version, err := readMACKey(ctx, b.storage)
-	if err != nil {
-		return fmt.Errorf("record MAC key: %w", err)
-	}
-	next, err := rewrap(macBinding, w)
-	if err == nil && next.KEK != w.KEK {
-		err = putMACKey(ctx, b.storage, next, version)
+// RewrapMACKey wraps the MAC key of this Book again under the KEK that k has in
+// force. What storage has must be the same key: it stands under no MAC, and
+// wrapping whatever lies there would make an exchanged one ours. It is wrapped
+// again even if its name is that of the KEK in force, because the name stands
+// under no MAC either.
+func (b *Book) RewrapMACKey(ctx context.Context, k kms.KMS) error {
+	err := storage.ErrConflict
+	for range maxConflicts {
+		if err = b.rewrapMACKey(ctx, k); !errors.Is(err, storage.ErrConflict) {
+			break
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("record MAC key: %w", err)
 	}
 	return nil
+}
+
+func (b *Book) rewrapMACKey(ctx context.Context, k kms.KMS) error {
+	w, version, err := readMACKey(ctx, b.storage)
+	if err != nil {
+		return err
+	}
+	stored, err := k.Unwrap(ctx, macBinding, w)
+	if err != nil {
+		return err
+	}
+	defer stored.Close()
+	if !stored.Equal(b.macKey) {
+		return fmt.Errorf("%w: it was exchanged since these records were opened", ErrMACKey)
+	}
+	current, err := kms.Current(ctx, k)
+	if err != nil || (w.KEK == current && len(w.Blob) == 0) { // derived from the KEK
+		return err
+	}
+	next, err := WrapAndOpen(ctx, k, macBinding, b.macKey)
+	if err != nil {
+		return err
+	}
+	return putMACKey(ctx, b.storage, next, version)
 }
 
 // Get returns the body of a record, which the MAC vouches for, and the version

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"testing"
@@ -38,7 +39,7 @@ func newKMS(t testing.TB, master string) *cluster.KMS {
 
 func newBook(t testing.TB, master string, s storage.Storage) *Book {
 	t.Helper()
-	b, err := Open(context.Background(), newKMS(t, master), s)
+	b, err := Open(context.Background(), newKMS(t, master), s, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +127,7 @@ func TestTheMACKeyIsMadeOnce(t *testing.T) {
 	for i := range ids {
 		wg.Go(func() {
 			k := newKMS(t, master)
-			b, err := Open(t.Context(), wrapping{k}, s)
+			b, err := Open(t.Context(), wrapping{k}, s, nil)
 			if err != nil {
 				t.Error(err)
 				return
@@ -141,7 +142,7 @@ func TestTheMACKeyIsMadeOnce(t *testing.T) {
 			t.Fatalf("eight replicas have the MAC keys %q", ids)
 		}
 	}
-	b, err := Open(t.Context(), wrapping{newKMS(t, master)}, s)
+	b, err := Open(t.Context(), wrapping{newKMS(t, master)}, s, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -159,14 +160,14 @@ func TestTheMACKeyIsMadeOnce(t *testing.T) {
 		if version, err = s.Put(t.Context(), macKeyName, planted, version); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(t.Context(), newKMS(t, master), s); !errors.Is(err, ErrRefused) {
+		if _, err := Open(t.Context(), newKMS(t, master), s, nil); !errors.Is(err, ErrRefused) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	if err := s.Delete(t.Context(), macKeyName, version); err != nil {
 		t.Fatal(err)
 	}
-	_, err = Open(t.Context(), newKMS(t, master), s)
+	_, err = Open(t.Context(), newKMS(t, master), s, nil)
 	wantErr(t, err, ErrMACKey)
 }
 
@@ -219,15 +220,7 @@ func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
 		t.Fatal(err)
 	}
 	next := newKMS(t, "another master secret")
-	err := b.RewrapMACKey(t.Context(), func(bind kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {
-		key, err := newKMS(t, master).Unwrap(t.Context(), bind, w)
-		if err != nil {
-			return kms.Wrapped{}, err
-		}
-		defer key.Close()
-		return next.Wrap(t.Context(), bind, key)
-	})
-	if err != nil {
+	if err := b.RewrapMACKey(t.Context(), kms.WithOld(next, newKMS(t, master))); err != nil {
 		t.Fatal(err)
 	}
 	after := newBook(t, "another master secret", s)
@@ -237,7 +230,7 @@ func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
 	if w, err := after.MACKey(t.Context()); err != nil || w.KEK != next.KEK() {
 		t.Errorf("%q, %v", w.KEK, err)
 	}
-	_, err = Open(t.Context(), newKMS(t, master), s)
+	_, err := Open(t.Context(), newKMS(t, master), s, nil)
 	wantErr(t, err, kms.ErrWrongKey)
 }
 
@@ -255,4 +248,83 @@ func FuzzDecode(f *testing.F) {
 			t.Fatalf("%q was read: %v", body, err)
 		}
 	})
+}
+
+// Case 41: who exchanges the MAC key while a re-wrap runs does not get his own
+// wrapped under the KEK to which the records move.
+func TestARewrapDoesNotTakeAMACKeyThatWasExchanged(t *testing.T) {
+	s := memfs.New()
+	b := newBook(t, master, s)
+	old, next := newKMS(t, master), newKMS(t, "another master secret")
+	planted, w, err := wrapping{old}.Generate(t.Context(), macBinding)
+	if err != nil {
+		t.Fatal(err)
+	}
+	planted.Close()
+	_, version, err := s.Get(t.Context(), macKeyName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := putMACKey(t.Context(), s, w, version); err != nil {
+		t.Fatal(err)
+	}
+	wantErr(t, b.RewrapMACKey(t.Context(), kms.WithOld(next, old)), ErrMACKey)
+	_, err = OpenExisting(t.Context(), next, s)
+	wantErr(t, err, kms.ErrWrongKey)
+}
+
+// damaging wraps keys that never come back.
+type damaging struct{ wrapping }
+
+func (d damaging) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
+	key, w, err := d.wrapping.Generate(ctx, b)
+	if err == nil {
+		w.Blob[len(w.Blob)-1] ^= 1
+	}
+	return key, w, err
+}
+
+// Case 42: a MAC key that does not come back from its stored form authenticates
+// nothing, not even until the next start.
+func TestAMACKeyThatDoesNotComeBackIsNotUsed(t *testing.T) {
+	b, err := Open(t.Context(), damaging{wrapping{newKMS(t, master)}}, memfs.New(), nil)
+	if !errors.Is(err, kms.ErrWrongKey) || b != nil {
+		t.Errorf("%v, %v", b, err)
+	}
+}
+
+// flapping says in turn that there is nothing and that there is something.
+type flapping struct{ storage.Storage }
+
+func (flapping) Get(context.Context, string) ([]byte, storage.Version, error) {
+	return nil, "", storage.ErrNotFound
+}
+
+func (flapping) Put(context.Context, string, []byte, storage.Version) (storage.Version, error) {
+	return "", storage.ErrConflict
+}
+
+func TestStorageThatContradictsItselfIsGivenUp(t *testing.T) {
+	_, err := Open(t.Context(), newKMS(t, master), flapping{memfs.New()}, nil)
+	wantErr(t, err, storage.ErrConflict)
+}
+
+// A walk that is cancelled between two records says so.
+func TestAWalkThatWasCancelledSaysSo(t *testing.T) {
+	b := newBook(t, master, memfs.New())
+	for i := range 20 {
+		if err := b.Put(t.Context(), DEK, fmt.Sprintf("v%d", i), nil, storage.Absent); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 50 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go cancel()
+		p, err := b.Walk(ctx, DEK, func(_ string, body []byte, _ func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
+			return body, nil
+		}, nil, nil)
+		if err == nil && p.Done != p.Total {
+			t.Fatalf("%+v without an error", p)
+		}
+	}
 }

@@ -56,7 +56,7 @@ func Open(ctx context.Context, k kms.KMS, s storage.Storage) (*Store, error) {
 	if s == nil {
 		return out, nil
 	}
-	book, err := record.Open(ctx, k, s)
+	book, err := record.Open(ctx, k, s, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -101,16 +101,22 @@ func (s *Store) GetDEK(ctx context.Context, id string, length int) (*kms.Secret,
 	if s.book == nil {
 		return s.derive(ctx, b)
 	}
-	for {
-		key, err := s.get(ctx, id, length)
-		if !errors.Is(err, ErrNotFound) {
-			return key, err
+	var err error
+	for range maxTries {
+		key, missing := s.get(ctx, id, length)
+		if !errors.Is(missing, ErrNotFound) {
+			return key, missing
 		}
-		if err := s.create(ctx, b); err != nil && !errors.Is(err, storage.ErrConflict) {
-			return nil, fmt.Errorf("key of %q: %w", id, err)
+		if err = s.create(ctx, b); err != nil && !errors.Is(err, storage.ErrConflict) {
+			break
 		}
 	}
+	return nil, fmt.Errorf("key of %q: %w", id, errors.Join(err, ctx.Err()))
 }
+
+// maxTries bounds how often a key is made against other writers. Storage that says
+// in turn that there is none and that there is one lies.
+const maxTries = 16
 
 // Get returns the key of a volume that has one, else [ErrNotFound].
 func (s *Store) Get(ctx context.Context, id string, length int) (*kms.Secret, error) {
