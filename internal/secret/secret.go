@@ -35,6 +35,9 @@ var ErrClosed = errors.New("secret is closed")
 // ErrSize says that a secret is empty or longer than its reader allows.
 var ErrSize = errors.New("secret has a size that is not allowed")
 
+// ErrEmpty says that there was nothing to read.
+var ErrEmpty = fmt.Errorf("%w: empty", ErrSize)
+
 // Bytes is a fixed-size secret. It is safe for concurrent use: Close waits for
 // every Use that is under way. The zero value is closed.
 type Bytes struct {
@@ -81,7 +84,8 @@ func Random(n int) (*Bytes, error) {
 }
 
 // Read reads r to its end straight into locked memory. An empty input, or one of
-// more than limit bytes, is an error that wraps [ErrSize].
+// more than limit bytes, is an error that wraps [ErrSize]; of an empty one it is
+// [ErrEmpty].
 func Read(r io.Reader, limit int) (*Bytes, error) {
 	buf, err := New(limit + 1)
 	if err != nil {
@@ -93,7 +97,7 @@ func Read(r io.Reader, limit int) (*Bytes, error) {
 	case err == nil:
 		return nil, fmt.Errorf("%w: more than %d bytes", ErrSize, limit)
 	case errors.Is(err, io.EOF):
-		return nil, fmt.Errorf("%w: empty", ErrSize)
+		return nil, ErrEmpty
 	case !errors.Is(err, io.ErrUnexpectedEOF):
 		return nil, err
 	}

@@ -13,9 +13,9 @@
 // Whoever can write the storage must not choose the key. A wrapped key therefore
 // opens only under [Options].Key or one of Options.OldKeys, and the call names
 // that key; the service is never left to find it in the ciphertext. A
-// multi-Region key is the same key in each of its Regions, although it has another
-// ARN there, and Wrapped.KEK another text. When the service rotates the material
-// of a key, its ARN stays, and so does Wrapped.KEK.
+// multi-Region key is the same key in each of its Regions, and has one name in
+// Wrapped.KEK, with a * in the place of the Region. When the service rotates the
+// material of a key, its ARN stays, and so does Wrapped.KEK.
 //
 // The permissions that are needed: kms:DescribeKey and kms:Encrypt on Key,
 // kms:Decrypt on Key and on each of OldKeys.
@@ -37,9 +37,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -52,7 +50,9 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	service "github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+	"github.com/aws/smithy-go/logging"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -82,6 +82,9 @@ type Options struct {
 	// budget of retries bounds them over all calls.
 	Attempts int
 }
+
+// maxAnswer bounds an answer in bytes.
+const maxAnswer = 256 << 10
 
 // Attester vouches for a public key, as a Nitro enclave or a NitroTPM does.
 type Attester interface {
@@ -133,6 +136,7 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 			t.TLSClientConfig.MinVersion = tls.VersionTLS12
 			t.ResponseHeaderTimeout = opts.Timeout
 		})),
+		config.WithLogger(logging.Nop{}), // errors are returned
 		config.WithRetryer(func() awssdk.Retryer {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
 				o.MaxAttempts = opts.Attempts
@@ -168,13 +172,13 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 	}
 	// The SDK's own client follows some redirects, which could send a key
 	// elsewhere.
-	cfg.HTTPClient = &http.Client{Transport: k.transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	cfg.HTTPClient = &http.Client{Transport: endpoint.Limit(k.transport, maxAnswer), CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 	cfg.Credentials = credentials{cfg.Credentials}
 	k.client = service.NewFromConfig(cfg, func(o *service.Options) {
 		if opts.Endpoint != "" {
 			o.BaseEndpoint = &opts.Endpoint
 		} else if o.BaseEndpoint != nil { // the environment names one
-			err = checkEndpoint(*o.BaseEndpoint)
+			_, err = endpoint.Check(*o.BaseEndpoint)
 		}
 		o.ClientLogMode = 0 // which could be set to log bodies, with keys in them
 	})
@@ -215,18 +219,8 @@ func (o *Options) check() error {
 	if o.Endpoint == "" {
 		return nil
 	}
-	return checkEndpoint(o.Endpoint)
-}
-
-func checkEndpoint(endpoint string) error {
-	u, err := url.Parse(endpoint)
-	if err != nil || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
-		return errors.New("the endpoint must be of the form https://HOST:PORT") // the parser's error would repeat it
-	}
-	if ip := net.ParseIP(u.Hostname()); u.Scheme != "https" && (u.Scheme != "http" || ip == nil || !ip.IsLoopback()) {
-		return errors.New("the endpoint must be https, or http on a loopback address")
-	}
-	return nil
+	_, err := endpoint.Check(o.Endpoint)
+	return err
 }
 
 // Close wipes the key that answers are encrypted to. Calls fail afterwards.

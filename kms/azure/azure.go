@@ -43,6 +43,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azkeys"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -88,6 +89,9 @@ var (
 	_ kms.Namer = (*KMS)(nil)
 )
 
+// maxAnswer bounds an answer in bytes.
+const maxAnswer = 256 << 10
+
 var errClosed = errors.New("azure kms is closed")
 
 // domains of the clouds, by the type of a vault.
@@ -128,7 +132,7 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 		DisableChallengeResourceVerification: opts.Endpoint != "",
 		ClientOptions: policy.ClientOptions{
 			Transport: &http.Client{
-				Transport: challenges{k.transport},
+				Transport: challenges{endpoint.Limit(k.transport, maxAnswer), domain, opts.Endpoint},
 				// A redirect could send a content key elsewhere.
 				CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 			},
@@ -139,11 +143,11 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 	if opts.Attempts == 1 {
 		settings.Retry.MaxRetries = -1 // which is how the SDK spells none
 	}
-	endpoint := opts.Endpoint
-	if endpoint == "" {
-		endpoint = "https://" + k.host
+	address := opts.Endpoint
+	if address == "" {
+		address = "https://" + k.host
 	}
-	if k.client, err = azkeys.NewClient(endpoint, credential{opts.Credential}, settings); err != nil {
+	if k.client, err = azkeys.NewClient(address, credential{opts.Credential}, settings); err != nil {
 		return nil, fmt.Errorf("azure kms: %w", err)
 	}
 	if _, err := k.Current(ctx); err != nil {
@@ -168,9 +172,13 @@ func (o *Options) check() (domain string, err error) {
 	if domain, err = o.domain(); err != nil || o.Endpoint == "" {
 		return domain, err
 	}
+	plain, err := endpoint.Check(o.Endpoint)
+	if err != nil {
+		return "", err
+	}
 	u, err := url.Parse(o.Endpoint)
-	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
-		return "", errors.New("the endpoint must be of the form https://HOST:PORT") // the parser's error would repeat it
+	if err != nil || plain || strings.Trim(u.Path, "/") != "" {
+		return "", errors.New("the endpoint must be of the form https://HOST:PORT")
 	}
 	o.Endpoint = "https://" + u.Host
 	return domain, nil

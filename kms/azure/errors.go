@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
@@ -118,20 +119,43 @@ func (c credential) GetToken(ctx context.Context, options policy.TokenRequestOpt
 }
 
 // challenges drops challenges that the SDK would panic on: it takes the fourth part
-// of the authorization's URL without counting.
-type challenges struct{ next http.RoundTripper }
+// of the authorization's URL without counting. Where the vault is reached by another
+// name, the SDK does not look at what a token is to be for: an endpoint that lies
+// could ask for one that manages the whole account. It is for the vault's own domain,
+// or for one that the endpoint is in.
+type challenges struct {
+	next     http.RoundTripper
+	domain   string // of the vault
+	endpoint string // or ""
+}
 
 func (c challenges) RoundTrip(r *http.Request) (*http.Response, error) {
 	resp, err := c.next.RoundTrip(r)
 	if err != nil {
 		return nil, err
 	}
-	for field := range strings.FieldsSeq(resp.Header.Get("WWW-Authenticate")) {
-		value, ok := strings.CutPrefix(field, "authorization=")
-		if ok && strings.Count(value, "/") < 3 {
+	for field := range strings.FieldsSeq(strings.ReplaceAll(resp.Header.Get("WWW-Authenticate"), ",", " ")) {
+		key, value, _ := strings.Cut(field, "=")
+		value = strings.Trim(value, `"`)
+		switch {
+		case key == "authorization" && strings.Count(value, "/") < 3,
+			(key == "resource" || key == "scope") && c.endpoint != "" && !c.trusts(value):
 			resp.Header.Del("WWW-Authenticate")
-			break
+			return resp, nil
 		}
 	}
 	return resp, nil
+}
+
+// trusts reports whether tokens for a resource may be shown to the endpoint.
+func (c challenges) trusts(resource string) bool {
+	u, err := url.Parse(strings.TrimSuffix(resource, "/.default"))
+	if err != nil || u.Scheme != "https" || u.Hostname() == "" {
+		return false
+	}
+	here, err := url.Parse(c.endpoint)
+	if err != nil {
+		return false
+	}
+	return u.Hostname() == c.domain || strings.HasSuffix(here.Hostname(), "."+u.Hostname())
 }

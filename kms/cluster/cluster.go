@@ -161,8 +161,9 @@ func (k *KMS) derived(b kms.Binding, scheme string) (*secret.Bytes, error) {
 		return k.derive(b.Encode(domainDerive), b.Length)
 	}
 	id, err := uuid.Parse(b.VolumeID)
-	if err != nil || len(b.VolumeID) != len(id.String()) || b.Version != 1 {
-		return nil, fmt.Errorf("%w: a key as Constellation made it is of a LUKS UUID, version 1", kms.ErrBinding)
+	// In its one spelling: two volume IDs must never have one key.
+	if err != nil || b.VolumeID != id.String() || b.Version != 1 {
+		return nil, fmt.Errorf("%w: a key as Constellation made it is of a LUKS UUID in lower case, version 1", kms.ErrBinding)
 	}
 	return k.derive([]byte("key-"+id.String()), b.Length)
 }

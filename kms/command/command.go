@@ -122,20 +122,23 @@ func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
 	var logged sync.WaitGroup
 	logged.Go(func() { s.logLines(stderr) })
 	out, readErr := secret.Read(stdout, maxOutput)
-	if readErr != nil {
-		_ = cmd.Cancel() // a command that prints without end is not waited for
-	} else {
+	switch {
+	case readErr == nil:
 		defer out.Close()
+	case !errors.Is(readErr, secret.ErrEmpty):
+		_ = cmd.Cancel() // a command that prints without end is not waited for
 	}
 	logged.Wait()
 	waitErr := cmd.Wait()
 	switch {
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("%w: it did not end within %s and was killed", ErrCommand, s.opts.Deadline)
+	case waitErr != nil && (readErr == nil || errors.Is(readErr, secret.ErrEmpty)):
+		return nil, fmt.Errorf("%w: %w (hint: what it wrote to standard error is in the log)", ErrCommand, waitErr)
+	case errors.Is(readErr, secret.ErrEmpty):
+		return nil, fmt.Errorf("%w: %w", ErrCommand, errLength)
 	case readErr != nil:
 		return nil, fmt.Errorf("%w: its output: %w", ErrCommand, readErr)
-	case waitErr != nil:
-		return nil, fmt.Errorf("%w: %w", ErrCommand, waitErr)
 	}
 	kek, err := s.decode(out)
 	if err != nil {
@@ -208,14 +211,20 @@ const (
 	domainID      = "keyagent command KEK id v1"
 )
 
+// foreignFor is how long a KEK that the command does not print is not asked for
+// again.
+const foreignFor = time.Minute
+
 // KMS wraps keys under the KEK that the command prints.
 type KMS struct {
 	source *Source
+	turn   chan struct{} // of who runs the command
 
-	mu      sync.Mutex
+	mu      sync.RWMutex // never held while the command runs
 	kek     *secret.Bytes
 	id      string
 	fetched time.Time
+	foreign map[string]time.Time // names of other KEKs, and when they were looked for
 }
 
 var (
@@ -229,10 +238,11 @@ func New(ctx context.Context, opts Options) (*KMS, error) {
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{source: s}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k, k.refresh(ctx)
+	k := &KMS{source: s, turn: make(chan struct{}, 1), foreign: map[string]time.Time{}}
+	if err := k.refresh(ctx); err != nil {
+		return nil, err
+	}
+	return k, nil
 }
 
 // Close wipes the KEK.
@@ -242,7 +252,7 @@ func (k *KMS) Close() error {
 	return k.kek.Close()
 }
 
-// refresh runs the command. The lock is held.
+// refresh runs the command.
 func (k *KMS) refresh(ctx context.Context) error {
 	kek, err := k.source.Fetch(ctx)
 	if err != nil {
@@ -257,31 +267,83 @@ func (k *KMS) refresh(ctx context.Context) error {
 	if err != nil {
 		return errors.Join(err, kek.Close())
 	}
-	if err := k.kek.Close(); err != nil {
-		return errors.Join(err, kek.Close())
-	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.foreign, id)
+	former := k.kek
 	k.kek, k.id, k.fetched = kek, id, k.source.opts.Now()
-	return nil
+	return former.Close()
 }
+
+// errStale: the KEK in memory is not the one to use; the command must be run.
+var errStale = errors.New("key command must be run")
 
 // use calls f with the KEK. One that is too old is fetched again first, and so
 // is one that is not the KEK that want names: it may have been changed. A KEK
 // whose refresh fails is not used any longer.
 func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id string) error) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if err := ctx.Err(); err != nil {
+	err := k.useCached(ctx, want, f)
+	if !errors.Is(err, errStale) {
 		return err
 	}
-	if k.source.opts.Now().Sub(k.fetched) >= k.source.opts.Cache || (want != "" && want != k.id) {
-		if err := k.refresh(ctx); err != nil {
-			return err
+	select {
+	case k.turn <- struct{}{}:
+		defer func() { <-k.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	// Whoever had the turn before may have fetched what is wanted here.
+	if err := k.useCached(ctx, want, f); !errors.Is(err, errStale) {
+		return err
+	}
+	fresh := k.fresh()
+	if err := k.refresh(ctx); err != nil {
+		if fresh && ctx.Err() == nil {
+			// The KEK here is good; it is another one that is wanted, and
+			// somebody else may have it.
+			return fmt.Errorf("%w: it was made under %q: %w", kms.ErrKEKVersion, want, err)
 		}
+		return err
 	}
-	if want != "" && want != k.id {
-		return fmt.Errorf("%w: it was made under %q, the command prints %q", kms.ErrKEKVersion, want, k.id)
+	err = k.useCached(ctx, want, f)
+	if errors.Is(err, errStale) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if len(k.foreign) > 1000 { // anybody who writes storage can name one
+			clear(k.foreign)
+		}
+		k.foreign[want] = k.source.opts.Now()
+		return k.foreignErr(want)
 	}
-	return f(k.kek, k.id)
+	return err
+}
+
+// useCached calls f with the KEK in memory, or returns errStale.
+func (k *KMS) useCached(ctx context.Context, want string, f func(kek *secret.Bytes, id string) error) error {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	now := k.source.opts.Now()
+	switch looked, known := k.foreign[want]; {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case now.Sub(k.fetched) >= k.source.opts.Cache:
+		return errStale
+	case want == "" || want == k.id:
+		return f(k.kek, k.id)
+	case known && now.Sub(looked) < foreignFor:
+		return k.foreignErr(want)
+	}
+	return errStale
+}
+
+func (k *KMS) foreignErr(want string) error {
+	return fmt.Errorf("%w: it was made under %q, the command prints %q", kms.ErrKEKVersion, want, k.id)
+}
+
+func (k *KMS) fresh() bool {
+	k.mu.RLock()
+	defer k.mu.RUnlock()
+	return k.source.opts.Now().Sub(k.fetched) < k.source.opts.Cache
 }
 
 // Current implements kms.Namer.

@@ -2,6 +2,7 @@ package command
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -188,6 +189,7 @@ func TestAnOldKEKIsFetchedAgainAndNotUsedIfThatFails(t *testing.T) {
 		t.Fatalf("under another KEK: %v", err)
 	}
 	write("0123456789abcdef")
+	now = now.Add(foreignFor)
 	again, err := k.Unwrap(t.Context(), b, w)
 	if err != nil || !again.Equal(key) {
 		t.Fatalf("after the KEK came back: %v", err)
@@ -227,4 +229,62 @@ func FuzzOutput(f *testing.F) {
 		}
 		kek.Close()
 	})
+}
+
+// A key under another KEK runs the command once, and holds up nobody whose KEK is
+// here; where the command fails, it is still not ours, so that others are asked.
+func TestAForeignKEKHoldsNobodyUp(t *testing.T) {
+	dir := t.TempDir()
+	runs, slow := filepath.Join(dir, "runs"), filepath.Join(dir, "slow")
+	now := time.Now()
+	k, err := New(t.Context(), Options{
+		Command: fmt.Sprintf("echo >>%s; if [ -e %s ]; then while [ -e %s ]; do sleep 0.01; done; exit 1; fi; printf 0123456789abcdef", runs, slow, slow),
+		Now:     func() time.Time { return now },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	b := kms.Binding{VolumeID: "data", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
+	_, w, err := k.Generate(t.Context(), b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := w
+	foreign.KEK = "command:0000000000000000"
+	for range 20 {
+		if _, err := k.Unwrap(t.Context(), b, foreign); !errors.Is(err, kms.ErrKEKVersion) {
+			t.Fatal(err)
+		}
+	}
+	if text, _ := os.ReadFile(runs); len(text) != 2 {
+		t.Errorf("the command was run %d times", len(text))
+	}
+	if err := os.WriteFile(slow, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	foreign.KEK = "command:1111111111111111"
+	failed := make(chan error, 1)
+	go func() { _, err := k.Unwrap(t.Context(), b, foreign); failed <- err }()
+	for { // until the command runs
+		if text, _ := os.ReadFile(runs); len(text) == 3 {
+			break
+		}
+	}
+	if _, err := k.Unwrap(t.Context(), b, w); err != nil {
+		t.Errorf("a key whose KEK is here: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	other := foreign
+	other.KEK = "command:2222222222222222"
+	if _, err := k.Unwrap(ctx, b, other); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a caller who does not wait: %v", err)
+	}
+	if err := os.Remove(slow); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-failed; !errors.Is(err, kms.ErrKEKVersion) {
+		t.Errorf("where the command fails: %v", err)
+	}
 }

@@ -29,7 +29,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/url"
 	"regexp"
 	"slices"
@@ -44,6 +43,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -154,20 +154,17 @@ func (o *Options) check(name string) (address string, plain bool, err error) {
 	case o.Endpoint == "":
 		return "", false, nil
 	}
-	u, err := url.Parse(o.Endpoint)
-	if err != nil || u.Hostname() == "" || u.Port() == "" || u.User != nil || u.RawQuery != "" || u.Fragment != "" || strings.Trim(u.Path, "/") != "" {
-		return "", false, errors.New("the endpoint must be of the form https://HOST:PORT") // the parser's error would repeat it
+	if plain, err = endpoint.Check(o.Endpoint); err != nil {
+		return "", false, err
 	}
-	ip := net.ParseIP(u.Hostname())
+	u, err := url.Parse(o.Endpoint)
 	switch {
-	case u.Scheme == "https":
-		return u.Host, false, nil
-	case u.Scheme != "http" || ip == nil || !ip.IsLoopback():
-		return "", false, errors.New("the endpoint must be https, or http on a loopback address")
-	case o.Credentials != nil:
+	case err != nil || u.Port() == "" || strings.Trim(u.Path, "/") != "":
+		return "", false, errors.New("the endpoint must be of the form https://HOST:PORT")
+	case plain && o.Credentials != nil:
 		return "", false, errors.New("credentials would go over an endpoint without TLS")
 	}
-	return u.Host, true, nil
+	return u.Host, plain, nil
 }
 
 // Close ends the connections. Calls fail afterwards.

@@ -17,8 +17,12 @@ import (
 	"github.com/keyagent/keyagent/storage/gcs"
 )
 
-// googleScope is what tokens are asked for; IAM decides what they may do.
-const googleScope = "https://www.googleapis.com/auth/cloud-platform"
+// What tokens are asked for: one that a storage is shown is of no use at a KMS. IAM
+// decides what they may do.
+const (
+	scopeKMS     = "https://www.googleapis.com/auth/cloudkms"
+	scopeStorage = "https://www.googleapis.com/auth/devstorage.read_write"
+)
 
 func gcpKMS(ctx context.Context, u *kms.URI) (Keys, error) {
 	opts := gcpkms.Options{Endpoint: u.Optional("endpoint"), OldKeys: list(u, "oldKeys")}
@@ -26,7 +30,7 @@ func gcpKMS(ctx context.Context, u *kms.URI) (Keys, error) {
 		return nil, err
 	}
 	var err error
-	if opts.Credentials, err = googleCredentials(u); err != nil {
+	if opts.Credentials, err = googleCredentials(u, scopeKMS); err != nil {
 		return nil, err
 	}
 	if err := u.Done(); err != nil {
@@ -47,7 +51,7 @@ func gcpStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	if opts.CreateBucket, err = flag(u, "createBucket"); err != nil {
 		return nil, err
 	}
-	if opts.Credentials, err = googleCredentials(u); err != nil {
+	if opts.Credentials, err = googleCredentials(u, scopeStorage); err != nil {
 		return nil, err
 	}
 	if err := u.Done(); err != nil {
@@ -59,7 +63,7 @@ func gcpStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 // googleCredentials are nil, for the default chain, if the URI names no file of
 // them. Only types that speak for a workload are taken: a person's own, as gcloud
 // leaves them, belong in no key service.
-func googleCredentials(u *kms.URI) (*auth.Credentials, error) {
+func googleCredentials(u *kms.URI, scope string) (*auth.Credentials, error) {
 	path, name := u.Optional("credentialsPath"), u.Optional("credentialsCredential")
 	read, from := config.ReadSecretFile, path
 	switch {
@@ -87,7 +91,7 @@ func googleCredentials(u *kms.URI) (*auth.Credentials, error) {
 			return fmt.Errorf("google credentials: type %.32q is not service_account, external_account or impersonated_service_account", is.Type)
 		}
 		mine := append([]byte(nil), b...) // the SDK may keep it
-		out, err = credentials.NewCredentialsFromJSON(is.Type, mine, &credentials.DetectOptions{Scopes: []string{googleScope}})
+		out, err = credentials.NewCredentialsFromJSON(is.Type, mine, &credentials.DetectOptions{Scopes: []string{scope}})
 		if err != nil {
 			secret.Wipe(mine)
 			return fmt.Errorf("google credentials: %s cannot be used", is.Type)

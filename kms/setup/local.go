@@ -8,14 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/kms/command"
-	"github.com/keyagent/keyagent/kms/vault"
 )
 
 // MasterSecretFile returns the file that a kms://cluster-kms?file=PATH URI
@@ -149,63 +147,4 @@ func commandKMS(ctx context.Context, u *kms.URI) (*command.KMS, error) {
 		return nil, err
 	}
 	return command.New(ctx, opts)
-}
-
-// vaultKMS takes the token from a file or a systemd credential, and reads it
-// again for each call: an agent of Vault renews it there.
-func vaultKMS(u *kms.URI) (*vault.KMS, error) {
-	opts := vault.Options{Mount: u.Optional("mount"), Namespace: u.Optional("namespace")}
-	var ca string
-	if err := required(u, map[string]*string{"address": &opts.Address, "key": &opts.Key, "caFile": &ca}); err != nil {
-		return nil, err
-	}
-	file, credential := u.Optional("tokenFile"), u.Optional("tokenCredential")
-	if err := u.Done(); err != nil {
-		return nil, err
-	}
-	if (file == "") == (credential == "") {
-		return nil, fmt.Errorf("%w: kms://vault needs either the parameter \"tokenFile\" or \"tokenCredential\"", kms.ErrURI)
-	}
-	var err error
-	if opts.RootCAs, err = roots(ca); err != nil {
-		return nil, err
-	}
-	opts.Token = func(context.Context) (*secret.Bytes, error) {
-		if file != "" {
-			return config.ReadSecretFile(file, maxCredential)
-		}
-		return config.ReadCredential(credential, maxCredential)
-	}
-	return vault.New(opts)
-}
-
-// HoldsSecret returns the name of a parameter of uri that holds a secret itself,
-// and the one that names a file instead; or "": such a URI must not stand where
-// others can read it, as a process's arguments are.
-func HoldsSecret(uri string) (name, instead string) {
-	u, err := kms.ParseURI(uri)
-	if err != nil {
-		return "", ""
-	}
-	if u.Scheme == "kms" && u.Name == "cluster-kms" {
-		if u.Optional("key") != "" {
-			return "key", "file"
-		}
-		return "", ""
-	}
-	for _, name := range secretParameters {
-		if u.Optional(name) != "" {
-			return name, name + "File"
-		}
-	}
-	return "", ""
-}
-
-// secretParameters are the names under which clouds' credentials stand in URIs.
-var secretParameters = []string{"accessKey", "sessionToken", "clientSecret", "password"}
-
-// Redact returns uri without its parameters, for logs and reports.
-func Redact(uri string) string {
-	name, _, _ := strings.Cut(uri, "?")
-	return name
 }

@@ -77,3 +77,28 @@ func roots(path string) (*x509.CertPool, error) {
 	}
 	return pool, nil
 }
+
+// HoldsSecret returns the name of a parameter of uri that holds a secret itself,
+// and the one that names a file instead; or "": such a URI must not stand where
+// others can read it, as a process's arguments are.
+func HoldsSecret(uri string) (name, instead string) {
+	u, err := kms.ParseURI(uri)
+	if err != nil {
+		return "", ""
+	}
+	if u.Scheme == "kms" && u.Name == "cluster-kms" {
+		if u.Optional("key") != "" {
+			return "key", "file"
+		}
+		return "", ""
+	}
+	for _, name := range secretParameters {
+		if u.Optional(name) != "" {
+			return name, name + "File"
+		}
+	}
+	return "", ""
+}
+
+// secretParameters are the names under which clouds' credentials stand in URIs.
+var secretParameters = []string{"accessKey", "sessionToken", "clientSecret", "password"}

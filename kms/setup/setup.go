@@ -28,6 +28,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -162,8 +163,11 @@ func parse(uri, scheme string) (*kms.URI, error) {
 	if err != nil {
 		return nil, err
 	}
-	if u.Scheme != scheme {
+	switch {
+	case u.Scheme != scheme:
 		return nil, fmt.Errorf("%w: must begin with %s://", kms.ErrURI, scheme)
+	case !backendName.MatchString(u.Name):
+		return nil, fmt.Errorf("%w: must be of the form %s://NAME?key=value", kms.ErrURI, scheme)
 	}
 	return u, nil
 }
@@ -215,4 +219,17 @@ func duration(u *kms.URI, name string) (time.Duration, error) {
 		return 0, fmt.Errorf("%w: the parameter %q is a duration from 1s to 24h", kms.ErrURI, name)
 	}
 	return d, nil
+}
+
+// backendName is what the name of a backend can be. Whatever else stands there may be
+// part of what was meant to be a parameter.
+var backendName = regexp.MustCompile(`^[a-z][a-z-]{0,19}$`)
+
+// Redact returns uri without its parameters, for logs and reports.
+func Redact(uri string) string {
+	u, err := kms.ParseURI(uri)
+	if err != nil || !backendName.MatchString(u.Name) {
+		return "(a URI that cannot be read)"
+	}
+	return u.Scheme + "://" + u.Name
 }

@@ -2,6 +2,7 @@ package setup
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -79,6 +80,25 @@ func TestWhatABackendDoesNotKnowIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
+}
+
+// Case 46: what was meant to be a parameter and is not is not repeated either.
+func TestATypoInAURIShowsNoSecret(t *testing.T) {
+	for _, uri := range []string{
+		"kms://cluster-kms&key=hunter2", "kms://cluster-kms;key=hunter2", "kms://hunter2:x@aws?keyName=k", "kms://aws#accessKey=hunter2",
+		"kms://aws/accessKey=hunter2", "kms://aws%3FaccessKey=hunter2", "storage://aws&accessKey=hunter2", "hunter2", "kms://hunter2",
+	} {
+		_, err := KMS(t.Context(), uri)
+		_, storageErr := Storage(t.Context(), uri)
+		for _, text := range []string{fmt.Sprint(err), fmt.Sprint(storageErr), Redact(uri)} {
+			if strings.Contains(text, "hunter2") && uri != "kms://hunter2" {
+				t.Errorf("%s: %s", uri, text)
+			}
+		}
+	}
+	if got := Redact("kms://aws?keyName=hunter2"); got != "kms://aws" {
+		t.Error(got)
+	}
 }
 
 func TestAURIThatHoldsASecretIsKnown(t *testing.T) {

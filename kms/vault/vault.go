@@ -39,6 +39,7 @@ type Options struct {
 	Mount     string                                       // of the transit engine; default transit
 	Key       string                                       // Required
 	Namespace string                                       // default none
+	Name      string                                       // of the server in Wrapped.KEK; default host and namespace
 	Token     func(context.Context) (*secret.Bytes, error) // asked for each call. Required
 	RootCAs   *x509.CertPool                               // Required: the system's roots are never used
 	Timeout   time.Duration                                // of one call with its retries; default 10s
@@ -99,11 +100,17 @@ func New(opts Options) (*KMS, error) {
 		return nil, errors.New("vault certificate authority is not set")
 	}
 	opts.Address = u.Scheme + "://" + u.Host
+	if opts.Name == "" {
+		opts.Name = strings.Trim(u.Host+"/"+opts.Namespace, "/")
+	}
 	return &KMS{
 		opts: opts,
-		kek:  "vault:" + opts.Mount + "/" + opts.Key,
+		kek:  "vault:" + opts.Name + "/" + opts.Mount + "/" + opts.Key,
 		client: &http.Client{
-			Transport: &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: opts.RootCAs}, MaxResponseHeaderBytes: 16 << 10},
+			Transport: &http.Transport{
+				Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: opts.RootCAs},
+				MaxResponseHeaderBytes: 16 << 10, IdleConnTimeout: 30 * time.Second, // its buffers may hold a key
+			},
 			// A redirect could send the token elsewhere.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
@@ -258,12 +265,15 @@ func (k *KMS) try(ctx context.Context, method, verb string, body []byte, use fun
 		return fmt.Errorf("%w: vault: %w", kms.ErrUnavailable, err)
 	}
 	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
-	defer secret.Wipe(data)
+	// Of its full size at once: one that grows leaves copies behind.
+	buffer := make([]byte, maxReply+1)
+	defer secret.Wipe(buffer)
+	n, err := io.ReadFull(resp.Body, buffer)
+	data := buffer[:n]
 	switch {
-	case err != nil:
+	case err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: vault: %w", kms.ErrUnavailable, err)
-	case len(data) > maxReply:
+	case n > maxReply:
 		return fmt.Errorf("%w: vault's answer has more than %d bytes", kms.ErrUnavailable, maxReply)
 	case resp.StatusCode != http.StatusOK:
 		return k.refusal(verb, resp.StatusCode, data)
@@ -290,7 +300,7 @@ func (k *KMS) refusal(verb string, status int, data []byte) error {
 			capability = "read"
 		}
 		return fmt.Errorf("%w: vault: capability %q on path %q: %s", kms.ErrDenied, capability, k.opts.Mount+"/"+verb+"/"+k.opts.Key, why)
-	case status == http.StatusNotFound,
+	case status == http.StatusNotFound, status == http.StatusBadRequest && verb == "encrypt",
 		status == http.StatusBadRequest && (strings.Contains(why, "encryption key not found") || strings.Contains(why, "disallowed by policy")):
 		class = kms.ErrKEK
 	case status == http.StatusBadRequest && verb == "decrypt":

@@ -267,3 +267,21 @@ func TestAServerThatDoesNotAnswerIsGivenUp(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Two servers have KEKs of two names, and a key finds its own.
+func TestTwoServersHaveTwoNames(t *testing.T) {
+	a, b := newTransit(t, "disks"), newTransit(t, "disks")
+	there, here := a.kms(t, "disks", token), b.kms(t, "disks", token)
+	key, w, err := there.Generate(t.Context(), binding)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer key.Close()
+	got, err := kms.WithOld(here, there).Unwrap(t.Context(), binding, w)
+	if err != nil || !got.Equal(key) {
+		t.Fatal(err)
+	}
+	if name, err := here.Current(t.Context()); err != nil || name == w.KEK {
+		t.Errorf("%q, %v", name, err)
+	}
+}

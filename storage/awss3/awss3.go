@@ -34,9 +34,25 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go/logging"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/storage"
 )
+
+// maxAnswer bounds an answer in bytes: a page of a list is the longest.
+const maxAnswer = 16 << 20
+
+// client bounds the answers of the SDK's own.
+type client struct{ aws.HTTPClient }
+
+func (c client) Do(r *http.Request) (*http.Response, error) {
+	resp, err := c.HTTPClient.Do(r)
+	if err != nil {
+		return nil, err
+	}
+	return endpoint.Bound(resp, maxAnswer)
+}
 
 // Options say where objects are. Bucket must be set.
 type Options struct {
@@ -95,6 +111,7 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 			t.TLSClientConfig.MinVersion = tls.VersionTLS12
 			t.ResponseHeaderTimeout = opts.Timeout
 		})),
+		config.WithLogger(logging.Nop{}), // errors are returned
 		config.WithRetryer(func() aws.Retryer {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
 				o.MaxAttempts = opts.Attempts
@@ -119,7 +136,12 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 	if cfg.Credentials != nil {
 		cfg.Credentials = provider{cfg.Credentials}
 	}
+	cfg.HTTPClient = client{cfg.HTTPClient}
 	s := &Storage{opts: opts, client: s3.NewFromConfig(cfg, func(o *s3.Options) {
+		o.ClientLogMode = 0                               // which the environment could set to log credentials
+		if opts.Endpoint == "" && o.BaseEndpoint != nil { // the environment names one
+			_, err = endpoint.Check(*o.BaseEndpoint)
+		}
 		if opts.Endpoint != "" {
 			o.BaseEndpoint, o.UsePathStyle = &opts.Endpoint, true
 			// Others than Amazon may not know the checksums in trailers. What
@@ -128,6 +150,9 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 			o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
 		}
 	})}
+	if err != nil {
+		return nil, fmt.Errorf("aws configuration: %w", err)
+	}
 	if opts.Prefix != "" {
 		s.prefix = opts.Prefix + "/"
 	}
@@ -154,7 +179,7 @@ func (o *Options) check() error {
 	if o.Endpoint == "" {
 		return nil
 	}
-	_, err := storage.CheckEndpoint(o.Endpoint)
+	_, err := endpoint.Check(o.Endpoint)
 	return err
 }
 

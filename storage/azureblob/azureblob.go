@@ -38,8 +38,12 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/storage"
 )
+
+// maxAnswer bounds an answer in bytes: a page of a list is the longest.
+const maxAnswer = 16 << 20
 
 // Options say where objects are. Account or Endpoint, Container and Credential
 // must be set.
@@ -121,7 +125,7 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 		PerRetry: []policy.Policy{
 			runtime.NewBearerTokenPolicy(credential{opts.Credential}, []string{scope}, &policy.BearerTokenOptions{InsecureAllowCredentialWithHTTP: plain}),
 		},
-	}, &policy.ClientOptions{Retry: retries, Transport: &http.Client{Transport: s.transport}})
+	}, &policy.ClientOptions{Retry: retries, Transport: &http.Client{Transport: endpoint.Limit(s.transport, maxAnswer)}})
 	if err := s.openContainer(ctx); err != nil {
 		s.Close()
 		return nil, err
@@ -151,7 +155,7 @@ func (o *Options) check() (plain bool, err error) {
 		return false, errors.New("the cloud chooses an endpoint: set one of the two")
 	}
 	if o.Endpoint != "" {
-		return storage.CheckEndpoint(o.Endpoint)
+		return endpoint.Check(o.Endpoint)
 	}
 	if o.Cloud == "" {
 		o.Cloud = "public"

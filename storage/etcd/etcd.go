@@ -28,8 +28,12 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/storage"
 )
+
+// maxAnswer bounds an answer in bytes: a page of a list is the longest.
+const maxAnswer = 16 << 20
 
 // Options say where objects are. Endpoints must be set.
 type Options struct {
@@ -106,9 +110,9 @@ func (o *Options) check() error {
 	}
 	o.Endpoints = slices.Clone(o.Endpoints) // ours is changed
 	plain := 0
-	for i, endpoint := range o.Endpoints {
-		o.Endpoints[i] = strings.TrimSuffix(endpoint, "/")
-		loopback, err := storage.CheckEndpoint(endpoint)
+	for i, member := range o.Endpoints {
+		o.Endpoints[i] = strings.TrimSuffix(member, "/")
+		loopback, err := endpoint.Check(member)
 		switch {
 		case err != nil:
 			return err
@@ -122,7 +126,7 @@ func (o *Options) check() error {
 	case plain != 0 && plain != len(o.Endpoints):
 		return errors.New("the endpoints must be all https, or all http on loopback addresses")
 	case plain == 0 && o.TLS == nil:
-		return errors.New("https needs a configuration of TLS")
+		return errors.New("https needs a configuration of TLS (hint: in a URI, the parameter caFile)")
 	case plain != 0 && o.TLS != nil:
 		return errors.New("a configuration of TLS needs https")
 	}
@@ -148,8 +152,9 @@ func (s *Storage) connect(ctx context.Context, password string) (*clientv3.Clien
 	config := clientv3.Config{
 		Endpoints: s.opts.Endpoints, TLS: s.opts.TLS, Username: s.opts.Username, Password: password,
 		DialTimeout: s.opts.Timeout, DialKeepAliveTime: 30 * time.Second, DialKeepAliveTimeout: 10 * time.Second,
-		Logger:      zap.NewNop(), // errors are returned
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(keepReason)},
+		MaxCallRecvMsgSize: maxAnswer,
+		Logger:             zap.NewNop(), // errors are returned
+		DialOptions:        []grpc.DialOption{grpc.WithChainUnaryInterceptor(keepReason)},
 	}
 	// The client outlives ctx, which must end the request for a token all the same.
 	lifetime, end := context.WithCancel(context.WithoutCancel(ctx))

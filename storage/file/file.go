@@ -17,7 +17,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,7 +35,7 @@ const (
 type Storage struct {
 	dir  string
 	lock *os.File
-	mu   sync.Mutex // the file lock is the process's, not the goroutine's
+	turn chan struct{} // the file lock is of the open file, which goroutines share
 }
 
 var (
@@ -57,12 +58,15 @@ func Open(dir string) (*Storage, error) {
 	case st.Mode().Perm()&0o022 != 0:
 		return nil, fmt.Errorf("%s has mode %04o, others can write to it (hint: chmod 700 %s)", dir, st.Mode().Perm(), dir)
 	}
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok && sys.Uid != 0 && int(sys.Uid) != os.Geteuid() {
+		return nil, fmt.Errorf("%s belongs to uid %d, who can put back older records (hint: chown it to root or to this user)", dir, sys.Uid)
+	}
 	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	s := &Storage{dir: dir, lock: lock}
-	if err := s.locked(s.sweep); err != nil {
+	s := &Storage{dir: dir, lock: lock, turn: make(chan struct{}, 1)}
+	if err := s.locked(context.Background(), s.sweep); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return s, nil
@@ -81,16 +85,30 @@ func (s *Storage) sweep() error {
 	})
 }
 
-func (s *Storage) locked(f func() error) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+// lockPause is how long a lock that another process has is left alone.
+const lockPause = 5 * time.Millisecond
+
+// locked calls f while no other goroutine or process writes. It does not wait beyond
+// ctx: another process may have been stopped while it held the lock.
+func (s *Storage) locked(ctx context.Context, f func() error) error {
+	select {
+	case s.turn <- struct{}{}:
+		defer func() { <-s.turn }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	for {
-		err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX)
+		err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			break
 		}
-		if !errors.Is(err, unix.EINTR) {
+		if !errors.Is(err, unix.EINTR) && !errors.Is(err, unix.EWOULDBLOCK) {
 			return fmt.Errorf("lock %s: %w", s.dir, err)
+		}
+		select {
+		case <-time.After(lockPause):
+		case <-ctx.Done():
+			return fmt.Errorf("lock %s, which another process has: %w", s.dir, ctx.Err())
 		}
 	}
 	defer func() { _ = unix.Flock(int(s.lock.Fd()), unix.LOCK_UN) }()
@@ -153,7 +171,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 		return "", err
 	}
 	body, token := storage.Frame(data)
-	err := s.locked(func() error {
+	err := s.locked(ctx, func() error {
 		if err := s.expect(name, expect); err != nil {
 			return err
 		}
@@ -213,7 +231,7 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 	if err := errors.Join(ctx.Err(), storage.CheckName(name)); err != nil {
 		return err
 	}
-	return s.locked(func() error {
+	return s.locked(ctx, func() error {
 		if _, _, err := s.read(name); errors.Is(err, storage.ErrNotFound) {
 			return err
 		}
@@ -223,7 +241,14 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 		if err := os.Remove(s.path(name)); err != nil {
 			return err
 		}
-		return syncDir(filepath.Dir(s.path(name)))
+		dir := filepath.Dir(s.path(name))
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+		// A folder that is not empty stays.
+		for ; dir != s.dir && os.Remove(dir) == nil; dir = filepath.Dir(dir) {
+		}
+		return nil
 	})
 }
 

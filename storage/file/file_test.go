@@ -1,12 +1,14 @@
 package file
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -153,5 +155,39 @@ func TestAFullFileSystemLosesNothing(t *testing.T) {
 	}
 	if _, err := s.Put(t.Context(), "v0", []byte(large), storage.Absent); err != nil {
 		t.Errorf("with room again: %v", err)
+	}
+}
+
+// A process that was stopped while it had the lock holds nobody up beyond his time.
+func TestAWriteDoesNotWaitForALockBeyondItsTime(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "records")
+	s := open(t, dir)
+	other, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR, 0)
+	must(t, err)
+	defer other.Close()
+	must(t, unix.Flock(int(other.Fd()), unix.LOCK_EX))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if _, err := s.Put(ctx, "a", nil, storage.Absent); !errors.Is(err, context.DeadlineExceeded) {
+		t.Error(err)
+	}
+	if _, _, err := s.Get(t.Context(), "a"); !errors.Is(err, storage.ErrNotFound) {
+		t.Error(err)
+	}
+	must(t, unix.Flock(int(other.Fd()), unix.LOCK_UN))
+	if _, err := s.Put(t.Context(), "a", nil, storage.Absent); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAFolderOfSomebodyElseIsRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root, to give a folder away")
+	}
+	dir := t.TempDir()
+	must(t, os.Chmod(dir, 0o700))
+	must(t, os.Chown(dir, 12345, 0))
+	if _, err := Open(dir); err == nil || !strings.Contains(err.Error(), "uid 12345") {
+		t.Error(err)
 	}
 }

@@ -37,8 +37,12 @@ import (
 	"google.golang.org/api/option"
 	api "google.golang.org/api/storage/v1"
 
+	"github.com/keyagent/keyagent/internal/endpoint"
 	"github.com/keyagent/keyagent/storage"
 )
+
+// maxAnswer bounds an answer in bytes: a page of a list is the longest.
+const maxAnswer = 16 << 20
 
 // Options say where objects are. Bucket must be set.
 type Options struct {
@@ -103,7 +107,7 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 	if opts.Prefix != "" {
 		s.prefix = opts.Prefix + "/"
 	}
-	client := &http.Client{Transport: s.transport}
+	client := &http.Client{Transport: endpoint.Limit(s.transport, maxAnswer)}
 	if !anonymous {
 		if client, err = s.authenticated(); err != nil {
 			return nil, err
@@ -156,7 +160,7 @@ func (o *Options) check() (anonymous bool, err error) {
 	if o.Endpoint == "" {
 		return false, nil
 	}
-	loopback, err := storage.CheckEndpoint(o.Endpoint)
+	loopback, err := endpoint.Check(o.Endpoint)
 	return loopback && o.Credentials == nil, err
 }
 
