@@ -28,35 +28,37 @@ func (b backend) observe(operation string, began time.Time, err error) {
 }
 
 // backendErrors is the one table of what backends' errors mean: a label for
-// metrics, a class, and what a node that was refused, or the operator who stands
-// before the service, can do.
+// metrics, a class, and what the operator who stands before the service can do. A
+// node is told that the service is unreachable where an operator, or another
+// replica, may change that: it tries again, and asks the next endpoint.
 var backendErrors = []struct {
 	is       error
 	label    string
 	class    failure.Class
-	node     string
 	operator string
+	final    bool // also for a node
 }{
-	{storage.ErrNotFound, "not found", failure.NotFound, "", ""},
-	{storage.ErrConflict, "conflict", failure.Unreachable, "try again", "try again"},
-	{storage.ErrNoBucket, "no bucket", failure.Configuration, "the key service's storage is gone", "create it, or look for a misspelt name"},
-	{storage.ErrCorrupt, "corrupt", failure.Tampered, "", "put back a good copy of the object"},
-	{storage.ErrTooLarge, "corrupt", failure.Tampered, "", "put back a good copy of the object"},
-	{kms.ErrWrongKey, "wrong key", failure.WrongKey, "", ""},
-	{kms.ErrKEK, "kek", failure.Configuration, "the key service's key-encryption key is disabled or gone", "enable the key, or cancel its deletion"},
-	{kms.ErrThrottled, "throttled", failure.Unreachable, "try again later", "try again later"},
-	{storage.ErrThrottled, "throttled", failure.Unreachable, "try again later", "try again later"},
+	{storage.ErrNotFound, "not found", failure.NotFound, "", true},
+	{storage.ErrConflict, "conflict", failure.Unreachable, "try again", false},
+	{storage.ErrNoBucket, "no bucket", failure.Configuration, "create it, or look for a misspelt name", false},
+	{storage.ErrCorrupt, "corrupt", failure.Tampered, "put back a good copy of the object", true},
+	{storage.ErrTooLarge, "corrupt", failure.Tampered, "put back a good copy of the object", true},
+	{kms.ErrKEKVersion, "kek version", failure.WrongKey, "is the KEK that it was made under in kms or old_kms?", false},
+	{kms.ErrWrongKey, "wrong key", failure.WrongKey, "", true},
+	{kms.ErrKEK, "kek", failure.Configuration, "enable the key, or cancel its deletion", false},
+	{kms.ErrThrottled, "throttled", failure.Unreachable, "try again later", false},
+	{storage.ErrThrottled, "throttled", failure.Unreachable, "try again later", false},
 	// Credentials are renewed while the service runs.
-	{kms.ErrCredentials, "credentials", failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed", "docs/clouds.md says where credentials come from"},
-	{storage.ErrCredentials, "credentials", failure.Unreachable, "the key service's credentials are not accepted; try again when they are renewed", "docs/clouds.md says where credentials come from"},
-	{kms.ErrDenied, "denied", failure.Configuration, "the key service lacks a permission, its log says which", "docs/clouds.md and deploy/iam list the permissions"},
-	{storage.ErrDenied, "denied", failure.Configuration, "the key service lacks a permission, its log says which", "docs/clouds.md and deploy/iam list the permissions"},
-	{kms.ErrUnavailable, "unavailable", failure.Unreachable, "try again later", "is it reachable from here?"},
-	{storage.ErrUnavailable, "unavailable", failure.Unreachable, "try again later", "is it reachable from here?"},
-	{kms.ErrURI, "other", failure.Configuration, "", "docs/configuration.md lists the parameters of each URI"},
+	{kms.ErrCredentials, "credentials", failure.Unreachable, "docs/clouds.md says where credentials come from", false},
+	{storage.ErrCredentials, "credentials", failure.Unreachable, "docs/clouds.md says where credentials come from", false},
+	{kms.ErrDenied, "denied", failure.Configuration, "docs/clouds.md and deploy/iam list the permissions", false},
+	{storage.ErrDenied, "denied", failure.Configuration, "docs/clouds.md and deploy/iam list the permissions", false},
+	{kms.ErrUnavailable, "unavailable", failure.Unreachable, "is it reachable from here?", false},
+	{storage.ErrUnavailable, "unavailable", failure.Unreachable, "is it reachable from here?", false},
+	{kms.ErrURI, "other", failure.Configuration, "docs/configuration.md lists the parameters of each URI", true},
 	// The caller went, or did not wait any longer.
-	{context.Canceled, "cancelled", failure.Unreachable, "try again", ""},
-	{context.DeadlineExceeded, "unavailable", failure.Unreachable, "try again", "is it reachable from here?"},
+	{context.Canceled, "cancelled", failure.Unreachable, "", false},
+	{context.DeadlineExceeded, "unavailable", failure.Unreachable, "is it reachable from here?", false},
 }
 
 // backendLabel gives an error its label.

@@ -283,24 +283,23 @@ func classify(err error) error {
 		}
 	}
 	for _, row := range backendErrors {
-		if errors.Is(err, row.is) {
-			return failure.New(row.class, err, row.node)
+		switch {
+		case !errors.Is(err, row.is):
+			continue
+		case row.final:
+			return failure.New(row.class, err, "")
 		}
+		return failure.New(failure.Unreachable, err, "the key service's log says what it lacks; try again later")
 	}
 	return err
 }
 
 // forOperator is classify for who stands before the service and its backends.
 func forOperator(err error) error {
-	if err == nil {
-		return nil
-	}
-	if err := classify(err); failure.Of(err).Class == failure.Internal {
-		return err
-	}
 	for _, row := range backendErrors {
-		if errors.Is(err, row.is) {
-			return failure.New(failure.Of(classify(err)).Class, err, row.operator)
+		// What this package's own errors wrap is no cause of theirs.
+		if errors.Is(err, row.is) && !errors.Is(err, ErrRecord) && !errors.Is(err, ErrRollback) && !errors.Is(err, record.ErrMACKey) {
+			return failure.New(row.class, err, row.operator)
 		}
 	}
 	return classify(err)

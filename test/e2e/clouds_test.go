@@ -136,7 +136,7 @@ func (s *cloudService) refuses(t *testing.T, class failure.Class, why string, fo
 	}
 }
 
-// Show 4, cases 40 to 43: keyagent serve runs on each cloud's KMS and storage, and
+// Cases 40 to 43: keyagent serve runs on each cloud's KMS and storage, and
 // delivers to an attested machine. What storage or the KMS does wrong has errors
 // of its own, and never a new key.
 func TestEachCloudDeliversKeysAndWhatGoesWrongHasAName(t *testing.T) {
@@ -194,13 +194,13 @@ func TestEachCloudDeliversKeysAndWhatGoesWrongHasAName(t *testing.T) {
 			put(good)
 
 			shape.Disable(true)
-			s.refused(t, failure.Configuration, "key-encryption key cannot be used")
+			s.refuses(t, failure.Unreachable, "key-encryption key cannot be used", false)
 			shape.Disable(false)
 			stop := shape.Throttle()
 			s.refuses(t, failure.Unreachable, "too many requests", false)
 			stop()
 			back := shape.Gone()
-			s.refused(t, failure.Configuration, "there is no such bucket")
+			s.refuses(t, failure.Unreachable, "there is no such bucket", true)
 			back()
 			if !s.key(t, "data").Equal(want) {
 				t.Error("after the KMS was back, another key came")
