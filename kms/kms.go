@@ -71,6 +71,11 @@ var (
 
 // KMS makes and opens keys. It is safe for concurrent use. The caller closes
 // every secret that it receives, and keeps those that it hands in.
+//
+// Every method returns [ErrBinding] for a binding that is out of bounds, before it
+// asks anybody; [ErrUnavailable], [ErrThrottled], [ErrDenied], [ErrCredentials] or
+// [ErrKEK] where a service does not do what it is asked; and context.Canceled if
+// ctx is cancelled.
 type KMS interface {
 	// Generate returns a new key for b and what must be kept to unwrap it.
 	// A backend that derives keys returns the same key each time.
@@ -132,7 +137,7 @@ func NewSecret(p []byte) (*Secret, error) { return secret.From(p) }
 // associated data of wrapping.
 type Binding struct {
 	VolumeID string  // the authorised ID, never something read from a disk
-	Purpose  Purpose //
+	Purpose  Purpose // which of the volume's keys
 	Version  uint32  // of the key, from 1
 	Length   int     // in bytes, MinLength to MaxLength
 }

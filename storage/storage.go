@@ -57,6 +57,11 @@ const Absent Version = ""
 
 // Storage holds small objects by name. It is safe for concurrent use, also by
 // several processes.
+//
+// Every method returns [ErrName] or [ErrTooLarge] for what no backend holds;
+// [ErrNoBucket] if what holds the objects is gone; [ErrUnavailable], [ErrThrottled],
+// [ErrDenied] or [ErrCredentials] where a service does not do what it is asked; and
+// context.Canceled if ctx is cancelled.
 type Storage interface {
 	// Get returns an object and its version. [ErrNotFound] if there is none;
 	// every other error leaves open whether there is one.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"strings"
 
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/kms"
@@ -21,7 +22,8 @@ func etcdStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	if opts.Password, err = credential(u, "password"); err != nil {
 		return nil, err
 	}
-	if opts.TLS, err = etcdTLS(u.Optional("caFile"), u.Optional("certFile"), u.Optional("keyFile")); err != nil {
+	https := strings.HasPrefix(opts.Endpoints[0], "https://")
+	if opts.TLS, err = etcdTLS(https, u.Optional("caFile"), u.Optional("certFile"), u.Optional("keyFile")); err != nil {
 		return nil, err
 	}
 	if err := u.Done(); err != nil {
@@ -30,15 +32,12 @@ func etcdStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	return opened[Objects](etcd.New(ctx, opts))
 }
 
-// etcdTLS is nil if no certificate is named; etcd.New demands TLS of everything
-// that is not on loopback. The client's certificate is read again for each
-// connection.
-func etcdTLS(ca, cert, key string) (*tls.Config, error) {
+// etcdTLS is nil for plain HTTP, which etcd.New allows on loopback alone. The
+// client's certificate is read again for each connection.
+func etcdTLS(https bool, ca, cert, key string) (*tls.Config, error) {
 	switch {
-	case ca == "" && cert == "" && key == "":
+	case !https && ca == "" && cert == "" && key == "":
 		return nil, nil
-	case ca == "":
-		return nil, fmt.Errorf("%w: storage://etcd needs the parameter \"caFile\" with a certificate", kms.ErrURI)
 	case (cert == "") != (key == ""):
 		return nil, fmt.Errorf("%w: storage://etcd takes the parameters \"certFile\" and \"keyFile\" together", kms.ErrURI)
 	}

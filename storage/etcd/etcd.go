@@ -126,7 +126,7 @@ func (o *Options) check() error {
 	case plain != 0 && plain != len(o.Endpoints):
 		return errors.New("the endpoints must be all https, or all http on loopback addresses")
 	case plain == 0 && o.TLS == nil:
-		return errors.New("https needs a configuration of TLS (hint: in a URI, the parameter caFile)")
+		return errors.New("https needs a configuration of TLS")
 	case plain != 0 && o.TLS != nil:
 		return errors.New("a configuration of TLS needs https")
 	}

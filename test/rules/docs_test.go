@@ -221,3 +221,23 @@ func TestTheTestsOfTheAttackTableExist(t *testing.T) {
 		}
 	}
 }
+
+// TestEachDependencyHasItsReason: what go.mod requires directly stands in
+// docs/DEPENDENCIES.md.
+func TestEachDependencyHasItsReason(t *testing.T) {
+	text, n := read(t, "docs/DEPENDENCIES.md"), 0
+	for line := range strings.Lines(read(t, "go.mod")) {
+		fields := strings.Fields(line)
+		if len(fields) != 2 || !strings.Contains(fields[0], "/") || !strings.HasPrefix(fields[1], "v") {
+			continue
+		}
+		n++
+		parts := strings.Split(regexp.MustCompile(`/v\d+$`).ReplaceAllString(fields[0], ""), "/")
+		if last := parts[len(parts)-1]; !strings.Contains(text, last) {
+			t.Errorf("%s is not in it", fields[0])
+		}
+	}
+	if n < 25 {
+		t.Fatalf("only %d dependencies were found", n)
+	}
+}
