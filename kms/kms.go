@@ -64,6 +64,8 @@ var (
 	// ErrKEK: the key-encryption key is not there, is disabled, waits for its
 	// deletion, or is of a kind that cannot wrap.
 	ErrKEK = errors.New("key-encryption key cannot be used")
+	// ErrClosed: the backend was closed.
+	ErrClosed = secret.ErrClosed
 	// ErrURI: a URI cannot be understood. The error never repeats the values
 	// in it.
 	ErrURI = errors.New("invalid URI")

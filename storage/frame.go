@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -64,4 +65,19 @@ func JoinVersion(token, compared string) Version { return Version(token + " " + 
 func SplitVersion(v Version) (token, compared string, ok bool) {
 	token, compared, ok = strings.Cut(string(v), " ")
 	return token, compared, ok && token != "" && compared != ""
+}
+
+// Settle says what became of a write that put an object with this token, where the
+// answer was lost or says that somebody else had written: the SDKs try again, and
+// the second try conflicts with a first one that was carried out. get reads the
+// object; otherwise is what the write was answered with.
+func Settle(get func() (token, compared string, err error), token string, otherwise error) (Version, error) {
+	have, compared, err := get()
+	switch {
+	case err == nil && have == token:
+		return JoinVersion(token, compared), nil
+	case err == nil, errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrTooLarge):
+		return "", otherwise // somebody else's
+	}
+	return "", fmt.Errorf("whether it was written is not known: %w", err)
 }

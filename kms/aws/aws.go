@@ -112,7 +112,7 @@ var (
 	_ kms.Namer = (*KMS)(nil)
 )
 
-var errClosed = errors.New("aws kms is closed")
+var errClosed = fmt.Errorf("aws kms: %w", kms.ErrClosed)
 
 // New asks the service which key Options.Key is, and demands that it can
 // encrypt and decrypt.

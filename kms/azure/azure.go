@@ -92,7 +92,7 @@ var (
 // maxAnswer bounds an answer in bytes.
 const maxAnswer = 256 << 10
 
-var errClosed = errors.New("azure kms is closed")
+var errClosed = fmt.Errorf("azure kms: %w", kms.ErrClosed)
 
 // domains of the clouds, by the type of a vault.
 var domains = map[string]map[string]string{

@@ -81,7 +81,7 @@ var (
 	_ kms.Namer = (*KMS)(nil)
 )
 
-var errClosed = errors.New("gcp kms is closed")
+var errClosed = fmt.Errorf("gcp kms: %w", kms.ErrClosed)
 
 const cloudScope = "https://www.googleapis.com/auth/cloudkms"
 

@@ -281,7 +281,7 @@ func (k *KMS) try(ctx context.Context, method, verb string, body []byte, use fun
 	return use(data)
 }
 
-var errClosed = errors.New("vault: the client is closed")
+var errClosed = fmt.Errorf("vault: %w", kms.ErrClosed)
 
 // refusal classes an answer by its status, as the HTTP API documents them. The
 // server's own words say which of its rules it was.

@@ -88,14 +88,10 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 // otherwise. The SDK tries again when an answer is lost: the first try may have
 // been written, and then the second one conflicts with it.
 func (s *Storage) mine(ctx context.Context, name, token string, otherwise error) (storage.Version, error) {
-	_, have, etag, err := s.get(ctx, name)
-	switch {
-	case err == nil && have == token:
-		return storage.JoinVersion(token, etag), nil
-	case err == nil, errors.Is(err, storage.ErrNotFound), errors.Is(err, storage.ErrCorrupt), errors.Is(err, storage.ErrTooLarge):
-		return "", otherwise // somebody else's
-	}
-	return "", fmt.Errorf("whether %s was written is not known: %w", name, err)
+	return storage.Settle(func() (string, string, error) {
+		_, have, etag, err := s.get(ctx, name)
+		return have, etag, err
+	}, token, otherwise)
 }
 
 // Delete implements storage.Deleter. It reads the object first, and then deletes

@@ -131,14 +131,10 @@ const contentType = "application/octet-stream"
 // otherwise. A write is tried again when its answer is lost: the first try may
 // have been written, and then the second one conflicts with it.
 func (s *Storage) mine(ctx context.Context, name, token string, otherwise error) (storage.Version, error) {
-	_, have, generation, err := s.get(ctx, name)
-	switch {
-	case err == nil && have == token:
-		return storage.JoinVersion(token, generation), nil
-	case err == nil, errors.Is(err, storage.ErrNotFound), errors.Is(err, storage.ErrCorrupt), errors.Is(err, storage.ErrTooLarge):
-		return "", otherwise // somebody else's
-	}
-	return "", fmt.Errorf("whether %s was written is not known: %w", name, err)
+	return storage.Settle(func() (string, string, error) {
+		_, have, generation, err := s.get(ctx, name)
+		return have, generation, err
+	}, token, otherwise)
 }
 
 // Delete implements storage.Deleter.
