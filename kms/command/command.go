@@ -9,7 +9,6 @@
 package command
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/hkdf"
@@ -20,12 +19,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os/exec"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/shell"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -47,9 +45,6 @@ const (
 
 // maxOutput bounds what a command may print; the longest KEK in hex is 64 bytes.
 const maxOutput = 256
-
-// maxLogged bounds what of a command's standard error is logged, in lines.
-const maxLogged = 100
 
 // ErrCommand: the command failed, took too long, or printed no KEK.
 var ErrCommand = fmt.Errorf("%w: key command", kms.ErrUnavailable)
@@ -97,64 +92,31 @@ func NewSource(opts Options) (*Source, error) {
 // Fetch runs the command once and returns what it printed. The error wraps
 // [ErrCommand].
 func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.opts.Deadline)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", s.opts.Command)
-	// A group of its own: what the command started goes with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
-	}
-	stderr, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
-	}
-	// A child that left the group keeps the pipes open: they are not waited for
-	// beyond the deadline.
-	stop := context.AfterFunc(ctx, func() { _ = stdout.Close(); _ = stderr.Close() })
-	defer stop()
-	var logged sync.WaitGroup
-	logged.Go(func() { s.logLines(stderr) })
-	out, readErr := secret.Read(stdout, maxOutput)
-	switch {
-	case readErr == nil:
+	var out *secret.Bytes
+	err := shell.Run(ctx, shell.Command{
+		Name: "key command", Text: s.opts.Command, Deadline: s.opts.Deadline, Log: s.opts.Log,
+		Stdout: func(r io.Reader) (err error) {
+			out, err = secret.Read(r, maxOutput)
+			if errors.Is(err, secret.ErrEmpty) {
+				return nil // it may have failed, which says more
+			}
+			return err
+		},
+	})
+	if out != nil {
 		defer out.Close()
-	case !errors.Is(readErr, secret.ErrEmpty):
-		_ = cmd.Cancel() // a command that prints without end is not waited for
 	}
-	logged.Wait()
-	waitErr := cmd.Wait()
 	switch {
-	case ctx.Err() != nil:
-		return nil, fmt.Errorf("%w: it did not end within %s and was killed", ErrCommand, s.opts.Deadline)
-	case waitErr != nil && (readErr == nil || errors.Is(readErr, secret.ErrEmpty)):
-		return nil, fmt.Errorf("%w: %w (hint: what it wrote to standard error is in the log)", ErrCommand, waitErr)
-	case errors.Is(readErr, secret.ErrEmpty):
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
+	case out == nil:
 		return nil, fmt.Errorf("%w: %w", ErrCommand, errLength)
-	case readErr != nil:
-		return nil, fmt.Errorf("%w: its output: %w", ErrCommand, readErr)
 	}
 	kek, err := s.decode(out)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrCommand, err)
 	}
 	return kek, nil
-}
-
-func (s *Source) logLines(r io.Reader) {
-	scan := bufio.NewScanner(r)
-	for n := 0; scan.Scan(); n++ {
-		if n < maxLogged {
-			s.opts.Log.Warn("key command", "stderr", scan.Text())
-		}
-	}
-	_, _ = io.Copy(io.Discard, r)
 }
 
 var errLength = errors.New("it printed no key of 16, 24 or 32 bytes")

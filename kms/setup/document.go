@@ -1,13 +1,17 @@
+//go:build !keyagent_noaws
+
 package setup
 
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"os/exec"
-	"syscall"
+	"log/slog"
 	"time"
+
+	"github.com/keyagent/keyagent/internal/shell"
 )
 
 // documentCommand is a command that makes attestation documents: it reads a
@@ -21,34 +25,22 @@ const (
 
 // Document runs the command.
 func (c documentCommand) Document(ctx context.Context, publicKey []byte) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, documentDeadline)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "/bin/sh", "-c", string(c))
-	// A group of its own: what the command started goes with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
-	cmd.Stdin = bytes.NewReader(publicKey)
-	var out bytes.Buffer
-	cmd.Stdout = &limited{&out, maxDocument}
-	if err := cmd.Run(); err != nil {
+	var out []byte
+	err := shell.Run(ctx, shell.Command{
+		Name: "attestation command", Text: string(c), Stdin: bytes.NewReader(publicKey), Deadline: documentDeadline, Log: slog.Default(),
+		Stdout: func(r io.Reader) (err error) {
+			out, err = io.ReadAll(io.LimitReader(r, maxDocument+1))
+			if err == nil && len(out) > maxDocument {
+				err = fmt.Errorf("it printed more than %d bytes", maxDocument)
+			}
+			return err
+		},
+	})
+	if err == nil && len(out) == 0 {
+		err = errors.New("it printed no document")
+	}
+	if err != nil {
 		return nil, fmt.Errorf("attestation command: %w", err)
 	}
-	if out.Len() == 0 {
-		return nil, fmt.Errorf("attestation command: it printed no document")
-	}
-	return out.Bytes(), nil
-}
-
-// limited refuses what exceeds n bytes, which ends the command.
-type limited struct {
-	w io.Writer
-	n int
-}
-
-func (l *limited) Write(p []byte) (int, error) {
-	if l.n -= len(p); l.n < 0 {
-		return 0, fmt.Errorf("it printed more than %d bytes", maxDocument)
-	}
-	return l.w.Write(p)
+	return out, nil
 }
