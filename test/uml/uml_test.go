@@ -48,7 +48,7 @@ func TestAGuestReturnsOutputAndExitCode(t *testing.T) {
 }
 
 func TestAGuestThatDoesNotEndIsKilled(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 25*time.Second)
 	defer cancel()
 	_, err := uml.Run(ctx, uml.Guest{Program: script(t, "echo began", "exec sleep infinity")})
 	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "began") {
