@@ -7,7 +7,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: all deps build demo test test-cloud lint bench fuzz generate clean
+.PHONY: all deps build node demo test test-cloud lint bench fuzz generate clean
 
 all: build
 
@@ -17,6 +17,12 @@ deps: ## Debian packages that building and testing need
 build: deps
 	$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/keyagent ./cmd/keyagent
 
+# What a node does not need: clients of clouds and of etcd, see docs/BENCHMARKS.md.
+NODE_TAGS := keyagent_noaws,keyagent_noazure,keyagent_nogcp,keyagent_noetcd
+
+node: deps ## the program for confidential VMs, half as large
+	$(GO) build -trimpath -tags $(NODE_TAGS) -ldflags "$(LDFLAGS)" -o bin/keyagent-node ./cmd/keyagent
+
 demo: build ## the whole main job on this machine
 	./bin/keyagent demo --out demo-out
 
@@ -24,6 +30,8 @@ lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags umlguest ./luks
+	$(GO) vet -tags cloud ./kms/... ./storage/...
+	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(TOOL) staticcheck ./...
 
 test: deps lint ## everything, with real kernels in guests; needs root
