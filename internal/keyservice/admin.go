@@ -144,8 +144,8 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 			s.Keys[w.KEK]++
 			return w, nil
 		}
-		p, err := a.book.Walk(ctx, kind, look, count, nil)
-		if err != nil && (p.Done < p.Total || ctx.Err() != nil) {
+		_, err := a.book.Walk(ctx, kind, look, count, nil)
+		if errors.Is(err, record.ErrIncomplete) {
 			return nil, forOperator(err)
 		}
 		if err != nil {

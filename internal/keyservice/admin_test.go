@@ -501,3 +501,28 @@ func TestWhatWasInterruptedSaysSo(t *testing.T) {
 		}
 	}
 }
+
+// unlisted has records that it does not list.
+type unlisted struct{ storage.Storage }
+
+func (unlisted) List(context.Context, string, string, int) ([]string, error) {
+	return nil, storage.ErrDenied
+}
+
+// Without a list nothing is known of the records: the MAC key stays where they are,
+// and no status says that nothing is outdated.
+func TestRecordsThatCannotBeListedAreNotTakenForNone(t *testing.T) {
+	s := memfs.New()
+	fill(t, clusterKMS(t, oldMaster), s)
+	both := kms.WithOld(clusterKMS(t, newMaster), clusterKMS(t, oldMaster))
+	a := admin(t, both, unlisted{s})
+	_, err := a.Rewrap(t.Context(), nil)
+	wantErr(t, err, storage.ErrDenied)
+	if status, err := a.Status(t.Context()); !errors.Is(err, storage.ErrDenied) {
+		t.Errorf("%+v, %v", status, err)
+	}
+	status, err := admin(t, both, s).Status(t.Context())
+	if err != nil || status.MACKey == status.Current || status.Outdated != 7 {
+		t.Errorf("the MAC key moved: %+v, %v", status, err)
+	}
+}

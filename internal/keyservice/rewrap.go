@@ -35,7 +35,7 @@ func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.T
 		refused = errors.Join(refused, err)
 		// An object that is no record of ours opens under no KEK: whoever writes
 		// the storage must not hold up a change of the KEK by leaving one there.
-		if err != nil && (p.Done < p.Total || p.Failed > p.Refused) {
+		if errors.Is(err, record.ErrIncomplete) {
 			return sum, forOperator(refused)
 		}
 	}
@@ -45,8 +45,8 @@ func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.T
 // rewrapLoop re-wraps at intervals until ctx ends. The first run waits as well: while
 // replicas are restarted one after the other, those that are not yet must still
 // open what the first one finds. It does not wait for longer than ten minutes, so that
-// a service that is restarted each day runs it at all. A run that fails is tried again at its next
-// time; the keys stay as they are, and open.
+// a service that is restarted each day runs it at all. A run that fails is tried
+// again at its next time; the keys stay as they are, and open.
 func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
 	timer := time.NewTimer(min(every, 10*time.Minute))
 	defer timer.Stop()

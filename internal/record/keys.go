@@ -25,6 +25,11 @@ type Progress struct {
 	Refused int `json:"refused"` // of Failed: objects that are no record of ours
 }
 
+// ErrIncomplete: there are records that a walk did not get to, or that it could not
+// work on although they are ours. Without it, all that failed were objects that are
+// no records of ours ([ErrRefused]).
+var ErrIncomplete = errors.New("not every record was worked on")
+
 // Plus adds up two walks.
 func (p Progress) Plus(q Progress) Progress {
 	return Progress{p.Total + q.Total, p.Done + q.Done, p.Changed + q.Changed, p.Failed + q.Failed, p.Refused + q.Refused}
@@ -40,12 +45,12 @@ const parallel = 8
 // goes on behind those that fail. Whoever changes a record in the meantime wins,
 // and the record is looked at again. It ends early if ctx ends, or the KMS or
 // storage does not work: walking again carries on, since what was changed needs
-// no second change. report, if not nil, is called after each record, never twice
+// no second change. The error says so by [ErrIncomplete]. report, if not nil, is called after each record, never twice
 // at once.
 func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error), report func(Progress)) (Progress, error) {
 	ids, err := b.all(ctx, kind)
 	if err != nil {
-		return Progress{}, err
+		return Progress{}, errors.Join(ErrIncomplete, err)
 	}
 	asked := ctx
 	var mu sync.Mutex
@@ -90,7 +95,10 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 		failures = append(failures, fmt.Errorf("and %d more", more))
 	}
 	// A walk that was cancelled between two records has met no error of its own.
-	return p, errors.Join(append(failures, err, asked.Err())...)
+	if err = errors.Join(err, asked.Err()); err != nil || p.Done < p.Total || p.Failed > p.Refused {
+		failures = append(failures, ErrIncomplete, err)
+	}
+	return p, errors.Join(failures...)
 }
 
 // stops says whether an error would meet the next record as well.
