@@ -26,7 +26,21 @@ type Kind string
 
 // The kinds. A kind that no configured verifier handles is refused.
 const (
+	// TPM is a quote of a TPM 2.0 whose maker, cloud or operator vouches for it.
 	TPM Kind = "tpm"
+	// SNP is an SEV-SNP report over the binder.
+	SNP Kind = "snp"
+	// TDX is a TDX quote over the binder.
+	TDX Kind = "tdx"
+	// Azure is what a confidential VM of Azure has: an SNP report or a TDX quote
+	// that covers the vTPM's attestation key, and a quote by that key over the
+	// binder. It gives claims of three kinds.
+	Azure Kind = "azure"
+	// SVSM is an SNP report at VMPL 0 that covers the binder and the manifest of
+	// a vTPM, and that vTPM's quote over the binder. It gives claims of three kinds.
+	SVSM Kind = "svsm"
+	// Nitro is an attestation document of AWS NitroTPM over the binder.
+	Nitro Kind = "nitro"
 )
 
 // BinderSize is the size of a [Binder]: a SHA-512 digest, which is also the size
@@ -78,20 +92,27 @@ type Verifier interface {
 type Question interface {
 	// Ask returns what the attester must answer.
 	Ask() []byte
-	// Verify checks the answer and returns what it proves.
-	Verify(ctx context.Context, evidence []byte, binder Binder) (Claims, error)
+	// Verify checks the answer and returns what it proves: claims of the
+	// verifier's kind first. Evidence in which one piece of hardware vouches for
+	// another gives claims of those kinds as well, with Via set.
+	Verify(ctx context.Context, evidence []byte, binder Binder) ([]Claims, error)
 }
 
 // Claims is what one verified piece of evidence says. All of it is covered by a
 // signature of the attesting hardware or by a chain to a configured root.
 type Claims struct {
 	Kind Kind
+	// Via is the kind of the evidence that these claims came in, if that is
+	// another: a report inside Azure's evidence covers an attestation key and not
+	// the binder, and never stands for one that covers the binder.
+	Via Kind
 	// Identity is stable for one machine: for a TPM, the SHA-256 of its EK.
 	Identity string
 	// Trust names the entry of the policy's trust section that vouches for the
 	// hardware, for example "root:lab".
 	Trust string
-	// Measurements by register name, for a TPM "pcr0" to "pcr23".
+	// Measurements by register name: for a TPM "pcr0" to "pcr23", for SNP
+	// "measurement", for TDX "mrtd" and "rtmr0" to "rtmr3".
 	Measurements map[string]Measurement
 	// Facts are further claims, by name, for the policy's expressions. Values
 	// are string, bool, int64, uint64 or []string.
@@ -141,6 +162,13 @@ type Verified struct {
 func NewVerified(binder Binder, at time.Time, claims ...Claims) (*Verified, error) {
 	if len(claims) == 0 {
 		return nil, fmt.Errorf("%w: no claims", ErrRefused)
+	}
+	seen := map[Kind]bool{}
+	for _, c := range claims {
+		if c.Kind == "" || seen[c.Kind] {
+			return nil, fmt.Errorf("%w: two pieces of evidence of kind %q", ErrRefused, c.Kind)
+		}
+		seen[c.Kind] = true
 	}
 	return &Verified{claims: claims, binder: binder, at: at}, nil
 }

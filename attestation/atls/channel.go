@@ -314,15 +314,17 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	if len(evidence.GetItems()) != len(questions) {
 		return state, 0, fmt.Errorf("%w: %d items of evidence for %d asks", ErrFrame, len(evidence.GetItems()), len(questions))
 	}
-	claims := make([]attestation.Claims, len(questions))
+	var claims []attestation.Claims
 	for n, q := range questions {
 		item := evidence.GetItems()[n]
 		if kind := c.peers.Verifiers[n].Kind(); item.GetKind() != string(kind) {
 			return state, 0, fmt.Errorf("%w: %q evidence where %s was asked for", ErrFrame, item.GetKind(), kind)
 		}
-		if claims[n], err = q.Verify(ctx, item.GetData(), binder); err != nil {
+		proved, err := q.Verify(ctx, item.GetData(), binder)
+		if err != nil {
 			return state, 0, err
 		}
+		claims = append(claims, proved...)
 	}
 	if state.verified, err = attestation.NewVerified(binder, c.now(), claims...); err != nil {
 		return state, 0, err

@@ -94,18 +94,18 @@ type fakeQuestion struct {
 
 func (q *fakeQuestion) Ask() []byte { return q.ask }
 
-func (q *fakeQuestion) Verify(_ context.Context, data []byte, b attestation.Binder) (attestation.Claims, error) {
+func (q *fakeQuestion) Verify(_ context.Context, data []byte, b attestation.Binder) ([]attestation.Claims, error) {
 	var e fakeEvidence
 	if json.Unmarshal(data, &e) != nil || !hmac.Equal(e.Signed, e.signature()) {
-		return attestation.Claims{}, errForged
+		return nil, errForged
 	}
 	if string(e.Ask) != string(q.ask) {
-		return attestation.Claims{}, errStale
+		return nil, errStale
 	}
 	if string(e.Binder) != string(b[:]) {
-		return attestation.Claims{}, errUnbound
+		return nil, errUnbound
 	}
-	return attestation.Claims{Kind: q.kind, Identity: e.Identity, Epoch: e.Epoch}, nil
+	return []attestation.Claims{{Kind: q.kind, Identity: e.Identity, Epoch: e.Epoch}}, nil
 }
 
 // appraiser accepts everybody but "stranger".

@@ -54,32 +54,31 @@ func Collect(ctx context.Context, i *Issuer, pcrs []uint32) (*attestv1.Saved, er
 // VerifySaved verifies evidence of a file as [Question.Verify] does, with the
 // challenge that the file itself holds. The PCRs are those that the file's
 // question named.
-func (v *Verifier) VerifySaved(ctx context.Context, s *attestv1.Saved) (attestation.Claims, error) {
-	var none attestation.Claims
+func (v *Verifier) VerifySaved(ctx context.Context, s *attestv1.Saved) ([]attestation.Claims, error) {
 	if s.GetVersion() != savedVersion || len(s.GetBinder()) != attestation.BinderSize ||
 		len(s.GetOffers()) != 1 || len(s.GetAsks()) != 1 || len(s.GetItems()) != 1 || len(s.GetCredentialSecrets()) != 1 {
-		return none, fmt.Errorf("%w: not a saved exchange of version %d with one TPM", ErrMalformed, savedVersion)
+		return nil, fmt.Errorf("%w: not a saved exchange of version %d with one TPM", ErrMalformed, savedVersion)
 	}
 	for _, i := range []*attestv1.Item{s.GetOffers()[0], s.GetAsks()[0], s.GetItems()[0]} {
 		if i.GetKind() != string(attestation.TPM) {
-			return none, fmt.Errorf("%w: kind %q", ErrMalformed, i.GetKind())
+			return nil, fmt.Errorf("%w: kind %q", ErrMalformed, i.GetKind())
 		}
 	}
 	var ask attestv1.TPMAsk
 	if err := proto.Unmarshal(s.GetAsks()[0].GetData(), &ask); err != nil {
-		return none, fmt.Errorf("%w: %w", ErrMalformed, err)
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if err := checkPCRs(ask.GetPcrs()); err != nil {
-		return none, fmt.Errorf("%w: PCRs %v", ErrMalformed, ask.GetPcrs())
+		return nil, fmt.Errorf("%w: PCRs %v", ErrMalformed, ask.GetPcrs())
 	}
 	q, err := v.Begin(ctx, s.GetOffers()[0].GetData())
 	if err != nil {
-		return none, err
+		return nil, err
 	}
 	asked := q.(*question)
 	asked.pcrs = ask.GetPcrs()
 	if copy(asked.credential[:], s.GetCredentialSecrets()[0]) != len(asked.credential) {
-		return none, fmt.Errorf("%w: credential", ErrMalformed)
+		return nil, fmt.Errorf("%w: credential", ErrMalformed)
 	}
 	return asked.Verify(ctx, s.GetItems()[0].GetData(), attestation.Binder(s.GetBinder()))
 }

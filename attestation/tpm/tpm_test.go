@@ -106,7 +106,11 @@ func (x exchange) run(t testing.TB, i *Issuer, v *Verifier) (attestation.Claims,
 	if x.binder == (attestation.Binder{}) {
 		x.binder = testBinder
 	}
-	return q.Verify(ctx, ev, x.binder)
+	claims, err := q.Verify(ctx, ev, x.binder)
+	if err != nil {
+		return attestation.Claims{}, err
+	}
+	return claims[0], nil
 }
 
 func change[M proto.Message](t testing.TB, data []byte, m M, f func(M)) []byte {

@@ -234,33 +234,32 @@ type question struct {
 func (q *question) Ask() []byte { return q.ask }
 
 // Verify implements attestation.Question.
-func (q *question) Verify(_ context.Context, evidence []byte, binder attestation.Binder) (attestation.Claims, error) {
-	var none attestation.Claims
+func (q *question) Verify(_ context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	var e attestv1.TPMEvidence
 	if err := proto.Unmarshal(evidence, &e); err != nil {
-		return none, fmt.Errorf("%w: %w", ErrMalformed, err)
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if len(e.GetEventLog()) > MaxEventLog {
-		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLogTooLarge, len(e.GetEventLog()), MaxEventLog)
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLogTooLarge, len(e.GetEventLog()), MaxEventLog)
 	}
 	// The quote first: of evidence that was relayed or replayed neither half
 	// fits, and the quote's refusal says so.
 	quote, err := q.verifyQuote(&e, binder)
 	if err != nil {
-		return none, err
+		return nil, err
 	}
 	if !hmac.Equal(e.GetCredentialProof(), credentialProof(q.credential[:], binder)) {
-		return none, ErrCredential
+		return nil, ErrCredential
 	}
 	values, err := coveredPCRs(quote.info, q.pcrs, e.GetPcrValues())
 	if err != nil {
-		return none, err
+		return nil, err
 	}
 	measurements, err := explain(values, e.GetEventLog())
 	if err != nil {
-		return none, err
+		return nil, err
 	}
-	return attestation.Claims{
+	return []attestation.Claims{{
 		Kind:         attestation.TPM,
 		Identity:     q.hw.ekDigest,
 		Trust:        q.hw.trust,
@@ -275,7 +274,7 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 			"event_log":     len(e.GetEventLog()) > 0,
 		},
 		EvidenceDigest: sha256.Sum256(evidence),
-	}, nil
+	}}, nil
 }
 
 // verifiedQuote is what the AK's signature covers.

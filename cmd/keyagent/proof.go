@@ -186,11 +186,11 @@ func verifySaved(cmd *cobra.Command, p *policy.Policy, v *tpm.Verifier, saved *a
 	if err != nil {
 		return nil, failure.New(failure.EvidenceRefused, err, "")
 	}
-	verified, err := attestation.NewVerified(attestation.Binder(saved.GetBinder()), now, claims)
+	verified, err := attestation.NewVerified(attestation.Binder(saved.GetBinder()), now, claims...)
 	if err != nil {
 		return nil, err
 	}
-	out := &verdict{Identity: claims.Identity, Trust: claims.Trust}
+	out := &verdict{Identity: claims[0].Identity, Trust: claims[0].Trust}
 	a, err := p.Appraise(verified)
 	if err != nil {
 		var m *policy.MismatchError

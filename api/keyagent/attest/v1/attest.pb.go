@@ -495,13 +495,16 @@ func (x *Verdict) GetDetail() string {
 	return ""
 }
 
-// TPMOffer is the data of a Hello item of kind "tpm".
+// TPMOffer is the data of a Hello item of kind "tpm". A TPM whose attestation
+// key has a certificate of its own offers that one, and no endorsement key.
 type TPMOffer struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	EkCertificate   []byte                 `protobuf:"bytes,1,opt,name=ek_certificate,json=ekCertificate,proto3" json:"ek_certificate,omitempty"`       // DER; empty when the operator enrolled the EK
 	EkPublic        []byte                 `protobuf:"bytes,2,opt,name=ek_public,json=ekPublic,proto3" json:"ek_public,omitempty"`                      // TPMT_PUBLIC
 	AkPublic        []byte                 `protobuf:"bytes,3,opt,name=ak_public,json=akPublic,proto3" json:"ak_public,omitempty"`                      // TPMT_PUBLIC
 	EkIntermediates [][]byte               `protobuf:"bytes,4,rep,name=ek_intermediates,json=ekIntermediates,proto3" json:"ek_intermediates,omitempty"` // DER
+	AkCertificate   []byte                 `protobuf:"bytes,5,opt,name=ak_certificate,json=akCertificate,proto3" json:"ak_certificate,omitempty"`       // DER
+	AkIntermediates [][]byte               `protobuf:"bytes,6,rep,name=ak_intermediates,json=akIntermediates,proto3" json:"ak_intermediates,omitempty"` // DER
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -560,6 +563,20 @@ func (x *TPMOffer) GetAkPublic() []byte {
 func (x *TPMOffer) GetEkIntermediates() [][]byte {
 	if x != nil {
 		return x.EkIntermediates
+	}
+	return nil
+}
+
+func (x *TPMOffer) GetAkCertificate() []byte {
+	if x != nil {
+		return x.AkCertificate
+	}
+	return nil
+}
+
+func (x *TPMOffer) GetAkIntermediates() [][]byte {
+	if x != nil {
+		return x.AkIntermediates
 	}
 	return nil
 }
@@ -719,6 +736,567 @@ func (x *TPMEvidence) GetEventLog() []byte {
 	return nil
 }
 
+// SNPEvidence is the data of an Evidence item of kind "snp". Offer and ask of
+// that kind are empty.
+type SNPEvidence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Report        []byte                 `protobuf:"bytes,1,opt,name=report,proto3" json:"report,omitempty"`           // ATTESTATION_REPORT, 1184 bytes
+	Certificate   []byte                 `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"` // VCEK or VLEK, DER
+	Crl           []byte                 `protobuf:"bytes,3,opt,name=crl,proto3" json:"crl,omitempty"`                 // of AMD's key distribution service, DER
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SNPEvidence) Reset() {
+	*x = SNPEvidence{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SNPEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SNPEvidence) ProtoMessage() {}
+
+func (x *SNPEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SNPEvidence.ProtoReflect.Descriptor instead.
+func (*SNPEvidence) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *SNPEvidence) GetReport() []byte {
+	if x != nil {
+		return x.Report
+	}
+	return nil
+}
+
+func (x *SNPEvidence) GetCertificate() []byte {
+	if x != nil {
+		return x.Certificate
+	}
+	return nil
+}
+
+func (x *SNPEvidence) GetCrl() []byte {
+	if x != nil {
+		return x.Crl
+	}
+	return nil
+}
+
+// TDXEvidence is the data of an Evidence item of kind "tdx". Offer and ask of
+// that kind are empty.
+type TDXEvidence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Quote         []byte                 `protobuf:"bytes,1,opt,name=quote,proto3" json:"quote,omitempty"` // version 4 or 5, with its PCK certificate chain
+	Collateral    *TDXCollateral         `protobuf:"bytes,2,opt,name=collateral,proto3" json:"collateral,omitempty"`
+	EventLog      []byte                 `protobuf:"bytes,3,opt,name=event_log,json=eventLog,proto3" json:"event_log,omitempty"` // CCEL, without padding
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TDXEvidence) Reset() {
+	*x = TDXEvidence{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TDXEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TDXEvidence) ProtoMessage() {}
+
+func (x *TDXEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TDXEvidence.ProtoReflect.Descriptor instead.
+func (*TDXEvidence) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *TDXEvidence) GetQuote() []byte {
+	if x != nil {
+		return x.Quote
+	}
+	return nil
+}
+
+func (x *TDXEvidence) GetCollateral() *TDXCollateral {
+	if x != nil {
+		return x.Collateral
+	}
+	return nil
+}
+
+func (x *TDXEvidence) GetEventLog() []byte {
+	if x != nil {
+		return x.EventLog
+	}
+	return nil
+}
+
+// TDXCollateral is what Intel's provisioning certification service says of a
+// platform: each answer as it came, and the issuer chain that came with it in PEM.
+type TDXCollateral struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	TcbInfo         []byte                 `protobuf:"bytes,1,opt,name=tcb_info,json=tcbInfo,proto3" json:"tcb_info,omitempty"`
+	TcbInfoChain    []byte                 `protobuf:"bytes,2,opt,name=tcb_info_chain,json=tcbInfoChain,proto3" json:"tcb_info_chain,omitempty"`
+	QeIdentity      []byte                 `protobuf:"bytes,3,opt,name=qe_identity,json=qeIdentity,proto3" json:"qe_identity,omitempty"`
+	QeIdentityChain []byte                 `protobuf:"bytes,4,opt,name=qe_identity_chain,json=qeIdentityChain,proto3" json:"qe_identity_chain,omitempty"`
+	PckCrl          []byte                 `protobuf:"bytes,5,opt,name=pck_crl,json=pckCrl,proto3" json:"pck_crl,omitempty"` // DER
+	PckCrlChain     []byte                 `protobuf:"bytes,6,opt,name=pck_crl_chain,json=pckCrlChain,proto3" json:"pck_crl_chain,omitempty"`
+	RootCrl         []byte                 `protobuf:"bytes,7,opt,name=root_crl,json=rootCrl,proto3" json:"root_crl,omitempty"` // DER
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *TDXCollateral) Reset() {
+	*x = TDXCollateral{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TDXCollateral) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TDXCollateral) ProtoMessage() {}
+
+func (x *TDXCollateral) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TDXCollateral.ProtoReflect.Descriptor instead.
+func (*TDXCollateral) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *TDXCollateral) GetTcbInfo() []byte {
+	if x != nil {
+		return x.TcbInfo
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetTcbInfoChain() []byte {
+	if x != nil {
+		return x.TcbInfoChain
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetQeIdentity() []byte {
+	if x != nil {
+		return x.QeIdentity
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetQeIdentityChain() []byte {
+	if x != nil {
+		return x.QeIdentityChain
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetPckCrl() []byte {
+	if x != nil {
+		return x.PckCrl
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetPckCrlChain() []byte {
+	if x != nil {
+		return x.PckCrlChain
+	}
+	return nil
+}
+
+func (x *TDXCollateral) GetRootCrl() []byte {
+	if x != nil {
+		return x.RootCrl
+	}
+	return nil
+}
+
+// AzureAsk is the data of a Challenge item of kind "azure". The offer is empty.
+type AzureAsk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pcrs          []uint32               `protobuf:"varint,1,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"` // ascending, SHA-256
+	WantEventLog  bool                   `protobuf:"varint,2,opt,name=want_event_log,json=wantEventLog,proto3" json:"want_event_log,omitempty"`
+	WantToken     bool                   `protobuf:"varint,3,opt,name=want_token,json=wantToken,proto3" json:"want_token,omitempty"` // of Microsoft Attestation
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AzureAsk) Reset() {
+	*x = AzureAsk{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AzureAsk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AzureAsk) ProtoMessage() {}
+
+func (x *AzureAsk) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AzureAsk.ProtoReflect.Descriptor instead.
+func (*AzureAsk) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *AzureAsk) GetPcrs() []uint32 {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+func (x *AzureAsk) GetWantEventLog() bool {
+	if x != nil {
+		return x.WantEventLog
+	}
+	return false
+}
+
+func (x *AzureAsk) GetWantToken() bool {
+	if x != nil {
+		return x.WantToken
+	}
+	return false
+}
+
+// AzureEvidence is the data of an Evidence item of kind "azure".
+type AzureEvidence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	HclReport     []byte                 `protobuf:"bytes,1,opt,name=hcl_report,json=hclReport,proto3" json:"hcl_report,omitempty"` // NV index 0x01400001, with the SNP report or TD report
+	Snp           *SNPEvidence           `protobuf:"bytes,2,opt,name=snp,proto3" json:"snp,omitempty"`                              // without its report, which is the one above
+	Tdx           *TDXEvidence           `protobuf:"bytes,3,opt,name=tdx,proto3" json:"tdx,omitempty"`                              // its quote is over the TD report above
+	AkPublic      []byte                 `protobuf:"bytes,4,opt,name=ak_public,json=akPublic,proto3" json:"ak_public,omitempty"`    // TPMT_PUBLIC
+	Quote         *TPMEvidence           `protobuf:"bytes,5,opt,name=quote,proto3" json:"quote,omitempty"`                          // by that key; without a credential proof
+	Token         string                 `protobuf:"bytes,6,opt,name=token,proto3" json:"token,omitempty"`                          // JWT of Microsoft Attestation, if it was asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AzureEvidence) Reset() {
+	*x = AzureEvidence{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AzureEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AzureEvidence) ProtoMessage() {}
+
+func (x *AzureEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AzureEvidence.ProtoReflect.Descriptor instead.
+func (*AzureEvidence) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *AzureEvidence) GetHclReport() []byte {
+	if x != nil {
+		return x.HclReport
+	}
+	return nil
+}
+
+func (x *AzureEvidence) GetSnp() *SNPEvidence {
+	if x != nil {
+		return x.Snp
+	}
+	return nil
+}
+
+func (x *AzureEvidence) GetTdx() *TDXEvidence {
+	if x != nil {
+		return x.Tdx
+	}
+	return nil
+}
+
+func (x *AzureEvidence) GetAkPublic() []byte {
+	if x != nil {
+		return x.AkPublic
+	}
+	return nil
+}
+
+func (x *AzureEvidence) GetQuote() *TPMEvidence {
+	if x != nil {
+		return x.Quote
+	}
+	return nil
+}
+
+func (x *AzureEvidence) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+// SVSMOffer is the data of a Hello item of kind "svsm".
+type SVSMOffer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tpm           *TPMOffer              `protobuf:"bytes,1,opt,name=tpm,proto3" json:"tpm,omitempty"` // without certificates
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SVSMOffer) Reset() {
+	*x = SVSMOffer{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SVSMOffer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SVSMOffer) ProtoMessage() {}
+
+func (x *SVSMOffer) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SVSMOffer.ProtoReflect.Descriptor instead.
+func (*SVSMOffer) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SVSMOffer) GetTpm() *TPMOffer {
+	if x != nil {
+		return x.Tpm
+	}
+	return nil
+}
+
+// SVSMAsk is the data of a Challenge item of kind "svsm".
+type SVSMAsk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tpm           *TPMAsk                `protobuf:"bytes,1,opt,name=tpm,proto3" json:"tpm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SVSMAsk) Reset() {
+	*x = SVSMAsk{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SVSMAsk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SVSMAsk) ProtoMessage() {}
+
+func (x *SVSMAsk) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SVSMAsk.ProtoReflect.Descriptor instead.
+func (*SVSMAsk) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *SVSMAsk) GetTpm() *TPMAsk {
+	if x != nil {
+		return x.Tpm
+	}
+	return nil
+}
+
+// SVSMEvidence is the data of an Evidence item of kind "svsm".
+type SVSMEvidence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Snp           *SNPEvidence           `protobuf:"bytes,1,opt,name=snp,proto3" json:"snp,omitempty"`
+	Manifest      []byte                 `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // of the vTPM service: its endorsement key, TPMT_PUBLIC
+	Tpm           *TPMEvidence           `protobuf:"bytes,3,opt,name=tpm,proto3" json:"tpm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SVSMEvidence) Reset() {
+	*x = SVSMEvidence{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SVSMEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SVSMEvidence) ProtoMessage() {}
+
+func (x *SVSMEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SVSMEvidence.ProtoReflect.Descriptor instead.
+func (*SVSMEvidence) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SVSMEvidence) GetSnp() *SNPEvidence {
+	if x != nil {
+		return x.Snp
+	}
+	return nil
+}
+
+func (x *SVSMEvidence) GetManifest() []byte {
+	if x != nil {
+		return x.Manifest
+	}
+	return nil
+}
+
+func (x *SVSMEvidence) GetTpm() *TPMEvidence {
+	if x != nil {
+		return x.Tpm
+	}
+	return nil
+}
+
+// NitroEvidence is the data of an Evidence item of kind "nitro". Offer and ask
+// of that kind are empty.
+type NitroEvidence struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Document      []byte                 `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"` // COSE_Sign1
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NitroEvidence) Reset() {
+	*x = NitroEvidence{}
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NitroEvidence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NitroEvidence) ProtoMessage() {}
+
+func (x *NitroEvidence) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NitroEvidence.ProtoReflect.Descriptor instead.
+func (*NitroEvidence) Descriptor() ([]byte, []int) {
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *NitroEvidence) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
 // Saved is a file that holds evidence together with what was asked, so that it
 // can be appraised offline. A nonce that the file itself holds proves no
 // freshness.
@@ -736,7 +1314,7 @@ type Saved struct {
 
 func (x *Saved) Reset() {
 	*x = Saved{}
-	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[10]
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +1326,7 @@ func (x *Saved) String() string {
 func (*Saved) ProtoMessage() {}
 
 func (x *Saved) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[10]
+	mi := &file_keyagent_attest_v1_attest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +1339,7 @@ func (x *Saved) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Saved.ProtoReflect.Descriptor instead.
 func (*Saved) Descriptor() ([]byte, []int) {
-	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{10}
+	return file_keyagent_attest_v1_attest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Saved) GetVersion() uint32 {
@@ -838,12 +1416,14 @@ const file_keyagent_attest_v1_attest_proto_rawDesc = "" +
 	"\x10lifetime_seconds\x18\x02 \x01(\rR\x0flifetimeSeconds\x12%\n" +
 	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\x12#\n" +
 	"\rrefusal_class\x18\x04 \x01(\tR\frefusalClass\x12\x16\n" +
-	"\x06detail\x18\x05 \x01(\tR\x06detail\"\x96\x01\n" +
+	"\x06detail\x18\x05 \x01(\tR\x06detail\"\xe8\x01\n" +
 	"\bTPMOffer\x12%\n" +
 	"\x0eek_certificate\x18\x01 \x01(\fR\rekCertificate\x12\x1b\n" +
 	"\tek_public\x18\x02 \x01(\fR\bekPublic\x12\x1b\n" +
 	"\tak_public\x18\x03 \x01(\fR\bakPublic\x12)\n" +
-	"\x10ek_intermediates\x18\x04 \x03(\fR\x0fekIntermediates\"\xaa\x01\n" +
+	"\x10ek_intermediates\x18\x04 \x03(\fR\x0fekIntermediates\x12%\n" +
+	"\x0eak_certificate\x18\x05 \x01(\fR\rakCertificate\x12)\n" +
+	"\x10ak_intermediates\x18\x06 \x03(\fR\x0fakIntermediates\"\xaa\x01\n" +
 	"\x06TPMAsk\x12'\n" +
 	"\x0fcredential_blob\x18\x01 \x01(\fR\x0ecredentialBlob\x12)\n" +
 	"\x10encrypted_secret\x18\x02 \x01(\fR\x0fencryptedSecret\x12\x12\n" +
@@ -856,7 +1436,49 @@ const file_keyagent_attest_v1_attest_proto_rawDesc = "" +
 	"\n" +
 	"pcr_values\x18\x03 \x03(\fR\tpcrValues\x12)\n" +
 	"\x10credential_proof\x18\x04 \x01(\fR\x0fcredentialProof\x12\x1b\n" +
-	"\tevent_log\x18\x05 \x01(\fR\beventLog\"\xf8\x01\n" +
+	"\tevent_log\x18\x05 \x01(\fR\beventLog\"Y\n" +
+	"\vSNPEvidence\x12\x16\n" +
+	"\x06report\x18\x01 \x01(\fR\x06report\x12 \n" +
+	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x10\n" +
+	"\x03crl\x18\x03 \x01(\fR\x03crl\"\x83\x01\n" +
+	"\vTDXEvidence\x12\x14\n" +
+	"\x05quote\x18\x01 \x01(\fR\x05quote\x12A\n" +
+	"\n" +
+	"collateral\x18\x02 \x01(\v2!.keyagent.attest.v1.TDXCollateralR\n" +
+	"collateral\x12\x1b\n" +
+	"\tevent_log\x18\x03 \x01(\fR\beventLog\"\xf5\x01\n" +
+	"\rTDXCollateral\x12\x19\n" +
+	"\btcb_info\x18\x01 \x01(\fR\atcbInfo\x12$\n" +
+	"\x0etcb_info_chain\x18\x02 \x01(\fR\ftcbInfoChain\x12\x1f\n" +
+	"\vqe_identity\x18\x03 \x01(\fR\n" +
+	"qeIdentity\x12*\n" +
+	"\x11qe_identity_chain\x18\x04 \x01(\fR\x0fqeIdentityChain\x12\x17\n" +
+	"\apck_crl\x18\x05 \x01(\fR\x06pckCrl\x12\"\n" +
+	"\rpck_crl_chain\x18\x06 \x01(\fR\vpckCrlChain\x12\x19\n" +
+	"\broot_crl\x18\a \x01(\fR\arootCrl\"c\n" +
+	"\bAzureAsk\x12\x12\n" +
+	"\x04pcrs\x18\x01 \x03(\rR\x04pcrs\x12$\n" +
+	"\x0ewant_event_log\x18\x02 \x01(\bR\fwantEventLog\x12\x1d\n" +
+	"\n" +
+	"want_token\x18\x03 \x01(\bR\twantToken\"\xfe\x01\n" +
+	"\rAzureEvidence\x12\x1d\n" +
+	"\n" +
+	"hcl_report\x18\x01 \x01(\fR\thclReport\x121\n" +
+	"\x03snp\x18\x02 \x01(\v2\x1f.keyagent.attest.v1.SNPEvidenceR\x03snp\x121\n" +
+	"\x03tdx\x18\x03 \x01(\v2\x1f.keyagent.attest.v1.TDXEvidenceR\x03tdx\x12\x1b\n" +
+	"\tak_public\x18\x04 \x01(\fR\bakPublic\x125\n" +
+	"\x05quote\x18\x05 \x01(\v2\x1f.keyagent.attest.v1.TPMEvidenceR\x05quote\x12\x14\n" +
+	"\x05token\x18\x06 \x01(\tR\x05token\";\n" +
+	"\tSVSMOffer\x12.\n" +
+	"\x03tpm\x18\x01 \x01(\v2\x1c.keyagent.attest.v1.TPMOfferR\x03tpm\"7\n" +
+	"\aSVSMAsk\x12,\n" +
+	"\x03tpm\x18\x01 \x01(\v2\x1a.keyagent.attest.v1.TPMAskR\x03tpm\"\x90\x01\n" +
+	"\fSVSMEvidence\x121\n" +
+	"\x03snp\x18\x01 \x01(\v2\x1f.keyagent.attest.v1.SNPEvidenceR\x03snp\x12\x1a\n" +
+	"\bmanifest\x18\x02 \x01(\fR\bmanifest\x121\n" +
+	"\x03tpm\x18\x03 \x01(\v2\x1f.keyagent.attest.v1.TPMEvidenceR\x03tpm\"+\n" +
+	"\rNitroEvidence\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\"\xf8\x01\n" +
 	"\x05Saved\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x16\n" +
 	"\x06binder\x18\x02 \x01(\fR\x06binder\x120\n" +
@@ -877,19 +1499,28 @@ func file_keyagent_attest_v1_attest_proto_rawDescGZIP() []byte {
 	return file_keyagent_attest_v1_attest_proto_rawDescData
 }
 
-var file_keyagent_attest_v1_attest_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_keyagent_attest_v1_attest_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_keyagent_attest_v1_attest_proto_goTypes = []any{
-	(*Frame)(nil),       // 0: keyagent.attest.v1.Frame
-	(*Open)(nil),        // 1: keyagent.attest.v1.Open
-	(*Hello)(nil),       // 2: keyagent.attest.v1.Hello
-	(*Challenge)(nil),   // 3: keyagent.attest.v1.Challenge
-	(*Evidence)(nil),    // 4: keyagent.attest.v1.Evidence
-	(*Item)(nil),        // 5: keyagent.attest.v1.Item
-	(*Verdict)(nil),     // 6: keyagent.attest.v1.Verdict
-	(*TPMOffer)(nil),    // 7: keyagent.attest.v1.TPMOffer
-	(*TPMAsk)(nil),      // 8: keyagent.attest.v1.TPMAsk
-	(*TPMEvidence)(nil), // 9: keyagent.attest.v1.TPMEvidence
-	(*Saved)(nil),       // 10: keyagent.attest.v1.Saved
+	(*Frame)(nil),         // 0: keyagent.attest.v1.Frame
+	(*Open)(nil),          // 1: keyagent.attest.v1.Open
+	(*Hello)(nil),         // 2: keyagent.attest.v1.Hello
+	(*Challenge)(nil),     // 3: keyagent.attest.v1.Challenge
+	(*Evidence)(nil),      // 4: keyagent.attest.v1.Evidence
+	(*Item)(nil),          // 5: keyagent.attest.v1.Item
+	(*Verdict)(nil),       // 6: keyagent.attest.v1.Verdict
+	(*TPMOffer)(nil),      // 7: keyagent.attest.v1.TPMOffer
+	(*TPMAsk)(nil),        // 8: keyagent.attest.v1.TPMAsk
+	(*TPMEvidence)(nil),   // 9: keyagent.attest.v1.TPMEvidence
+	(*SNPEvidence)(nil),   // 10: keyagent.attest.v1.SNPEvidence
+	(*TDXEvidence)(nil),   // 11: keyagent.attest.v1.TDXEvidence
+	(*TDXCollateral)(nil), // 12: keyagent.attest.v1.TDXCollateral
+	(*AzureAsk)(nil),      // 13: keyagent.attest.v1.AzureAsk
+	(*AzureEvidence)(nil), // 14: keyagent.attest.v1.AzureEvidence
+	(*SVSMOffer)(nil),     // 15: keyagent.attest.v1.SVSMOffer
+	(*SVSMAsk)(nil),       // 16: keyagent.attest.v1.SVSMAsk
+	(*SVSMEvidence)(nil),  // 17: keyagent.attest.v1.SVSMEvidence
+	(*NitroEvidence)(nil), // 18: keyagent.attest.v1.NitroEvidence
+	(*Saved)(nil),         // 19: keyagent.attest.v1.Saved
 }
 var file_keyagent_attest_v1_attest_proto_depIdxs = []int32{
 	1,  // 0: keyagent.attest.v1.Frame.open:type_name -> keyagent.attest.v1.Open
@@ -900,14 +1531,22 @@ var file_keyagent_attest_v1_attest_proto_depIdxs = []int32{
 	5,  // 5: keyagent.attest.v1.Hello.offers:type_name -> keyagent.attest.v1.Item
 	5,  // 6: keyagent.attest.v1.Challenge.asks:type_name -> keyagent.attest.v1.Item
 	5,  // 7: keyagent.attest.v1.Evidence.items:type_name -> keyagent.attest.v1.Item
-	5,  // 8: keyagent.attest.v1.Saved.offers:type_name -> keyagent.attest.v1.Item
-	5,  // 9: keyagent.attest.v1.Saved.asks:type_name -> keyagent.attest.v1.Item
-	5,  // 10: keyagent.attest.v1.Saved.items:type_name -> keyagent.attest.v1.Item
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	12, // 8: keyagent.attest.v1.TDXEvidence.collateral:type_name -> keyagent.attest.v1.TDXCollateral
+	10, // 9: keyagent.attest.v1.AzureEvidence.snp:type_name -> keyagent.attest.v1.SNPEvidence
+	11, // 10: keyagent.attest.v1.AzureEvidence.tdx:type_name -> keyagent.attest.v1.TDXEvidence
+	9,  // 11: keyagent.attest.v1.AzureEvidence.quote:type_name -> keyagent.attest.v1.TPMEvidence
+	7,  // 12: keyagent.attest.v1.SVSMOffer.tpm:type_name -> keyagent.attest.v1.TPMOffer
+	8,  // 13: keyagent.attest.v1.SVSMAsk.tpm:type_name -> keyagent.attest.v1.TPMAsk
+	10, // 14: keyagent.attest.v1.SVSMEvidence.snp:type_name -> keyagent.attest.v1.SNPEvidence
+	9,  // 15: keyagent.attest.v1.SVSMEvidence.tpm:type_name -> keyagent.attest.v1.TPMEvidence
+	5,  // 16: keyagent.attest.v1.Saved.offers:type_name -> keyagent.attest.v1.Item
+	5,  // 17: keyagent.attest.v1.Saved.asks:type_name -> keyagent.attest.v1.Item
+	5,  // 18: keyagent.attest.v1.Saved.items:type_name -> keyagent.attest.v1.Item
+	19, // [19:19] is the sub-list for method output_type
+	19, // [19:19] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_attest_v1_attest_proto_init() }
@@ -928,7 +1567,7 @@ func file_keyagent_attest_v1_attest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_attest_v1_attest_proto_rawDesc), len(file_keyagent_attest_v1_attest_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
