@@ -78,7 +78,7 @@ func openStore(dir string, limit int) (*store, error) {
 // read returns a stored document. Whatever is not one is a miss.
 func (s *store) read(name string) (Document, bool) {
 	// Without O_NONBLOCK a pipe in the document's place would hold everybody up.
-	f, err := s.root.OpenFile(name+extension, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
+	f, err := s.root.OpenFile(name+extension, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return Document{}, false
 	}
