@@ -2,7 +2,6 @@ package snp
 
 import (
 	"context"
-	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"slices"
@@ -114,11 +113,7 @@ func (v *Verifier) crl(ctx context.Context, t Trust, r *Report, certificate, car
 	}
 	product := r.Product
 	if product == "" {
-		cert, err := x509.ParseCertificate(certificate)
-		if err != nil {
-			return nil, fmt.Errorf("%w: certificate: %w", ErrMalformed, err)
-		}
-		l, err := parseLeaf(cert.Raw, r.signer)
+		l, err := parseLeaf(certificate, r.signer)
 		if err != nil {
 			return nil, err
 		}

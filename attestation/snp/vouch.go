@@ -72,9 +72,6 @@ func (v *Verifier) vouch(t Trust, signer abi.ReportSigner, product string, der, 
 				known.to = c.NotAfter
 			}
 		}
-		if keys[i] == ([sha256.Size]byte{}) {
-			keys[i] = cacheKey(root, signer, der, crl)
-		}
 		v.known.add(keys[i], known)
 		return known, nil
 	}
