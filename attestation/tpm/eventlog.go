@@ -10,6 +10,7 @@ import (
 	"github.com/google/go-eventlog/tcg"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/eventlog"
 )
 
 // EventLog is a parsed measured-boot log. Nothing in it is proved until
@@ -93,13 +94,13 @@ func (l *EventLog) replay(pcr uint32) ([]byte, []attestation.Event, error) {
 			}
 			state[len(state)-1] = 4
 		}
-		if digestIsOfData(e.Type) {
+		if eventlog.DigestIsOfData(e.Type) {
 			if sum := sha256.Sum256(e.Data); !bytes.Equal(sum[:], e.Digest) {
 				return nil, nil, fmt.Errorf("%w: %s: its data has digest %x, it extended %x", ErrEventLog, l.label(i), sum, e.Digest)
 			}
 		}
 		state = Extend(state, e.Digest)
-		events = append(events, describe(i+1, e))
+		events = append(events, eventlog.Describe(i+1, e))
 	}
 	return state, events, nil
 }
@@ -113,20 +114,8 @@ func Extend(value, digest []byte) []byte {
 }
 
 func (l *EventLog) label(i int) string {
-	e := describe(i+1, l.events[i])
+	e := eventlog.Describe(i+1, l.events[i])
 	return fmt.Sprintf("event #%d (pcr %d, %s, %s)", e.Seq, l.events[i].Index, e.Type, e.Name)
-}
-
-// digestIsOfData lists the types whose digest is that of the logged data, by
-// the PC Client Platform Firmware Profile table 27. Of other types the data is
-// a description and proves nothing.
-func digestIsOfData(t tcg.EventType) bool {
-	switch t {
-	case tcg.Separator, tcg.EFIAction, tcg.EFIVariableDriverConfig, tcg.EFIGPTEvent,
-		tcg.EFIVariableBoot2, tcg.SCRTMVersion:
-		return true
-	}
-	return false
 }
 
 // The PCR into which systemd measures a unified kernel image and then the boot

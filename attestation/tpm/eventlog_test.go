@@ -19,6 +19,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/eventlog"
 	"github.com/keyagent/keyagent/test/swtpm"
 )
 
@@ -143,7 +144,7 @@ func TestEachEventThatIsTamperedWithIsRefused(t *testing.T) {
 				t.Errorf("event %d, %s: the refusal names nothing: %v", i+1, name, err)
 			}
 		}
-		if digestIsOfData(tcg.EventType(e.kind)) {
+		if eventlog.DigestIsOfData(tcg.EventType(e.kind)) {
 			l := slices.Clone(events)
 			l[i].data = flip(e.data, len(e.data)-1)
 			_, err := explain(values, join(head, l))

@@ -1,7 +1,14 @@
-package tpm
+// Package eventlog says what the entries of a measured-boot log mean, for every
+// kind of evidence that carries one: the TPM's log and the CCEL of a TD have the
+// same events (TCG PC Client Platform Firmware Profile) over other registers.
+//
+// Nothing here proves anything. A package of evidence replays a log to values
+// that hardware signed, and then shows its events in these words.
+package eventlog
 
 import (
 	"bytes"
+	"encoding/hex"
 	"fmt"
 	"strings"
 	"unicode"
@@ -44,10 +51,10 @@ var sectionNames = map[string]string{
 	".pcrpkey": "PCR signing key", ".ucode": "microcode",
 }
 
-// describe puts an event into a person's words. It never fails: what cannot be
+// Describe puts an event into a person's words. It never fails: what cannot be
 // read is shown by its type alone.
-func describe(seq int, e tcg.Event) attestation.Event {
-	out := attestation.Event{Seq: seq, Type: typeNames[e.Type], Digest: hexOf(e.Digest)}
+func Describe(seq int, e tcg.Event) attestation.Event {
+	out := attestation.Event{Seq: seq, Type: typeNames[e.Type], Digest: hex.EncodeToString(e.Digest)}
 	if out.Type == "" {
 		out.Type = fmt.Sprintf("%#x", uint32(e.Type))
 	}
@@ -146,4 +153,16 @@ func printable(s string) string {
 		out.WriteRune(r)
 	}
 	return out.String()
+}
+
+// DigestIsOfData lists the types whose digest is that of the logged data, by
+// the PC Client Platform Firmware Profile table 27. Of other types the data is
+// a description and proves nothing.
+func DigestIsOfData(t tcg.EventType) bool {
+	switch t {
+	case tcg.Separator, tcg.EFIAction, tcg.EFIVariableDriverConfig, tcg.EFIGPTEvent,
+		tcg.EFIVariableBoot2, tcg.SCRTMVersion:
+		return true
+	}
+	return false
 }

@@ -1,0 +1,170 @@
+package tdx
+
+import (
+	"bytes"
+	"crypto/sha512"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/google/go-eventlog/register"
+	"github.com/google/go-eventlog/tcg"
+
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/eventlog"
+)
+
+// EventLog is a parsed confidential-computing event log (CCEL): the events of a
+// TPM's log with SHA-384 digests, over the registers of a TD. Nothing in it is
+// proved until [EventLog.Explain] replays it to a quoted value.
+type EventLog struct {
+	events []tcg.Event
+}
+
+const (
+	// maxEvents bounds the work of a replay; firmware writes a few hundred.
+	maxEvents = 8192
+	// An event's index is that of the firmware's protocol (UEFI specification,
+	// EFI_CC_MEASUREMENT_PROTOCOL): 0 is MRTD, which nothing extends after the
+	// TD was built, 1 to 4 are RTMR0 to RTMR3.
+	firstIndex, lastIndex = 1, 4
+	// RTMR3 belongs to later software, which may keep no log.
+	lastFirmwareRTMR = 2
+)
+
+// ParseEventLog parses a log of at most [MaxEventLog] bytes. Padding of 0xff may
+// follow it.
+func ParseEventLog(log []byte) (*EventLog, error) {
+	if len(log) > MaxEventLog {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), MaxEventLog)
+	}
+	parsed, err := tcg.ParseEventLog(log, tcg.ParseOpts{AllowPadding: true})
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrEventLog, err)
+	}
+	l := &EventLog{events: parsed.Events(register.HashSHA384)}
+	if len(l.events) > maxEvents {
+		return nil, fmt.Errorf("%w: %d events, at most %d", ErrEventLog, len(l.events), maxEvents)
+	}
+	for i, e := range l.events {
+		if e.Type == tcg.NoAction {
+			continue
+		}
+		if len(e.Digest) != sha512.Size384 {
+			return nil, fmt.Errorf("%w: %s has no SHA-384 digest", ErrEventLog, l.label(i))
+		}
+		if e.Index < firstIndex || e.Index > lastIndex {
+			return nil, fmt.Errorf("%w: %s is of a register that cannot be extended", ErrEventLog, l.label(i))
+		}
+	}
+	return l, nil
+}
+
+// Explain returns the events of one RTMR if they replay to value. An RTMR without
+// events gives none. Events that lead elsewhere, or whose data is not what their
+// digest says, are an error that names them.
+func (l *EventLog) Explain(rtmr int, value []byte) ([]attestation.Event, error) {
+	state, events, err := l.Replay(rtmr)
+	if err != nil || len(events) == 0 {
+		return nil, err
+	}
+	if !bytes.Equal(state, value) {
+		first, last := events[0], events[len(events)-1]
+		return nil, fmt.Errorf("%w: %s: its %d events, #%d %s (%s) to #%d %s (%s), replay to %x, the quote says %x", ErrEventLog,
+			Register(rtmr), len(events), first.Seq, first.Type, first.Name, last.Seq, last.Type, last.Name, state, value)
+	}
+	return events, nil
+}
+
+// Replay returns the events of one RTMR and the value that they lead to, for
+// making reference values from a trusted machine's log.
+func (l *EventLog) Replay(rtmr int) ([]byte, []attestation.Event, error) {
+	state := make([]byte, sha512.Size384)
+	var events []attestation.Event
+	for i, e := range l.events {
+		if e.Index != rtmr+firstIndex || e.Type == tcg.NoAction {
+			continue
+		}
+		if eventlog.DigestIsOfData(e.Type) {
+			if sum := sha512.Sum384(e.Data); !bytes.Equal(sum[:], e.Digest) {
+				return nil, nil, fmt.Errorf("%w: %s: its data has digest %x, it extended %x", ErrEventLog, l.label(i), sum, e.Digest)
+			}
+		}
+		state = Extend(state, e.Digest)
+		events = append(events, eventlog.Describe(i+1, e))
+	}
+	return state, events, nil
+}
+
+// Extend is the TDX module's operation on an RTMR.
+func Extend(value, digest []byte) []byte {
+	h := sha512.New384()
+	h.Write(value)
+	h.Write(digest)
+	return h.Sum(nil)
+}
+
+func (l *EventLog) label(i int) string {
+	e := eventlog.Describe(i+1, l.events[i])
+	return fmt.Sprintf("event #%d (register %d, %s, %s)", e.Seq, l.events[i].Index, e.Type, e.Name)
+}
+
+// explain attaches to each RTMR the events that replay to it.
+func explain(q *Quote, log []byte) (map[string]attestation.Measurement, error) {
+	out := q.Claims().Measurements
+	if len(log) == 0 {
+		return out, nil
+	}
+	parsed, err := ParseEventLog(log)
+	if err != nil {
+		return nil, err
+	}
+	for i, v := range q.body.rtmr {
+		events, err := parsed.Explain(i, v)
+		if err != nil {
+			return nil, err
+		}
+		if i <= lastFirmwareRTMR && len(events) == 0 && !zero(v) {
+			return nil, fmt.Errorf("%w: %s: the quote says %x, the log has no event of it", ErrEventLog, Register(i), v)
+		}
+		out[Register(i)] = attestation.Measurement{Value: v, Events: events}
+	}
+	return out, nil
+}
+
+// trimEventLog cuts the firmware's buffer of a fixed size behind its last event.
+// The rest may be 0xff or 0, and an event's data may end with either, so that the
+// events must be walked. A log that cannot be walked is left as it is.
+func trimEventLog(log []byte) []byte {
+	c := &cursor{rest: log}
+	// The first event has the old form: index, type, SHA-1, data.
+	c.take(4 + 4 + 20)
+	spec := &cursor{rest: c.take(int(c.u32()))}
+	spec.take(16 + 4 + 4)
+	sizes := map[uint16]int{}
+	for range min(spec.u32(), 16) {
+		id := spec.u16()
+		sizes[id] = int(spec.u16())
+	}
+	for {
+		end := len(log) - len(c.rest)
+		if len(c.rest) == 0 || len(c.rest) >= 8 && isPadding(c.rest[:8]) {
+			return log[:end]
+		}
+		c.take(4 + 4)
+		for range min(c.u32(), 16) {
+			size, ok := sizes[c.u16()]
+			if !ok {
+				return log
+			}
+			c.take(size)
+		}
+		c.take(int(c.u32()))
+		if c.short {
+			return log
+		}
+	}
+}
+
+func isPadding(head []byte) bool {
+	return binary.LittleEndian.Uint32(head) == 0xffffffff || zero(head)
+}

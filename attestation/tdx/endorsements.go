@@ -1,0 +1,118 @@
+package tdx
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/google/go-tdx-guest/pcs"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation/endorsement"
+)
+
+// rootCRLURL is where Intel publishes the list of its root. It is fixed here
+// rather than taken from a certificate, so that a peer cannot choose it.
+const rootCRLURL = "https://certificates.trustedservices.intel.com/IntelSGXRootCA.der"
+
+// The four documents of a platform, in the order of EndorsementRequests.
+const (
+	docTCBInfo = iota
+	docQEIdentity
+	docPCKCRL
+	docRootCRL
+)
+
+var docNames = [...]string{"TCB info", "QE identity", "PCK CRL", "root CRL"}
+
+// EndorsementRequests names what Intel has to say of the platform that made a
+// quote: TCB info, QE identity, and the revocation lists of the platform's CA and
+// of the root. The quote need not be verified: what it says of itself chooses
+// only among Intel's documents.
+func EndorsementRequests(quote []byte) ([]endorsement.Request, error) {
+	q, err := Parse(quote)
+	if err != nil {
+		return nil, err
+	}
+	p, err := parsePCK(q.chain)
+	if err != nil {
+		return nil, err
+	}
+	return p.requests(), nil
+}
+
+func (p *pck) requests() []endorsement.Request {
+	return []endorsement.Request{
+		docTCBInfo: {Name: "tdx-tcb-" + p.FMSPC, URL: pcs.TcbInfoURL(p.FMSPC),
+			ChainHeader: pcs.TcbInfoIssuerChainPhrase, Fresh: freshJSON},
+		docQEIdentity: {Name: "tdx-qe", URL: pcs.QeIdentityURL(),
+			ChainHeader: pcs.SgxQeIdentityIssuerChainPhrase, Fresh: freshJSON},
+		docPCKCRL: {Name: "tdx-pckcrl-" + p.ca, URL: pcs.PckCrlURL(p.ca),
+			ChainHeader: pcs.SgxPckCrlIssuerChainPhrase, Fresh: freshCRL},
+		docRootCRL: {Name: "tdx-rootcrl", URL: rootCRLURL, Fresh: freshCRL},
+	}
+}
+
+// Collateral puts the answers to [EndorsementRequests], in the same order, into
+// the message that evidence carries.
+func Collateral(docs []endorsement.Document) (*attestv1.TDXCollateral, error) {
+	if len(docs) != len(docNames) {
+		return nil, fmt.Errorf("%w: %d documents, not %d", ErrEndorsementMissing, len(docs), len(docNames))
+	}
+	return &attestv1.TDXCollateral{
+		TcbInfo: docs[docTCBInfo].Body, TcbInfoChain: docs[docTCBInfo].Chain,
+		QeIdentity: docs[docQEIdentity].Body, QeIdentityChain: docs[docQEIdentity].Chain,
+		PckCrl: docs[docPCKCRL].Body, PckCrlChain: docs[docPCKCRL].Chain,
+		RootCrl: docs[docRootCRL].Body,
+	}, nil
+}
+
+// documents is the inverse of Collateral.
+func documents(c *attestv1.TDXCollateral) []endorsement.Document {
+	return []endorsement.Document{
+		docTCBInfo:    {Body: c.GetTcbInfo(), Chain: c.GetTcbInfoChain()},
+		docQEIdentity: {Body: c.GetQeIdentity(), Chain: c.GetQeIdentityChain()},
+		docPCKCRL:     {Body: c.GetPckCrl(), Chain: c.GetPckCrlChain()},
+		docRootCRL:    {Body: c.GetRootCrl()},
+	}
+}
+
+// complete asks the source for each document that is missing or past its time.
+func complete(ctx context.Context, source endorsement.Source, p *pck, carried []endorsement.Document, now time.Time) ([]endorsement.Document, error) {
+	out := make([]endorsement.Document, len(carried))
+	for i, r := range p.requests() {
+		out[i] = carried[i]
+		if len(carried[i].Body) > 0 && r.Fresh(carried[i], now) {
+			continue
+		}
+		d, err := source.Get(ctx, r)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", docNames[i], err)
+		}
+		out[i] = d
+	}
+	return out, nil
+}
+
+// freshJSON and freshCRL look at the dates alone. What they let pass is verified
+// like everything else.
+func freshJSON(d endorsement.Document, now time.Time) bool {
+	var dates struct{ NextUpdate time.Time }
+	var body map[string]json.RawMessage
+	if json.Unmarshal(d.Body, &body) != nil {
+		return false
+	}
+	for _, part := range []string{tcbInfoPart, qeIdentityPart} {
+		if raw, ok := body[part]; ok {
+			return json.Unmarshal(raw, &dates) == nil && now.Before(dates.NextUpdate)
+		}
+	}
+	return false
+}
+
+func freshCRL(d endorsement.Document, now time.Time) bool {
+	crl, err := x509.ParseRevocationList(d.Body)
+	return err == nil && now.Before(crl.NextUpdate)
+}

@@ -1,0 +1,267 @@
+package tdx
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/endorsement"
+)
+
+// VerifierOptions configure [NewVerifier].
+type VerifierOptions struct {
+	// Trust is asked for at the start of each exchange, so that a reloaded
+	// policy takes effect. Required.
+	Trust func() Trust
+	// Endorsements is asked for collateral that the evidence does not carry, or
+	// carries past its time. Nil: only what is carried counts.
+	Endorsements endorsement.Source
+	// Now is the clock for certificates and collateral. Default time.Now.
+	Now func() time.Time
+}
+
+// Verifier checks TDX evidence.
+type Verifier struct {
+	trust  func() Trust
+	source endorsement.Source
+	now    func() time.Time
+
+	chains     cache[*pck]
+	collateral cache[*endorsed]
+	enclaves   cache[*ecdsa.PublicKey] // attestation keys that a quoting enclave vouches for
+}
+
+var _ attestation.Verifier = (*Verifier)(nil)
+
+// NewVerifier returns a verifier. Options without Trust are refused.
+func NewVerifier(opts VerifierOptions) (*Verifier, error) {
+	if opts.Trust == nil {
+		return nil, fmt.Errorf("%w: no trust", ErrConfiguration)
+	}
+	if opts.Now == nil {
+		opts.Now = time.Now
+	}
+	v := &Verifier{trust: opts.Trust, source: opts.Endorsements, now: opts.Now}
+	// Thousands of machines share little collateral.
+	v.chains.limit, v.collateral.limit, v.enclaves.limit = 4096, 128, 4096
+	return v, nil
+}
+
+// Kind implements attestation.Verifier.
+func (*Verifier) Kind() attestation.Kind { return attestation.TDX }
+
+// Begin implements attestation.Verifier. There is nothing to offer or to ask.
+func (v *Verifier) Begin(_ context.Context, offer []byte) (attestation.Question, error) {
+	if _, err := v.roots(); err != nil {
+		return nil, err
+	}
+	if len(offer) > 0 {
+		return nil, fmt.Errorf("%w: offer of %d bytes", ErrMalformed, len(offer))
+	}
+	return question{v}, nil
+}
+
+type question struct{ v *Verifier }
+
+// Ask implements attestation.Question.
+func (question) Ask() []byte { return nil }
+
+// Verify implements attestation.Question.
+func (q question) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
+	var ev attestv1.TDXEvidence
+	if err := proto.Unmarshal(evidence, &ev); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	c, err := q.v.VerifyQuote(ctx, &ev, binder)
+	if err != nil {
+		return nil, err
+	}
+	c.EvidenceDigest = sha256.Sum256(evidence)
+	return []attestation.Claims{c}, nil
+}
+
+func (v *Verifier) roots() ([]Root, error) {
+	roots := v.trust().Roots
+	if len(roots) == 0 {
+		return nil, fmt.Errorf("%w: no root", ErrConfiguration)
+	}
+	for _, r := range roots {
+		if r.Name == "" || r.Certificate == nil {
+			return nil, fmt.Errorf("%w: a root without name or certificate", ErrConfiguration)
+		}
+	}
+	return roots, nil
+}
+
+// VerifyQuote verifies evidence whose quote must cover reportData, for evidence
+// in which a quote is one part: there the report data is not a binder. The
+// claims have no EvidenceDigest.
+func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, reportData [64]byte) (attestation.Claims, error) {
+	var none attestation.Claims
+	roots, err := v.roots()
+	if err != nil {
+		return none, err
+	}
+	if len(ev.GetEventLog()) > MaxEventLog {
+		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(ev.GetEventLog()), MaxEventLog)
+	}
+	q, err := Parse(ev.GetQuote())
+	if err != nil {
+		return none, err
+	}
+	now := v.now()
+	root, p, err := v.vouch(roots, q, now)
+	if err != nil {
+		return none, err
+	}
+	e, err := v.endorse(ctx, root.Certificate, p, documents(ev.GetCollateral()), now)
+	if err != nil {
+		return none, err
+	}
+	if err := e.checkRevoked(p); err != nil {
+		return none, err
+	}
+	s, err := v.verifySignatures(e, p, q)
+	if err != nil {
+		return none, err
+	}
+	if q.ReportData != reportData {
+		return none, ErrReportData
+	}
+	measurements, err := explain(q, ev.GetEventLog())
+	if err != nil {
+		return none, err
+	}
+	c := q.Claims()
+	c.Measurements = measurements
+	c.Identity, c.Trust = p.identity(), "root:"+root.Name
+	p.addFacts(c.Facts)
+	s.addFacts(c.Facts)
+	c.Facts["qe_svn"] = uint64(q.qe.svn)
+	c.Facts["event_log"] = len(ev.GetEventLog()) > 0
+	return c, nil
+}
+
+// verifySignatures goes from the platform's certificate to the TD: the quoting
+// enclave, its attestation key, the quote; and then to what Intel says of them.
+func (v *Verifier) verifySignatures(e *endorsed, p *pck, q *Quote) (*standing, error) {
+	key, err := v.attestationKey(p, q)
+	if err != nil {
+		return nil, err
+	}
+	qe, err := qeLevel(&e.qe, q.qe)
+	if err != nil {
+		return nil, err
+	}
+	if !verifyRaw(key, q.signed, q.signature) {
+		return nil, ErrSignature
+	}
+	return assess(e, p, q, qe)
+}
+
+// vouch verifies the PCK chain against each root by itself, so that the result
+// names the root that vouched.
+func (v *Verifier) vouch(roots []Root, q *Quote, now time.Time) (Root, *pck, error) {
+	for _, r := range roots {
+		if p, ok := v.chains.get(keyOf(r.Certificate.Raw, q.chain), now); ok {
+			return r, p, nil
+		}
+	}
+	p, err := parsePCK(q.chain)
+	if err != nil {
+		return Root{}, nil, err
+	}
+	var refused error
+	for _, r := range roots {
+		err := p.verify(r.Certificate, now)
+		if err == nil {
+			valid := forever()
+			for _, c := range []*x509.Certificate{p.leaf, p.issuer, r.Certificate} {
+				valid.narrow(c.NotBefore, c.NotAfter)
+			}
+			v.chains.add(keyOf(r.Certificate.Raw, q.chain), p, valid)
+			return r, p, nil
+		}
+		// A chain that is right but for the date says more than a wrong one.
+		if refused == nil || errors.Is(err, ErrExpired) {
+			refused = err
+		}
+	}
+	return Root{}, nil, refused
+}
+
+// endorse finds collateral, carried or else from the source, and verifies it.
+func (v *Verifier) endorse(ctx context.Context, root *x509.Certificate, p *pck, docs []endorsement.Document, now time.Time) (*endorsed, error) {
+	var refused error
+	for i, d := range docs {
+		if len(d.Body) == 0 {
+			refused = fmt.Errorf("%w: the evidence carries no %s", ErrEndorsementMissing, docNames[i])
+			break
+		}
+	}
+	if refused == nil {
+		e, err := v.verifyDocuments(root, p, docs, now)
+		if !errors.Is(err, ErrCollateralExpired) {
+			return e, err
+		}
+		refused = err
+	}
+	if v.source == nil {
+		return nil, refused
+	}
+	docs, err := complete(ctx, v.source, p, docs, now)
+	if err != nil {
+		return nil, fmt.Errorf("%w, and Intel's service was asked in vain: %w", refused, err)
+	}
+	return v.verifyDocuments(root, p, docs, now)
+}
+
+func (v *Verifier) verifyDocuments(root *x509.Certificate, p *pck, docs []endorsement.Document, now time.Time) (*endorsed, error) {
+	parts := [][]byte{root.Raw, p.issuer.Raw}
+	for _, d := range docs {
+		parts = append(parts, d.Body, d.Chain)
+	}
+	key := keyOf(parts...)
+	if e, ok := v.collateral.get(key, now); ok {
+		return e, nil
+	}
+	e, err := verifyCollateral(root, p, docs, now)
+	if err == nil {
+		v.collateral.add(key, e, e.valid)
+	}
+	return e, err
+}
+
+// attestationKey returns the key that signs quotes, which a report of the quoting
+// enclave covers, which the PCK signs.
+func (v *Verifier) attestationKey(p *pck, q *Quote) (*ecdsa.PublicKey, error) {
+	id := keyOf(p.leaf.RawSubjectPublicKeyInfo, q.qe.raw, q.qeSignature, q.qeAuthData, q.attestationKey)
+	if key, ok := v.enclaves.get(id, time.Time{}); ok {
+		return key, nil
+	}
+	if !verifyRaw(p.key, q.qe.raw, q.qeSignature) {
+		return nil, fmt.Errorf("%w: its report is not signed by the PCK", ErrQE)
+	}
+	h := sha256.New()
+	h.Write(q.attestationKey)
+	h.Write(q.qeAuthData)
+	if want := h.Sum(nil); !bytes.Equal(q.qe.reportData[:32], want) || !zero(q.qe.reportData[32:]) {
+		return nil, fmt.Errorf("%w: its report does not cover the attestation key", ErrQE)
+	}
+	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, q.attestationKey...))
+	if err != nil {
+		return nil, fmt.Errorf("%w: attestation key: %w", ErrMalformed, err)
+	}
+	v.enclaves.add(id, key, forever())
+	return key, nil
+}
