@@ -90,22 +90,30 @@ func (o IssuerOptions) tsm() (tsm, error) {
 type tsm struct{ client configfsi.Client }
 
 func (t tsm) report(data [64]byte, vmpl *uint) ([]byte, []byte, error) {
-	req := report.Request{InBlob: data[:], GetAuxBlob: true}
+	req := report.Request{InBlob: data[:]}
 	if vmpl != nil {
 		req.Privilege = &report.Privilege{Level: *vmpl}
 	}
-	rsp, err := report.Get(t.client, &req)
+	rsp, err := get(t.client, req)
 	if err != nil {
-		// A host without certificates is no reason to go without a report.
-		req.GetAuxBlob = false
-		if rsp, err = report.Get(t.client, &req); err != nil {
-			return nil, nil, err
-		}
+		return nil, nil, err
 	}
 	if got := strings.TrimSpace(rsp.Provider); got != provider {
 		return nil, nil, fmt.Errorf("configfs-tsm is of %q, not %q", got, provider)
 	}
 	return rsp.OutBlob, rsp.AuxBlob, nil
+}
+
+// get asks with the host's certificates. A host without them is no reason to go
+// without a report.
+func get(c configfsi.Client, req report.Request) (*report.Response, error) {
+	req.GetAuxBlob = true
+	rsp, err := report.Get(c, &req)
+	if err != nil {
+		req.GetAuxBlob = false
+		rsp, err = report.Get(c, &req)
+	}
+	return rsp, err
 }
 
 // ioctl talks to the driver itself, which kernels before 6.7 have only.

@@ -110,6 +110,11 @@ func (a attempt) collect(ctx context.Context, reportData [64]byte) (*attestv1.SN
 	if err != nil {
 		return nil, fmt.Errorf("SEV-SNP report: %w", err)
 	}
+	return a.issuer.wrap(ctx, report, table, reportData)
+}
+
+// wrap puts a report of this machine together with its endorsements.
+func (i *Issuer) wrap(ctx context.Context, report, table []byte, reportData [64]byte) (*attestv1.SNPEvidence, error) {
 	r, err := Parse(report)
 	if err != nil {
 		return nil, fmt.Errorf("SEV-SNP report of this machine: %w", err)
@@ -120,10 +125,10 @@ func (a attempt) collect(ctx context.Context, reportData [64]byte) (*attestv1.SN
 	ev := &attestv1.SNPEvidence{Report: bytes.Clone(report)}
 	entries, err := parseTable(table)
 	if err != nil {
-		a.issuer.opts.Log("certificates from the host are ignored", err)
+		i.opts.Log("certificates from the host are ignored", err)
 	}
 	ev.Certificate = leafOf(entries, r.signer)
-	a.issuer.endorse(ctx, r, ev)
+	i.endorse(ctx, r, ev)
 	return ev, nil
 }
 

@@ -147,6 +147,20 @@ func BeginUnvouched(offer []byte, pcrs []uint32) (*Unvouched, error) {
 	return u, err
 }
 
+// RestoreUnvouched is BeginUnvouched for an exchange that was saved in a file
+// with its secret. It proves no freshness.
+func RestoreUnvouched(offer []byte, pcrs []uint32, secret []byte) (*Unvouched, error) {
+	if len(secret) != credentialSize {
+		return nil, fmt.Errorf("%w: credential of %d bytes", ErrMalformed, len(secret))
+	}
+	u, err := BeginUnvouched(offer, pcrs)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	u.q.credential = secret
+	return u, nil
+}
+
 // Ask returns what the TPM must answer.
 func (u *Unvouched) Ask() []byte { return u.q.ask }
 

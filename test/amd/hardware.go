@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-sev-guest/client"
 	"github.com/google/go-sev-guest/client/linuxabi"
 	"github.com/google/go-sev-guest/proto/sevsnp"
+
+	"github.com/keyagent/keyagent/attestation/snp"
 )
 
 // Guest is what a confidential VM finds on a chip. It stands in for the kernel's
@@ -25,6 +27,9 @@ type Guest struct {
 	Report Report
 	// Table is the host's certificate table. Nil: the host has none.
 	Table []byte
+	// Manifest is that of the SVSM's service, whatever its GUID. Nil: there is no
+	// SVSM.
+	Manifest []byte
 	// Provider is the kernel's name of the hardware. Empty: "sev_guest".
 	Provider string
 	// Fault, if set, is what a request for a report ends with.
@@ -39,6 +44,7 @@ type tsmEntry struct {
 	generation int
 	data       [64]byte
 	vmpl       *uint32
+	service    bool
 }
 
 var _ configfsi.Client = (*Guest)(nil)
@@ -91,7 +97,15 @@ func (g *Guest) ReadFile(name string) ([]byte, error) {
 		}
 		return []byte("sev_guest\n"), nil
 	case "outblob":
+		if e.service {
+			return g.sign(snp.ServiceReportData(e.data, g.Manifest), nil)
+		}
 		return g.sign(e.data, e.vmpl)
+	case "manifestblob":
+		if !e.service {
+			return nil, syscall.EINVAL
+		}
+		return bytes.Clone(g.Manifest), nil
 	case "auxblob":
 		if g.Table == nil {
 			return nil, syscall.EINVAL
@@ -122,6 +136,15 @@ func (g *Guest) WriteFile(name string, contents []byte) error {
 		}
 		level := uint32(n)
 		e.vmpl = &level
+	case "service_provider":
+		if string(contents) != "svsm" || g.Manifest == nil {
+			return syscall.ENXIO
+		}
+		e.service = true
+	case "service_guid", "service_manifest_version":
+		if !e.service {
+			return syscall.EINVAL
+		}
 	default:
 		return os.ErrPermission
 	}
