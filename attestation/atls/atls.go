@@ -32,6 +32,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
@@ -98,9 +99,12 @@ type Appraiser interface {
 
 // Peers says what a side demands of its peer.
 type Peers struct {
-	// Verifiers by kind. The peer must give evidence for every one of them:
-	// composite evidence is demanded by naming several kinds.
+	// Verifiers by kind. The peer must give evidence for every one that is
+	// demanded: composite evidence is demanded by naming several kinds.
 	Verifiers []attestation.Verifier
+	// Demand chooses from the kinds that a peer offers those that it must give
+	// evidence of. Nil demands all of Verifiers' kinds. An error refuses the peer.
+	Demand func(offered []attestation.Kind) ([]attestation.Kind, error)
 	// Appraiser decides after all of them accepted.
 	Appraiser Appraiser
 }
@@ -110,6 +114,34 @@ func (p *Peers) check() error {
 		return fmt.Errorf("%w: evidence is demanded, but no verifier or no appraiser is set", ErrConfiguration)
 	}
 	return oneOfEachKind(p.Verifiers)
+}
+
+// demanded returns the verifiers of what a peer with this offer must prove.
+func (p *Peers) demanded(offered []attestation.Kind) ([]attestation.Verifier, error) {
+	if p.Demand == nil {
+		for _, v := range p.Verifiers {
+			if !slices.Contains(offered, v.Kind()) {
+				return nil, fmt.Errorf("%w: %w: no %s evidence on offer", attestation.ErrRefused, ErrPeerUnattested, v.Kind())
+			}
+		}
+		return p.Verifiers, nil
+	}
+	kinds, err := p.Demand(offered)
+	if err != nil {
+		return nil, err
+	}
+	var out []attestation.Verifier
+	for _, k := range kinds {
+		n := slices.IndexFunc(p.Verifiers, func(v attestation.Verifier) bool { return v.Kind() == k })
+		if n < 0 {
+			return nil, fmt.Errorf("%w: %s evidence is demanded, and there is no verifier of it", ErrConfiguration, k)
+		}
+		out = append(out, p.Verifiers[n])
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("%w: no evidence is demanded", ErrConfiguration)
+	}
+	return out, nil
 }
 
 func oneOfEachKind[T interface{ Kind() attestation.Kind }](list []T) error {

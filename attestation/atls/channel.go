@@ -289,8 +289,12 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	}
 	challenge := &attestv1.Challenge{Nonce: make([]byte, nonceSize)}
 	rand.Read(challenge.Nonce)
-	questions := make([]attestation.Question, len(c.peers.Verifiers))
-	for n, v := range c.peers.Verifiers {
+	verifiers, err := c.peers.demanded(kindsOf(hello.GetOffers()))
+	if err != nil {
+		return state, 0, err
+	}
+	questions := make([]attestation.Question, len(verifiers))
+	for n, v := range verifiers {
 		offer, ok := findItem(hello.GetOffers(), v.Kind())
 		if !ok {
 			return state, 0, fmt.Errorf("%w: %w: no %s evidence on offer", attestation.ErrRefused, ErrPeerUnattested, v.Kind())
@@ -317,7 +321,7 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	var claims []attestation.Claims
 	for n, q := range questions {
 		item := evidence.GetItems()[n]
-		if kind := c.peers.Verifiers[n].Kind(); item.GetKind() != string(kind) {
+		if kind := verifiers[n].Kind(); item.GetKind() != string(kind) {
 			return state, 0, fmt.Errorf("%w: %q evidence where %s was asked for", ErrFrame, item.GetKind(), kind)
 		}
 		proved, err := q.Verify(ctx, item.GetData(), binder)
@@ -359,6 +363,14 @@ func (c *Channel) sameMachine(v *attestation.Verified) error {
 		}
 	}
 	return nil
+}
+
+func kindsOf(items []*attestv1.Item) []attestation.Kind {
+	kinds := make([]attestation.Kind, len(items))
+	for n, i := range items {
+		kinds[n] = attestation.Kind(cut(i.GetKind(), 32))
+	}
+	return kinds
 }
 
 func findItem(items []*attestv1.Item, kind attestation.Kind) ([]byte, bool) {

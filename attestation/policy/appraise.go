@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -15,6 +14,8 @@ import (
 var (
 	// ErrMismatch: the evidence is genuine and no profile fits it.
 	ErrMismatch = fmt.Errorf("%w: no profile fits", attestation.ErrRefused)
+	// ErrKinds: no profile can be satisfied by the kinds of evidence on offer.
+	ErrKinds = fmt.Errorf("%w: not the kinds of evidence that are demanded", attestation.ErrRefused)
 	// ErrDenied: the machine is known, and no grant allows what it asks.
 	ErrDenied = errors.New("policy denied")
 )
@@ -30,7 +31,7 @@ type Appraisal struct {
 // Mismatch is one difference between a profile and the evidence.
 type Mismatch struct {
 	Profile  string      `json:"profile"`
-	Field    string      `json:"field"` // "pcr4", "trust", "event_log"
+	Field    string      `json:"field"` // "pcr4", "trust", "snp.debug", "tdx.rtmr1"
 	Expected []string    `json:"expected"`
 	Found    string      `json:"found"`
 	Events   []EventDiff `json:"events,omitempty"`
@@ -115,41 +116,47 @@ func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
 	return nil, closest
 }
 
-func (pr *Profile) compare(v *attestation.Verified) (hard, soft []Mismatch) {
-	c, ok := v.Claims(attestation.TPM)
-	if !ok {
-		return []Mismatch{{Profile: pr.Name, Field: "kind", Expected: []string{"tpm"}, Found: "none"}}, nil
-	}
-	if !slices.Contains(pr.TPM.Trust, c.Trust) {
-		hard = append(hard, Mismatch{Profile: pr.Name, Field: "trust", Expected: pr.TPM.Trust, Found: c.Trust})
-	}
-	if hasLog, _ := c.Facts["event_log"].(bool); pr.TPM.EventLog == "required" && !hasLog {
-		hard = append(hard, Mismatch{Profile: pr.Name, Field: "event_log", Expected: []string{"an event log"}, Found: "none"})
-	}
-	for _, ref := range pr.TPM.PCRs {
-		field := fmt.Sprintf("pcr%d", *ref.PCR)
-		got, ok := c.Measurements[field]
-		found := "not quoted"
-		if ok {
-			found = hex.EncodeToString(got.Value)
+// Demand returns the evidence to ask a machine for that offers these kinds: all
+// that some profile demands which the offer can satisfy.
+func (p *Policy) Demand(offered []attestation.Kind) ([]attestation.Kind, error) {
+	var ask []attestation.Kind
+	var wanted []string
+	for i := range p.file.Profiles {
+		kinds := p.file.Profiles[i].Kinds()
+		if want := join(kinds); !slices.Contains(wanted, want) {
+			wanted = append(wanted, want)
 		}
-		// A register that nothing was measured into proves nothing, whatever
-		// list it stands in.
-		if ok && slices.Contains(ref.Accept, found) && (ref.AllowUnextended || !unextended(found)) {
+		if slices.ContainsFunc(kinds, func(k attestation.Kind) bool { return !slices.Contains(offered, k) }) {
 			continue
 		}
-		m := Mismatch{Profile: pr.Name, Field: field, Expected: ref.Accept, Found: found}
-		if len(ref.Events) > 0 && len(got.Events) > 0 {
-			m.Events = diffEvents(ref.Events, got.Events)
-		}
-		// Absence is never a matter of a warning: the quote did not cover it.
-		if ref.WarnOnly && ok {
-			soft = append(soft, m)
-		} else {
-			hard = append(hard, m)
+		for _, k := range kinds {
+			if !slices.Contains(ask, k) {
+				ask = append(ask, k)
+			}
 		}
 	}
-	return hard, soft
+	if len(ask) == 0 {
+		return nil, fmt.Errorf("%w: it offers %s, a profile demands %s", ErrKinds, join(offered), strings.Join(wanted, " or "))
+	}
+	// What carries the claims of others comes alone: those others would say the
+	// same once more.
+	for _, carrier := range []attestation.Kind{attestation.Azure, attestation.SVSM} {
+		if slices.Contains(ask, carrier) {
+			ask = slices.DeleteFunc(ask, func(k attestation.Kind) bool { return k != carrier && k != attestation.Nitro })
+		}
+	}
+	return ask, nil
+}
+
+func join(kinds []attestation.Kind) string {
+	if len(kinds) == 0 {
+		return "nothing"
+	}
+	parts := make([]string, len(kinds))
+	for i, k := range kinds {
+		parts[i] = string(k)
+	}
+	return strings.Join(parts, "+")
 }
 
 // maxDiff bounds how many differing events are reported.

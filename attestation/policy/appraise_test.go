@@ -85,7 +85,7 @@ func TestEachFieldThatDiffersIsNamed(t *testing.T) {
 			c.Measurements["pcr7"] = attestation.Measurement{Value: unhex(good7[:62])}
 		}, "pcr7", good7[:62]},
 		"empty":     {func(c *attestation.Claims) { c.Measurements["pcr7"] = attestation.Measurement{} }, "pcr7", ""},
-		"no pcr7":   {func(c *attestation.Claims) { delete(c.Measurements, "pcr7") }, "pcr7", "not quoted"},
+		"no pcr7":   {func(c *attestation.Claims) { delete(c.Measurements, "pcr7") }, "pcr7", "not measured"},
 		"zero":      {func(c *attestation.Claims) { c.Measurements["pcr7"] = attestation.Measurement{Value: make([]byte, 32)} }, "pcr7", zeros},
 		"all ones":  {func(c *attestation.Claims) { c.Measurements["pcr7"] = attestation.Measurement{Value: unhex(ones)} }, "pcr7", ones},
 		"not a TPM": {func(c *attestation.Claims) { c.Kind = "other" }, "kind", "none"},

@@ -5,22 +5,28 @@ import (
 	"sync"
 
 	"github.com/google/cel-go/cel"
+
+	"github.com/keyagent/keyagent/attestation"
 )
 
 // Expressions see the request and the claims, and nothing of the outside:
 //
 //	volume, operation, profile   string
-//	identity, trust              string, of the TPM
-//	tpm                          map of the claims' facts
+//	identity, trust              string, of the TPM, or else of the first claims
+//	kinds                        list of the kinds of evidence, composites included
+//	tpm, snp, tdx, azure, nitro  maps of the claims' facts, empty without such claims
 //	now                          timestamp of the server's clock
 var environment = sync.OnceValues(func() (*cel.Env, error) {
+	facts := cel.MapType(cel.StringType, cel.DynType)
 	return cel.NewEnv(
 		cel.Variable("volume", cel.StringType),
 		cel.Variable("operation", cel.StringType),
 		cel.Variable("profile", cel.StringType),
 		cel.Variable("identity", cel.StringType),
 		cel.Variable("trust", cel.StringType),
-		cel.Variable("tpm", cel.MapType(cel.StringType, cel.DynType)),
+		cel.Variable("kinds", cel.ListType(cel.StringType)),
+		cel.Variable("tpm", facts), cel.Variable("snp", facts), cel.Variable("tdx", facts),
+		cel.Variable("azure", facts), cel.Variable("nitro", facts),
 		cel.Variable("now", cel.TimestampType),
 	)
 })
@@ -44,11 +50,22 @@ func compile(source string) (cel.Program, error) {
 }
 
 func evaluate(program cel.Program, a *Appraisal, r Request) (bool, error) {
-	c, _ := a.verified.Claims("tpm")
-	out, _, err := program.Eval(map[string]any{
-		"volume": r.Volume, "operation": string(r.Operation), "profile": a.Profile,
-		"identity": c.Identity, "trust": c.Trust, "tpm": c.Facts, "now": r.Now,
-	})
+	input := map[string]any{"volume": r.Volume, "operation": string(r.Operation), "profile": a.Profile, "now": r.Now}
+	all := a.verified.All()
+	speaker := all[0]
+	var kinds []string
+	for _, k := range []attestation.Kind{attestation.TPM, attestation.SNP, attestation.TDX, attestation.Azure, attestation.Nitro} {
+		input[string(k)] = map[string]any{}
+	}
+	for _, c := range all {
+		kinds = append(kinds, string(c.Kind))
+		input[string(c.Kind)] = c.Facts
+		if c.Kind == attestation.TPM {
+			speaker = c
+		}
+	}
+	input["identity"], input["trust"], input["kinds"] = speaker.Identity, speaker.Trust, kinds
+	out, _, err := program.Eval(input)
 	if err != nil {
 		return false, fmt.Errorf("expression: %w", err)
 	}

@@ -168,9 +168,15 @@ func FuzzPolicy(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(p.PCRs()) == 0 || len(p.Profiles()) == 0 || len(p.Grants()) == 0 || p.Lifetime() < time.Second ||
-			len(p.TPM().Roots)+len(p.TPM().Enrolled) == 0 {
+		t0 := p.Trust()
+		vouchers := len(t0.TPM.Roots) + len(t0.TPM.Enrolled) + len(t0.TPM.AKRoots) + len(t0.SNP.Roots) + len(t0.TDX.Roots) + len(t0.Nitro.Roots)
+		if len(p.Profiles()) == 0 || len(p.Grants()) == 0 || p.Lifetime() < time.Second || vouchers == 0 {
 			t.Fatalf("an empty policy is accepted: %+v", p)
+		}
+		for _, pr := range p.Profiles() {
+			if len(pr.Kinds()) == 0 {
+				t.Fatalf("profile %q demands no evidence", pr.Name)
+			}
 		}
 		stranger := claims()
 		stranger.Trust = "nobody"

@@ -88,7 +88,7 @@ func TestAPolicyIsReadStrictly(t *testing.T) {
 		"a lifetime of nothing":      {"15m", "0s", "lifetime:", "1s to 24h"},
 		"a lifetime below nothing":   {"15m", "-15m", "lifetime:", "1s to 24h"},
 		"a lifetime of a year":       {"15m", "8760h", "lifetime:", "1s to 24h"},
-		"no trust root":              {"    enrolled:\n      - name: rack-7\n        ek: " + ek, "    enrolled: []", "  tpm:", "nobody vouches"},
+		"no trust root":              {"    enrolled:\n      - name: rack-7\n        ek: " + ek, "    enrolled: []", "trust:", "nobody vouches"},
 		"an EK that is none":         {ek, "eeee", "ek: eeee", "64 lower-case hex"},
 		"an EK in capitals":          {ek, strings.ToUpper(ek), "ek: EEEE", "64 lower-case hex"},
 		"an EK without a name":       {"name: rack-7", `name: ""`, `name: ""`, "1 to 64 letters"},

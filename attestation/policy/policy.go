@@ -15,9 +15,7 @@ package policy
 
 import (
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"fmt"
 	"io"
 	"os"
@@ -29,7 +27,6 @@ import (
 
 	"github.com/google/cel-go/cel"
 
-	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/internal/config"
 )
 
@@ -53,58 +50,17 @@ type File struct {
 	Grants   []Grant   `yaml:"grants"`
 }
 
-// TrustFile names who vouches for hardware.
-type TrustFile struct {
-	TPM TPMTrust `yaml:"tpm"`
-}
-
-// TPMTrust names who vouches for TPMs.
-type TPMTrust struct {
-	Roots    []Root     `yaml:"roots,omitempty"`
-	Enrolled []Enrolled `yaml:"enrolled,omitempty"`
-}
-
-// Root is a certificate authority of a TPM maker.
-type Root struct {
-	Name string `yaml:"name"`
-	File string `yaml:"file,omitempty"` // PEM, relative to the policy's folder
-	PEM  string `yaml:"pem,omitempty"`
-
-	certificate *x509.Certificate
-}
-
-// Certificate returns the parsed certificate of a loaded policy.
-func (r Root) Certificate() *x509.Certificate { return r.certificate }
-
-// Enrolled is a TPM that the operator vouches for.
-type Enrolled struct {
-	Name string `yaml:"name"`
-	EK   string `yaml:"ek"` // hex SHA-256 of the key's PKIX DER
-}
-
-// Profile is a set of reference values for one kind of machine.
+// Profile is a set of reference values for one kind of machine. It demands each
+// kind of evidence that it has a section for.
 type Profile struct {
-	Name         string      `yaml:"name"`
-	ShowMismatch bool        `yaml:"show_mismatch,omitempty"` // the refused machine may see the difference
-	TPM          *TPMProfile `yaml:"tpm"`
-}
-
-// TPMProfile holds reference values of a TPM.
-type TPMProfile struct {
-	Trust    []string `yaml:"trust"`     // "root:NAME" or "enrolled:NAME"
-	Bank     string   `yaml:"bank"`      // sha256
-	EventLog string   `yaml:"event_log"` // required or optional
-	PCRs     []PCR    `yaml:"pcrs"`
-}
-
-// PCR holds the reference values of one register.
-type PCR struct {
-	PCR             *uint32             `yaml:"pcr"`
-	Accept          []string            `yaml:"accept"` // hex
-	WarnOnly        bool                `yaml:"warn_only,omitempty"`
-	AllowUnextended bool                `yaml:"allow_unextended,omitempty"`
-	Source          string              `yaml:"source,omitempty"` // for people
-	Events          []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
+	Name         string        `yaml:"name"`
+	ShowMismatch bool          `yaml:"show_mismatch,omitempty"` // the refused machine may see the difference
+	Azure        *AzureProfile `yaml:"azure,omitempty"`
+	SVSM         *SVSMProfile  `yaml:"svsm,omitempty"`
+	SNP          *SNPProfile   `yaml:"snp,omitempty"`
+	TDX          *TDXProfile   `yaml:"tdx,omitempty"`
+	Nitro        *NitroProfile `yaml:"nitro,omitempty"`
+	TPM          *TPMProfile   `yaml:"tpm,omitempty"`
 }
 
 // Grant allows operations.
@@ -158,22 +114,22 @@ func Parse(name string, data []byte) (*Policy, error) {
 	// Files that the policy names are part of what it says.
 	h := sha256.New()
 	h.Write(data)
-	for _, r := range p.file.Trust.TPM.Roots {
-		h.Write(r.certificate.Raw)
+	for _, part := range p.file.Trust.raw() {
+		h.Write(part)
 	}
 	p.hash = hex.EncodeToString(h.Sum(nil))
 	return p, nil
 }
 
 // Hash identifies the policy in the audit log: SHA-256 of the file, followed by
-// the certificates in it.
+// the certificates and key sets in it.
 func (p *Policy) Hash() string { return p.hash }
 
 // Lifetime of a verdict under this policy.
 func (p *Policy) Lifetime() time.Duration { return p.lifetime }
 
-// TPM returns who vouches for TPMs.
-func (p *Policy) TPM() TPMTrust { return p.file.Trust.TPM }
+// Trust returns who vouches for what.
+func (p *Policy) Trust() TrustFile { return p.file.Trust }
 
 // PCRs returns every register that some profile compares, ascending.
 func (p *Policy) PCRs() []uint32 { return p.pcrs }
@@ -245,105 +201,10 @@ func (c *checker) name(name string, seen map[string]bool, path ...any) {
 	seen[name] = true
 }
 
-func (c *checker) trust() {
-	t := &c.file.Trust.TPM
-	c.demand(len(t.Roots)+len(t.Enrolled) > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust", "tpm")
-	seen := map[string]bool{}
-	for i := range t.Roots {
-		r := &t.Roots[i]
-		at := []any{"trust", "tpm", "roots", i}
-		c.name(r.Name, seen, append(at, "name")...)
-		c.demand((r.File == "") != (r.PEM == ""), "needs either file or pem", at...)
-		text := []byte(r.PEM)
-		if r.File != "" {
-			path := r.File
-			if !filepath.IsAbs(path) {
-				path = filepath.Join(c.dir, path)
-			}
-			var err error
-			if text, err = os.ReadFile(path); err != nil {
-				c.fail("%w", []any{err}, append(at, "file")...)
-			}
-		}
-		var err error
-		if r.certificate, err = oneCertificate(text); err != nil {
-			c.fail("%w", []any{err}, at...)
-		}
-	}
-	seen = map[string]bool{}
-	for i, e := range t.Enrolled {
-		at := []any{"trust", "tpm", "enrolled", i}
-		c.name(e.Name, seen, append(at, "name")...)
-		c.demand(isDigest(e.EK), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", append(at, "ek")...)
-	}
-}
-
-func oneCertificate(text []byte) (*x509.Certificate, error) {
-	block, rest := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, fmt.Errorf("holds no certificate in PEM form")
-	}
-	if more, _ := pem.Decode(rest); more != nil {
-		return nil, fmt.Errorf("holds more than one certificate: name each root by itself")
-	}
-	return x509.ParseCertificate(block.Bytes)
-}
-
-func isDigest(s string) bool {
+// isHex reports whether s is size bytes in lower-case hex.
+func isHex(s string, size int) bool {
 	b, err := hex.DecodeString(s)
-	return err == nil && len(b) == sha256.Size && strings.ToLower(s) == s
-}
-
-func (c *checker) profile(pr *Profile, i int) {
-	at := func(more ...any) []any { return append([]any{"profiles", i, "tpm"}, more...) }
-	t := pr.TPM
-	if t == nil {
-		c.fail("no evidence is demanded: a profile needs a tpm section", nil, "profiles", i)
-		return
-	}
-	c.demand(t.Bank == "sha256", "must be sha256", at("bank")...)
-	c.demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at("event_log")...)
-	c.demand(len(t.Trust) > 0, "empty: nobody vouches for the hardware", at("trust")...)
-	for n, name := range t.Trust {
-		c.demand(c.vouches(name), fmt.Sprintf("%q is not in the trust section (hint: root:NAME or enrolled:NAME)", name), at("trust", n)...)
-	}
-	c.demand(len(t.PCRs) > 0, "empty: no register would be compared", at("pcrs")...)
-	seen := map[uint32]bool{}
-	enforced := false
-	for n, r := range t.PCRs {
-		if r.PCR == nil || *r.PCR > 23 {
-			c.fail("must be a number from 0 to 23", nil, at("pcrs", n, "pcr")...)
-			return
-		}
-		c.demand(!seen[*r.PCR], "is named twice", at("pcrs", n, "pcr")...)
-		seen[*r.PCR] = true
-		enforced = enforced || !r.WarnOnly
-		c.demand(len(r.Accept) > 0, "empty: no value would be accepted", at("pcrs", n, "accept")...)
-		for m, v := range r.Accept {
-			c.demand(isDigest(v), "must be 64 lower-case hex digits", at("pcrs", n, "accept", m)...)
-			c.demand(r.AllowUnextended || !unextended(v),
-				"is the value of a register that nothing was measured into; if that is meant, say allow_unextended: true", at("pcrs", n, "accept", m)...)
-		}
-	}
-	c.demand(enforced, "every register is warn_only: nothing would be enforced", at("pcrs")...)
-}
-
-func unextended(hexValue string) bool {
-	return strings.Trim(hexValue, "0") == "" || strings.Trim(hexValue, "f") == ""
-}
-
-func (c *checker) vouches(name string) bool {
-	for _, r := range c.file.Trust.TPM.Roots {
-		if name == "root:"+r.Name {
-			return true
-		}
-	}
-	for _, e := range c.file.Trust.TPM.Enrolled {
-		if name == "enrolled:"+e.Name {
-			return true
-		}
-	}
-	return false
+	return err == nil && len(b) == size && strings.ToLower(s) == s
 }
 
 func (c *checker) grant(g *Grant, i int) {

@@ -77,7 +77,7 @@ func TestAnEKCertificateThatDoesNotFitIsRefused(t *testing.T) {
 	root, stranger := newMaker(t, nil), newMaker(t, nil)
 	office := newMaker(t, root)
 	other := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P384(), rand.Reader)).Public()
-	v := newVerifier(t, Trust{Roots: []Root{{"other", newMaker(t, nil).cert}, {"maker", root.cert}}, PCRs: []uint32{0}})
+	v := newVerifier(t, Trust{Roots: []Root{{Name: "other", Certificate: newMaker(t, nil).cert}, {Name: "maker", Certificate: root.cert}}, PCRs: []uint32{0}})
 	begin := func(change func(*attestv1.TPMOffer)) error {
 		o := &attestv1.TPMOffer{}
 		unmarshal(t, marshal(t, offer), o)

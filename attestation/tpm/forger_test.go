@@ -75,7 +75,7 @@ func (f *forger) useAK(hierarchy tpm2.TPMHandle, change func(*tpm2.TPMTPublic)) 
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	f.ak = object{rsp.ObjectHandle, *must[*tpm2.TPMTPublic](f.t)(rsp.OutPublic.Contents()), rsp.Name}
+	f.ak = object{rsp.ObjectHandle, *must[*tpm2.TPMTPublic](f.t)(rsp.OutPublic.Contents()), rsp.Name, true}
 }
 
 func (f *forger) auth() tpm2.AuthHandle {

@@ -15,6 +15,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/test/swtpm"
 )
 
@@ -26,7 +27,7 @@ func genuineExchange(t testing.TB) (*attestv1.Saved, *Verifier) {
 	s := &attestv1.Saved{}
 	unmarshal(t, must[[]byte](t)(os.ReadFile("testdata/saved.bin")), s)
 	root := must[*x509.Certificate](t)(x509.ParseCertificate(must[[]byte](t)(os.ReadFile("testdata/root.der"))))
-	trust := Trust{Roots: []Root{{"lab", root}}, PCRs: []uint32{0, 4, 7, 11}}
+	trust := Trust{Roots: []Root{{Name: "lab", Certificate: root}}, PCRs: []uint32{0, 4, 7, 11}}
 	v, err := NewVerifier(VerifierOptions{Trust: func() Trust { return trust },
 		Now: func() time.Time { return root.NotBefore.Add(24 * time.Hour) }})
 	if err != nil {
@@ -41,7 +42,7 @@ func TestSavedEvidenceVerifies(t *testing.T) {
 		log, _ := genuineLog(t)
 		_, events := split(t, log)
 		replayInto(t, p, events)
-		s, err := Collect(t.Context(), newIssuer(t, p, IssuerOptions{EventLog: "testdata/ovmf.eventlog"}), []uint32{0, 4, 7, 11})
+		s, err := saved.Collect(t.Context(), []attestation.Issuer{newIssuer(t, p, IssuerOptions{EventLog: "testdata/ovmf.eventlog"})}, []uint32{0, 4, 7, 11})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -53,7 +54,7 @@ func TestSavedEvidenceVerifies(t *testing.T) {
 		}
 	}
 	s, v := genuineExchange(t)
-	all, err := v.VerifySaved(t.Context(), s)
+	all, err := saved.Verify(t.Context(), []attestation.Verifier{v}, s)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,7 +62,7 @@ func TestSavedEvidenceVerifies(t *testing.T) {
 	if c.Trust != "root:lab" || len(c.Measurements["pcr4"].Events) == 0 {
 		t.Fatalf("%+v, %v", c, err)
 	}
-	if sum := must[*Summary](t)(Summarize(s)); sum.EK != c.Identity || len(sum.PCRs) != 4 {
+	if sum := must[*Summary](t)(Summarize(s.Offers[0].Data, s.Asks[0].Data, s.Items[0].Data)); sum.EK != c.Identity || len(sum.PCRs) != 4 {
 		t.Errorf("%+v", sum)
 	}
 	for name, change := range map[string]func(*attestv1.Saved){
@@ -79,7 +80,7 @@ func TestSavedEvidenceVerifies(t *testing.T) {
 	} {
 		other := proto.Clone(s).(*attestv1.Saved)
 		change(other)
-		if _, err := v.VerifySaved(t.Context(), other); !errors.Is(err, attestation.ErrRefused) {
+		if _, err := saved.Verify(t.Context(), []attestation.Verifier{v}, other); !errors.Is(err, attestation.ErrRefused) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -109,7 +110,7 @@ func FuzzOffer(f *testing.F) {
 // FuzzEvidence: only the genuine values are ever accepted.
 func FuzzEvidence(f *testing.F) {
 	s, v := genuineExchange(f)
-	want, err := v.VerifySaved(context.Background(), s)
+	want, err := saved.Verify(context.Background(), []attestation.Verifier{v}, s)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -117,7 +118,7 @@ func FuzzEvidence(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		other := proto.Clone(s).(*attestv1.Saved)
 		other.Items[0].Data = data
-		got, err := v.VerifySaved(context.Background(), other)
+		got, err := saved.Verify(context.Background(), []attestation.Verifier{v}, other)
 		refusedOr(t, err)
 		for _, c := range got {
 			for name, m := range c.Measurements {
@@ -146,7 +147,7 @@ func FuzzQuote(f *testing.F) {
 		changed := proto.Clone(&e).(*attestv1.TPMEvidence)
 		changed.Attest, changed.Signature = attest, signature
 		other.Items[0].Data = marshal(t, changed)
-		_, err := v.VerifySaved(context.Background(), other)
+		_, err := saved.Verify(context.Background(), []attestation.Verifier{v}, other)
 		refusedOr(t, err)
 		if err == nil && !bytes.Equal(attest, e.GetAttest()) {
 			t.Fatal("another structure is accepted")

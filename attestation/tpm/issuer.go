@@ -32,6 +32,8 @@ type IssuerOptions struct {
 	Device string
 	// EK chooses the endorsement key. Default EKAuto.
 	EK EKType
+	// AK chooses the attestation key. Default AKAuto.
+	AK AKType
 	// EKPin, if set, is the only endorsement key that is accepted, as EKDigest
 	// gives it: a TPM that somebody put on the bus instead is refused.
 	EKPin string
@@ -57,8 +59,20 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	if opts.EK == "" {
 		opts.EK = EKAuto
 	}
+	if opts.AK == "" {
+		opts.AK = AKAuto
+	}
 	if opts.EventLog == "" {
 		opts.EventLog = DefaultEventLog
+	}
+	if !slices.Contains([]AKType{AKAuto, AKOwn, AKCloud}, opts.AK) {
+		return nil, fmt.Errorf("unknown attestation key type %q (hint: auto, own or cloud)", opts.AK)
+	}
+	if opts.EKPin != "" && opts.AK == AKAuto {
+		opts.AK = AKOwn // a pin is for an EK, so there has to be one
+	}
+	if opts.EKPin != "" && opts.AK == AKCloud {
+		return nil, errors.New("an endorsement key is pinned, but a cloud's attestation key has none (hint: ak: own)")
 	}
 	if opts.EK != EKAuto && !slices.ContainsFunc(eks, func(e ek) bool { return e.kind == opts.EK }) {
 		return nil, fmt.Errorf("unknown endorsement key type %q (hint: auto, rsa-2048 or ecc-p384)", opts.EK)
@@ -85,21 +99,38 @@ func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
 	if a.tpm, err = OpenDevice(i.opts.Device); err != nil {
 		return nil, err
 	}
-	if err := a.chooseEK(); err != nil {
+	if err := a.chooseKeys(); err != nil {
 		return nil, err
-	}
-	if a.ak, err = createPrimary(a.tpm, akTemplate); err != nil {
-		return nil, fmt.Errorf("make the attestation key: %w", err)
 	}
 	if a.clock, err = readClock(a.tpm); err != nil {
 		return nil, err
 	}
-	a.offer, err = proto.Marshal(&attestv1.TPMOffer{
-		EkCertificate: a.cert,
-		EkPublic:      tpm2.Marshal(a.ekey.public),
-		AkPublic:      tpm2.Marshal(a.ak.public),
-	})
+	offer := &attestv1.TPMOffer{AkPublic: tpm2.Marshal(a.ak.public), AkCertificate: a.akCert}
+	if a.akCert == nil {
+		offer.EkCertificate, offer.EkPublic = a.cert, tpm2.Marshal(a.ekey.public)
+	}
+	a.offer, err = proto.Marshal(offer)
 	return a, err
+}
+
+// chooseKeys takes the AK that the cloud certified, or else an EK and an AK of
+// our own.
+func (a *attempt) chooseKeys() (err error) {
+	if a.issuer.opts.AK != AKOwn {
+		if a.ak, a.akCert, err = loadCloudAK(a.tpm); err != nil || a.akCert != nil {
+			return err
+		}
+		if a.issuer.opts.AK == AKCloud {
+			return fmt.Errorf("%w: no cloud put a certified attestation key into this TPM (hint: ak: own)", attestation.ErrNoDevice)
+		}
+	}
+	if err := a.chooseEK(); err != nil {
+		return err
+	}
+	if a.ak, err = createPrimary(a.tpm, akTemplate); err != nil {
+		return fmt.Errorf("make the attestation key: %w", err)
+	}
+	return nil
 }
 
 type attempt struct {
@@ -108,7 +139,8 @@ type attempt struct {
 	ek     ek
 	ekey   object
 	ak     object
-	cert   []byte
+	cert   []byte // of the EK
+	akCert []byte // of the AK, which then needs no EK
 	offer  []byte
 	clock  tpm2.TPMSClockInfo
 	once   sync.Once
@@ -179,9 +211,12 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 			return nil, fmt.Errorf("verifier asks for PCRs %v", q.GetPcrs())
 		}
 	}
-	proof, err := a.activate(&q, binder)
-	if err != nil {
-		return nil, err
+	var proof []byte
+	if a.akCert == nil {
+		var err error
+		if proof, err = a.activate(&q, binder); err != nil {
+			return nil, err
+		}
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -226,13 +261,19 @@ func credentialProof(credential []byte, binder attestation.Binder) []byte {
 }
 
 func (a *attempt) quote(q *attestv1.TPMAsk, binder attestation.Binder) (*attestv1.TPMEvidence, error) {
+	return quote(a.tpm, a.ak, a.clock, q.GetPcrs(), binder)
+}
+
+// quote signs with ak, and refuses to go on if the TPM was reset since clock was
+// read.
+func quote(t transport.TPM, ak object, clock tpm2.TPMSClockInfo, pcrs []uint32, binder attestation.Binder) (*attestv1.TPMEvidence, error) {
 	qualifying := sha256.Sum256(binder[:])
 	rsp, err := tpm2.Quote{
-		SignHandle:     tpm2.AuthHandle{Handle: a.ak.handle, Name: a.ak.name, Auth: tpm2.PasswordAuth(nil)},
+		SignHandle:     tpm2.AuthHandle{Handle: ak.handle, Name: ak.name, Auth: tpm2.PasswordAuth(nil)},
 		QualifyingData: tpm2.TPM2BData{Buffer: qualifying[:]},
 		InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-		PCRSelect:      selection(q.GetPcrs()),
-	}.Execute(a.tpm)
+		PCRSelect:      selection(pcrs),
+	}.Execute(t)
 	if err != nil {
 		return nil, fmt.Errorf("quote: %w", err)
 	}
@@ -240,11 +281,11 @@ func (a *attempt) quote(q *attestv1.TPMAsk, binder attestation.Binder) (*attestv
 	if err != nil {
 		return nil, err
 	}
-	if c := attest.ClockInfo; c.ResetCount != a.clock.ResetCount || c.RestartCount != a.clock.RestartCount {
+	if c := attest.ClockInfo; ak.clear && (c.ResetCount != clock.ResetCount || c.RestartCount != clock.RestartCount) {
 		return nil, fmt.Errorf("%w: reset count %d then %d, restart count %d then %d", ErrReset,
-			a.clock.ResetCount, c.ResetCount, a.clock.RestartCount, c.RestartCount)
+			clock.ResetCount, c.ResetCount, clock.RestartCount, c.RestartCount)
 	}
-	values, err := readPCRs(a.tpm, q.GetPcrs())
+	values, err := readPCRs(t, pcrs)
 	if err != nil {
 		return nil, err
 	}

@@ -145,6 +145,7 @@ type object struct {
 	handle tpm2.TPMHandle
 	public tpm2.TPMTPublic
 	name   tpm2.TPM2BName
+	clear  bool // its quotes show the TPM's counters as they are
 }
 
 func (o object) flush(t transport.TPM) {
@@ -165,7 +166,7 @@ func createPrimary(t transport.TPM, template tpm2.TPMTPublic) (object, error) {
 	if err != nil {
 		return object{}, err
 	}
-	return object{rsp.ObjectHandle, *pub, rsp.Name}, nil
+	return object{rsp.ObjectHandle, *pub, rsp.Name, true}, nil
 }
 
 // loadEK gives the key that belongs to a certificate: the persistent one if the
@@ -173,7 +174,7 @@ func createPrimary(t transport.TPM, template tpm2.TPMTPublic) (object, error) {
 func loadEK(t transport.TPM, e ek, cert *x509.Certificate) (object, error) {
 	if rsp, err := (tpm2.ReadPublic{ObjectHandle: e.persistent}).Execute(t); err == nil {
 		if pub, err := rsp.OutPublic.Contents(); err == nil && samePublicKey(*pub, cert) {
-			return object{e.persistent, *pub, rsp.Name}, nil
+			return object{e.persistent, *pub, rsp.Name, true}, nil
 		}
 	}
 	o, err := createPrimary(t, e.template)
@@ -204,9 +205,16 @@ func samePublicKey(pub tpm2.TPMTPublic, cert *x509.Certificate) bool {
 	return false
 }
 
-// readCertificate reads an EK certificate from NV. No index is not an error:
-// the result is nil.
+// readCertificate reads a certificate or template from NV. No index is not an
+// error: the result is nil.
 func readCertificate(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
+	data, err := readNV(t, index)
+	return trimPadding(data), err
+}
+
+// readNV reads an NV index of at most maxCertificate bytes, by the authorisation
+// that its attributes allow. No index gives nil.
+func readNV(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
 	nv, err := tpm2.NVReadPublic{NVIndex: index}.Execute(t)
 	if err != nil {
 		if errors.Is(err, tpm2.TPMRCHandle) {
@@ -221,25 +229,29 @@ func readCertificate(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
 	if pub.DataSize > maxCertificate {
 		return nil, fmt.Errorf("NV index %#x has %d bytes, at most %d are read", uint32(index), pub.DataSize, maxCertificate)
 	}
-	var der []byte
-	for len(der) < int(pub.DataSize) {
+	auth := tpm2.AuthHandle{Handle: index, Name: nv.NVName, Auth: tpm2.PasswordAuth(nil)}
+	if !pub.Attributes.AuthRead && pub.Attributes.OwnerRead {
+		auth = tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
+	}
+	data := make([]byte, 0, pub.DataSize)
+	for len(data) < int(pub.DataSize) {
 		// 512 bytes fit the smallest NV buffer of the PC Client profile.
-		n := min(512, int(pub.DataSize)-len(der))
+		n := min(512, int(pub.DataSize)-len(data))
 		rsp, err := tpm2.NVRead{
-			AuthHandle: tpm2.AuthHandle{Handle: index, Name: nv.NVName, Auth: tpm2.PasswordAuth(nil)},
+			AuthHandle: auth,
 			NVIndex:    tpm2.NamedHandle{Handle: index, Name: nv.NVName},
 			Size:       uint16(n),
-			Offset:     uint16(len(der)),
+			Offset:     uint16(len(data)),
 		}.Execute(t)
 		if err != nil {
 			return nil, fmt.Errorf("read NV index %#x: %w", uint32(index), err)
 		}
 		if len(rsp.Data.Buffer) == 0 {
-			return nil, fmt.Errorf("read NV index %#x: nothing came back at offset %d", uint32(index), len(der))
+			return nil, fmt.Errorf("read NV index %#x: nothing came back at offset %d", uint32(index), len(data))
 		}
-		der = append(der, rsp.Data.Buffer...)
+		data = append(data, rsp.Data.Buffer...)
 	}
-	return trimPadding(der), nil
+	return data, nil
 }
 
 // trimPadding cuts what follows the DER: some makers pad the index.

@@ -6,7 +6,9 @@
 // One quote over one SHA-256 bank by a restricted attestation key (AK), whose
 // qualifying data is the SHA-256 of the connection's binder. The AK is tied to
 // the TPM by credential activation with the endorsement key (EK), and the EK to
-// its maker by a certificate chain, or to the operator by enrolment. The UEFI
+// its maker by a certificate chain, or to the operator by enrolment. Where a
+// cloud certifies the AK itself, as Google does, that certificate takes the
+// place of both. The UEFI
 // event log comes along; it explains the values and decides nothing that the
 // quote does not cover.
 //
@@ -46,6 +48,9 @@ var (
 	ErrEKUntrusted      = refusal("endorsement key is not vouched for")
 	ErrEKCertificate    = refusal("endorsement key certificate does not fit")
 	ErrEKExpired        = refusal("endorsement key certificate is outside its validity")
+	ErrAKUntrusted      = refusal("attestation key is not vouched for")
+	ErrAKCertificate    = refusal("attestation key certificate does not fit")
+	ErrAKExpired        = refusal("attestation key certificate is outside its validity")
 	ErrAKUnfit          = refusal("attestation key is not a restricted signing key of this TPM")
 	ErrCredential       = refusal("attestation key is not in the TPM that the endorsement key belongs to")
 	ErrSignature        = refusal("quote signature does not verify")

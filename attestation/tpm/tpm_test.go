@@ -44,7 +44,7 @@ func trustOf(t testing.TB, p *swtpm.TPM) Trust {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return Trust{Roots: []Root{{"lab", c}}, PCRs: []uint32{0, 4, 7, 11}}
+	return Trust{Roots: []Root{{Name: "lab", Certificate: c}}, PCRs: []uint32{0, 4, 7, 11}}
 }
 
 func newVerifier(t testing.TB, trust Trust) *Verifier {

@@ -3,13 +3,13 @@ package tpm
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
@@ -22,18 +22,23 @@ import (
 // Trust is what a verifier believes in, and what it asks for. The zero value
 // believes in nothing, and a verifier refuses to start an exchange with it.
 type Trust struct {
-	// Roots sign EK certificates. At least one root or enrolled key is needed.
+	// Roots sign EK certificates. At least one root of any kind or one enrolled
+	// key is needed.
 	Roots []Root
+	// AKRoots sign certificates of attestation keys, as clouds have them.
+	AKRoots []Root
 	// Enrolled are endorsement keys that the operator vouches for.
 	Enrolled []Enrolled
 	// PCRs to ask for, ascending. At least one.
 	PCRs []uint32
 }
 
-// Root is a named certificate authority of a TPM maker.
+// Root is a named certificate authority of a TPM maker or a cloud.
 type Root struct {
 	Name        string
 	Certificate *x509.Certificate
+	// Intermediates are known beforehand; those that come along are tried too.
+	Intermediates []*x509.Certificate
 }
 
 // Enrolled is a named endorsement key, as [EKDigest] gives it.
@@ -74,39 +79,135 @@ func NewVerifier(opts VerifierOptions) (*Verifier, error) {
 // Kind implements attestation.Verifier.
 func (*Verifier) Kind() attestation.Kind { return attestation.TPM }
 
-// Begin implements attestation.Verifier. It decides whether the EK is vouched
-// for and whether the AK has the right attributes, and encrypts a fresh secret
-// to the pair of them.
+// Begin implements attestation.Verifier. It decides who vouches for the TPM:
+// somebody for its EK, to which it then encrypts a fresh secret that only a TPM
+// with the AK recovers, or somebody for the AK itself.
 func (v *Verifier) Begin(_ context.Context, offer []byte) (attestation.Question, error) {
 	trust := v.trust()
-	if len(trust.Roots)+len(trust.Enrolled) == 0 {
+	if len(trust.Roots)+len(trust.Enrolled)+len(trust.AKRoots) == 0 {
 		return nil, fmt.Errorf("%w: no root and no enrolled endorsement key", ErrConfiguration)
-	}
-	if err := checkPCRs(trust.PCRs); err != nil {
-		return nil, err
 	}
 	o, err := parseOffer(offer)
 	if err != nil {
 		return nil, err
 	}
-	q := &question{pcrs: trust.PCRs, signer: qualifiedName(o.akName)}
-	if q.hw, err = v.vouch(trust, o); err != nil {
+	if o.ek == nil {
+		return v.beginCertified(trust, o)
+	}
+	q, err := newQuestion(o, trust.PCRs)
+	if err != nil {
 		return nil, err
 	}
-	if q.ak, err = checkAK(o.ak); err != nil {
-		return nil, err
-	}
-	rand.Read(q.credential[:])
-	q.ask, err = o.ask(trust.PCRs, q.credential[:])
+	q.hw, err = v.vouch(trust, o)
 	return q, err
 }
 
-// offer is a parsed TPMOffer.
+// newQuestion asks a TPM that has an EK, whoever vouches for that.
+func newQuestion(o offer, pcrs []uint32) (*question, error) {
+	q := &question{ak: o.ak, pcrs: pcrs, credential: make([]byte, credentialSize)}
+	rand.Read(q.credential)
+	var err error
+	q.ask, err = o.ask(pcrs, q.credential)
+	return q, err
+}
+
+// beginCertified asks a TPM whose AK has a certificate of its own.
+func (v *Verifier) beginCertified(trust Trust, o offer) (attestation.Question, error) {
+	hw, err := v.vouchAK(trust, o)
+	if err != nil {
+		return nil, err
+	}
+	q := &question{ak: o.ak, pcrs: trust.PCRs, hw: hw}
+	q.ask, err = askPCRs(trust.PCRs)
+	return q, err
+}
+
+// Unvouched is an exchange with a TPM for whose endorsement key something else
+// vouches later on, such as the manifest of an SVSM.
+type Unvouched struct {
+	// EKPublic is what has to be vouched for, a TPMT_PUBLIC.
+	EKPublic []byte
+	q        *question
+}
+
+// BeginUnvouched parses an offer with an EK and asks, and believes nothing yet.
+func BeginUnvouched(offer []byte, pcrs []uint32) (*Unvouched, error) {
+	o, err := parseOffer(offer)
+	if err != nil {
+		return nil, err
+	}
+	if o.ek == nil {
+		return nil, fmt.Errorf("%w: no endorsement key", ErrMalformed)
+	}
+	u := &Unvouched{EKPublic: tpm2.Marshal(*o.ek)}
+	if u.q, err = newQuestion(o, pcrs); err != nil {
+		return nil, err
+	}
+	u.q.hw, err = nameEK(o)
+	return u, err
+}
+
+// RestoreUnvouched is BeginUnvouched for an exchange that was saved in a file
+// with its secret. It proves no freshness.
+func RestoreUnvouched(offer []byte, pcrs []uint32, secret []byte) (*Unvouched, error) {
+	if len(secret) != credentialSize {
+		return nil, fmt.Errorf("%w: credential of %d bytes", ErrMalformed, len(secret))
+	}
+	u, err := BeginUnvouched(offer, pcrs)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	u.q.credential = secret
+	return u, nil
+}
+
+// Ask returns what the TPM must answer.
+func (u *Unvouched) Ask() []byte { return u.q.ask }
+
+// Verify checks the answer. The claims' Trust is empty: the caller sets it once
+// somebody has vouched for EKPublic, and uses the claims only then.
+func (u *Unvouched) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) (attestation.Claims, error) {
+	claims, err := u.q.Verify(ctx, evidence, binder)
+	if err != nil {
+		return attestation.Claims{}, err
+	}
+	return claims[0], nil
+}
+
+// Restore answers for an exchange that was saved in a file: the question that
+// it holds is asked again, with the secret that the file tells. It proves no
+// freshness.
+func (v *Verifier) Restore(ctx context.Context, offer, ask, secret []byte) (attestation.Question, error) {
+	var asked attestv1.TPMAsk
+	if err := proto.Unmarshal(ask, &asked); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	if err := checkPCRs(asked.GetPcrs()); err != nil {
+		return nil, fmt.Errorf("%w: PCRs %v", ErrMalformed, asked.GetPcrs())
+	}
+	begun, err := v.Begin(ctx, offer)
+	if err != nil {
+		return nil, err
+	}
+	q := begun.(*question)
+	if len(secret) != len(q.credential) {
+		return nil, fmt.Errorf("%w: credential of %d bytes", ErrMalformed, len(secret))
+	}
+	q.pcrs, q.credential = asked.GetPcrs(), secret
+	return q, nil
+}
+
+// credentialSize of the secret that the EK recovers, in bytes.
+const credentialSize = 32
+
+// offer is a parsed TPMOffer: with an EK, or with a certificate of the AK.
 type offer struct {
-	ek, ak        *tpm2.TPMTPublic
-	akName        []byte
-	certificate   []byte
-	intermediates [][]byte
+	ak              AK
+	ek              *tpm2.TPMTPublic
+	certificate     []byte
+	intermediates   [][]byte
+	akCertificate   []byte
+	akIntermediates [][]byte
 }
 
 func parseOffer(data []byte) (offer, error) {
@@ -114,42 +215,51 @@ func parseOffer(data []byte) (offer, error) {
 	if err := proto.Unmarshal(data, &m); err != nil {
 		return offer{}, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
 	}
-	o := offer{certificate: m.GetEkCertificate(), intermediates: m.GetEkIntermediates()}
+	o := offer{
+		certificate: m.GetEkCertificate(), intermediates: m.GetEkIntermediates(),
+		akCertificate: m.GetAkCertificate(), akIntermediates: m.GetAkIntermediates(),
+	}
 	var err error
-	if o.ek, err = parse[tpm2.TPMTPublic]("endorsement key", m.GetEkPublic(), maxPublic); err != nil {
+	if o.ak, err = ParseAK(m.GetAkPublic()); err != nil {
 		return offer{}, err
 	}
-	if o.ak, err = parse[tpm2.TPMTPublic]("attestation key", m.GetAkPublic(), maxPublic); err != nil {
-		return offer{}, err
+	if len(o.akCertificate) == 0 {
+		o.ek, err = parse[tpm2.TPMTPublic]("endorsement key", m.GetEkPublic(), maxPublic)
+		return o, err
 	}
-	if o.ak.NameAlg != tpm2.TPMAlgSHA256 {
-		return offer{}, fmt.Errorf("%w: only keys with SHA-256 names are accepted", ErrAKUnfit)
+	if len(m.GetEkPublic())+len(o.certificate)+len(o.intermediates) > 0 {
+		return offer{}, fmt.Errorf("%w: both an endorsement key and a certificate of the attestation key", ErrMalformed)
 	}
-	// The name of an object is the digest of its public area, which is canonical
-	// here: TPM 2.0 Library part 1, section 16.
-	sum := sha256.Sum256(m.GetAkPublic())
-	o.akName = append([]byte{0x00, 0x0B}, sum[:]...)
 	return o, nil
 }
 
 // ask encrypts credential so that only the TPM with this EK can recover it, and
 // only if it also holds this AK.
 func (o offer) ask(pcrs []uint32, credential []byte) ([]byte, error) {
+	if err := checkPCRs(pcrs); err != nil {
+		return nil, err
+	}
 	encap, err := tpm2.ImportEncapsulationKey(o.ek)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrEKCertificate, err)
 	}
-	blob, enc, err := tpm2.CreateCredential(rand.Reader, encap, o.akName, credential)
+	blob, enc, err := tpm2.CreateCredential(rand.Reader, encap, o.ak.Name, credential)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrEKCertificate, err)
 	}
-	return proto.Marshal(&attestv1.TPMAsk{
-		CredentialBlob:  blob,
-		EncryptedSecret: enc,
-		Bank:            uint32(tpm2.TPMAlgSHA256),
-		Pcrs:            pcrs,
-		WantEventLog:    true,
-	})
+	return marshalAsk(&attestv1.TPMAsk{CredentialBlob: blob, EncryptedSecret: enc}, pcrs)
+}
+
+func askPCRs(pcrs []uint32) ([]byte, error) {
+	if err := checkPCRs(pcrs); err != nil {
+		return nil, err
+	}
+	return marshalAsk(&attestv1.TPMAsk{}, pcrs)
+}
+
+func marshalAsk(a *attestv1.TPMAsk, pcrs []uint32) ([]byte, error) {
+	a.Bank, a.Pcrs, a.WantEventLog = uint32(tpm2.TPMAlgSHA256), pcrs, true
+	return proto.Marshal(a)
 }
 
 func checkPCRs(pcrs []uint32) error {
@@ -164,53 +274,6 @@ func checkPCRs(pcrs []uint32) error {
 	return nil
 }
 
-// checkAK demands a key that only a TPM can hold and that signs only what the
-// TPM itself made.
-func checkAK(pub *tpm2.TPMTPublic) (*ecdsa.PublicKey, error) {
-	a := pub.ObjectAttributes
-	for _, attr := range []struct {
-		name string
-		ok   bool
-	}{
-		{"fixedTPM is not set", a.FixedTPM},
-		{"fixedParent is not set", a.FixedParent},
-		{"sensitiveDataOrigin is not set", a.SensitiveDataOrigin},
-		{"restricted is not set", a.Restricted},
-		{"sign is not set", a.SignEncrypt},
-		{"decrypt is set", !a.Decrypt},
-		// A key from outside has no secret in the TPM, but may have a policy
-		// that authorises the activation of credentials.
-		{"it has a policy", len(pub.AuthPolicy.Buffer) == 0},
-	} {
-		if !attr.ok {
-			return nil, fmt.Errorf("%w: %s", ErrAKUnfit, attr.name)
-		}
-	}
-	if pub.NameAlg != tpm2.TPMAlgSHA256 || pub.Type != tpm2.TPMAlgECC {
-		return nil, fmt.Errorf("%w: only ECC keys with SHA-256 names are accepted", ErrAKUnfit)
-	}
-	parms, err := pub.Parameters.ECCDetail()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAKUnfit, err)
-	}
-	scheme, err := parms.Scheme.Details.ECDSA()
-	if err != nil || parms.Scheme.Scheme != tpm2.TPMAlgECDSA || scheme.HashAlg != tpm2.TPMAlgSHA256 || parms.CurveID != tpm2.TPMECCNistP256 {
-		return nil, fmt.Errorf("%w: only ECDSA over P-256 with SHA-256 is accepted", ErrAKUnfit)
-	}
-	point, err := pub.Unique.ECC()
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAKUnfit, err)
-	}
-	key, err := tpm2.ECDSAPub(parms, point)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAKUnfit, err)
-	}
-	if _, err := key.ECDH(); err != nil { // refuses a point off the curve
-		return nil, fmt.Errorf("%w: %w", ErrAKUnfit, err)
-	}
-	return key, nil
-}
-
 // qualifiedName of a primary key of the endorsement hierarchy. A quote by any
 // other hierarchy has its clock and reset count obfuscated.
 func qualifiedName(name []byte) []byte {
@@ -223,9 +286,8 @@ func qualifiedName(name []byte) []byte {
 // question is one exchange.
 type question struct {
 	hw         hardware
-	ak         *ecdsa.PublicKey
-	signer     []byte
-	credential [32]byte
+	ak         AK
+	credential []byte // nil: the AK itself is certified
 	pcrs       []uint32
 	ask        []byte
 }
@@ -239,152 +301,33 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 	if err := proto.Unmarshal(evidence, &e); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	if len(e.GetEventLog()) > MaxEventLog {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLogTooLarge, len(e.GetEventLog()), MaxEventLog)
-	}
 	// The quote first: of evidence that was relayed or replayed neither half
 	// fits, and the quote's refusal says so.
-	quote, err := q.verifyQuote(&e, binder)
+	quoted, err := VerifyQuote(&e, q.ak.Key, binder, q.pcrs)
 	if err != nil {
 		return nil, err
 	}
-	if !hmac.Equal(e.GetCredentialProof(), credentialProof(q.credential[:], binder)) {
+	if !bytes.Equal(quoted.Signer, qualifiedName(q.ak.Name)) {
+		return nil, fmt.Errorf("%w: the signer is not a primary key of the endorsement hierarchy", ErrAKUnfit)
+	}
+	if q.credential == nil {
+		if len(e.GetCredentialProof()) > 0 {
+			return nil, fmt.Errorf("%w: proof of a credential that was not given", ErrMalformed)
+		}
+	} else if !hmac.Equal(e.GetCredentialProof(), credentialProof(q.credential, binder)) {
 		return nil, ErrCredential
 	}
-	values, err := coveredPCRs(quote.info, q.pcrs, e.GetPcrValues())
-	if err != nil {
-		return nil, err
-	}
-	measurements, err := explain(values, e.GetEventLog())
-	if err != nil {
-		return nil, err
-	}
+	maps.Copy(quoted.Facts, q.hw.facts)
 	return []attestation.Claims{{
-		Kind:         attestation.TPM,
-		Identity:     q.hw.ekDigest,
-		Trust:        q.hw.trust,
-		Measurements: measurements,
-		Epoch:        fmt.Sprintf("reset %d restart %d", quote.clock.ResetCount, quote.clock.RestartCount),
-		Facts: map[string]any{
-			"ek":            q.hw.ekDigest,
-			"ek_issuer":     q.hw.issuer,
-			"firmware":      fmt.Sprintf("%#x", quote.firmware),
-			"reset_count":   uint64(quote.clock.ResetCount),
-			"restart_count": uint64(quote.clock.RestartCount),
-			"event_log":     len(e.GetEventLog()) > 0,
-		},
+		Kind:           attestation.TPM,
+		Identity:       q.hw.identity,
+		Trust:          q.hw.trust,
+		Measurements:   quoted.Measurements,
+		Epoch:          quoted.Epoch,
+		Facts:          quoted.Facts,
 		EvidenceDigest: sha256.Sum256(evidence),
 	}}, nil
 }
-
-// verifiedQuote is what the AK's signature covers.
-type verifiedQuote struct {
-	info     *tpm2.TPMSQuoteInfo
-	clock    tpm2.TPMSClockInfo
-	firmware uint64
-}
-
-func (q *question) verifyQuote(e *attestv1.TPMEvidence, binder attestation.Binder) (verifiedQuote, error) {
-	var none verifiedQuote
-	sig, err := parse[tpm2.TPMTSignature]("signature", e.GetSignature(), maxSignature)
-	if err != nil {
-		return none, err
-	}
-	ec, err := sig.Signature.ECDSA()
-	if err != nil || sig.SigAlg != tpm2.TPMAlgECDSA || ec.Hash != tpm2.TPMAlgSHA256 {
-		return none, fmt.Errorf("%w: not ECDSA with SHA-256", ErrSignature)
-	}
-	if len(e.GetAttest()) > maxAttest {
-		return none, fmt.Errorf("%w: attest of %d bytes", ErrMalformed, len(e.GetAttest()))
-	}
-	digest := sha256.Sum256(e.GetAttest())
-	if !verifyECDSA(q.ak, digest[:], ec.SignatureR.Buffer, ec.SignatureS.Buffer) {
-		return none, ErrSignature
-	}
-	attest, err := parse[tpm2.TPMSAttest]("attest", e.GetAttest(), maxAttest)
-	if err != nil {
-		return none, fmt.Errorf("%w: %w", ErrNotAQuote, err)
-	}
-	if attest.Magic != tpm2.TPMGeneratedValue || attest.Type != tpm2.TPMSTAttestQuote {
-		return none, fmt.Errorf("%w: type %#x", ErrNotAQuote, attest.Type)
-	}
-	qualifying := sha256.Sum256(binder[:])
-	if !bytes.Equal(attest.ExtraData.Buffer, qualifying[:]) {
-		return none, ErrBinder
-	}
-	if !bytes.Equal(attest.QualifiedSigner.Buffer, q.signer) {
-		return none, fmt.Errorf("%w: the signer is not a primary key of the endorsement hierarchy", ErrAKUnfit)
-	}
-	info, err := attest.Attested.Quote()
-	if err != nil {
-		return none, fmt.Errorf("%w: %w", ErrNotAQuote, err)
-	}
-	return verifiedQuote{info, attest.ClockInfo, attest.FirmwareVersion}, nil
-}
-
-// coveredPCRs demands exactly one bank and exactly the PCRs that were asked
-// for, and returns their values only after the quoted digest covers them.
-func coveredPCRs(info *tpm2.TPMSQuoteInfo, pcrs []uint32, values [][]byte) (map[uint32][]byte, error) {
-	got := info.PCRSelect.PCRSelections
-	if len(got) != 1 {
-		return nil, fmt.Errorf("%w: %d banks", ErrSelection, len(got))
-	}
-	want := selection(pcrs).PCRSelections[0]
-	if got[0].Hash != want.Hash {
-		return nil, fmt.Errorf("%w: bank %#x", ErrSelection, got[0].Hash)
-	}
-	if !bytes.Equal(got[0].PCRSelect, want.PCRSelect) {
-		return nil, fmt.Errorf("%w: bitmap %x, asked for %x", ErrSelection, got[0].PCRSelect, want.PCRSelect)
-	}
-	if len(values) != len(pcrs) {
-		return nil, fmt.Errorf("%w: %d values for %d PCRs", ErrPCRDigest, len(values), len(pcrs))
-	}
-	h := sha256.New()
-	covered := make(map[uint32][]byte, len(pcrs))
-	for i, v := range values {
-		if len(v) != sha256.Size {
-			return nil, fmt.Errorf("%w: PCR %d has %d bytes", ErrPCRDigest, pcrs[i], len(v))
-		}
-		h.Write(v)
-		covered[pcrs[i]] = v
-	}
-	if !bytes.Equal(h.Sum(nil), info.PCRDigest.Buffer) {
-		return nil, ErrPCRDigest
-	}
-	return covered, nil
-}
-
-// explain attaches to each covered value the events that replay to it.
-func explain(values map[uint32][]byte, log []byte) (map[string]attestation.Measurement, error) {
-	out := make(map[string]attestation.Measurement, len(values))
-	for pcr, v := range values {
-		out[Register(pcr)] = attestation.Measurement{Value: v}
-	}
-	if len(log) == 0 {
-		return out, nil
-	}
-	parsed, err := ParseEventLog(log)
-	if err != nil {
-		return nil, err
-	}
-	for pcr, v := range values {
-		events, err := parsed.Explain(pcr, v)
-		if err != nil {
-			return nil, err
-		}
-		// Into these the firmware measures, and the firmware writes the log. The
-		// others belong to later software, which may keep no log.
-		if pcr <= lastFirmwarePCR && len(events) == 0 && !unextended(v) {
-			return nil, fmt.Errorf("%w: pcr %d: the quote says %x, the log has no event of it", ErrEventLog, pcr, v)
-		}
-		out[Register(pcr)] = attestation.Measurement{Value: v, Events: events}
-	}
-	return out, nil
-}
-
-const lastFirmwarePCR = 7
-
-func unextended(value []byte) bool { return len(bytes.Trim(value, "\x00")) == 0 }
 
 // Register names a PCR in claims and policies.
 func Register(pcr uint32) string { return fmt.Sprintf("pcr%d", pcr) }

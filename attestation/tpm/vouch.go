@@ -1,14 +1,12 @@
 package tpm
 
 import (
-	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/big"
 	"slices"
 	"sync"
 	"time"
@@ -16,11 +14,11 @@ import (
 	"github.com/google/go-tpm/tpm2"
 )
 
-// hardware is an endorsement key that somebody vouches for.
+// hardware is a TPM that somebody vouches for.
 type hardware struct {
-	ekDigest string
-	trust    string // "root:NAME" or "enrolled:NAME"
-	issuer   string // the certificate's issuer, for people
+	identity string // digest of its EK, or of its AK if that is what is certified
+	trust    string // "root:NAME", "enrolled:NAME" or "ak-root:NAME"
+	facts    map[string]any
 }
 
 // tcg-kp-EKCertificate, EK Credential Profile section 3.2.16.
@@ -31,26 +29,18 @@ var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 // vouch decides who stands behind the endorsement key: the operator, or a chain
 // to a configured root.
 func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
-	a := o.ek.ObjectAttributes
-	if !a.FixedTPM || !a.FixedParent || !a.Restricted || !a.Decrypt || a.SignEncrypt {
-		return hardware{}, fmt.Errorf("%w: it is not a restricted decryption key fixed to its TPM", ErrEKCertificate)
-	}
-	key, err := tpm2.Pub(*o.ek)
+	hw, err := nameEK(o)
 	if err != nil {
-		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
-	}
-	hw := hardware{}
-	if hw.ekDigest, err = EKDigest(key); err != nil {
-		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+		return hardware{}, err
 	}
 	for _, e := range trust.Enrolled {
-		if e.EKDigest == hw.ekDigest {
+		if e.EKDigest == hw.identity {
 			hw.trust = "enrolled:" + e.Name
 			return hw, nil
 		}
 	}
 	if len(o.certificate) == 0 {
-		return hardware{}, fmt.Errorf("%w: it has no certificate and %s is not enrolled", ErrEKUntrusted, hw.ekDigest)
+		return hardware{}, fmt.Errorf("%w: it has no certificate and %s is not enrolled", ErrEKUntrusted, hw.identity)
 	}
 	leaf, err := parseEKCertificate(o.certificate)
 	if err != nil {
@@ -59,11 +49,30 @@ func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
 	if !samePublicKey(*o.ek, leaf) {
 		return hardware{}, fmt.Errorf("%w: its certificate is another key's", ErrEKCertificate)
 	}
-	if hw.trust, err = v.chain(trust.Roots, leaf, o.intermediates); err != nil {
+	root, err := v.chain(trust.Roots, leaf, o.intermediates, ErrEKUntrusted, ErrEKExpired)
+	if err != nil {
 		return hardware{}, err
 	}
-	hw.issuer = leaf.Issuer.String()
+	hw.trust = "root:" + root
+	hw.facts["ek_issuer"] = leaf.Issuer.String()
 	return hw, nil
+}
+
+// nameEK checks what an EK must be, whoever vouches for it.
+func nameEK(o offer) (hardware, error) {
+	a := o.ek.ObjectAttributes
+	if !a.FixedTPM || !a.FixedParent || !a.Restricted || !a.Decrypt || a.SignEncrypt {
+		return hardware{}, fmt.Errorf("%w: it is not a restricted decryption key fixed to its TPM", ErrEKCertificate)
+	}
+	key, err := tpm2.Pub(*o.ek)
+	if err != nil {
+		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	digest, err := EKDigest(key)
+	if err != nil {
+		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	return hardware{identity: digest, facts: map[string]any{"ek": digest, "ek_issuer": ""}}, nil
 }
 
 // parseEKCertificate parses a leaf and handles what crypto/x509 leaves to its
@@ -116,8 +125,10 @@ func hasDirectoryName(c *x509.Certificate) bool {
 
 // chain verifies leaf against each root by itself, so that the result names the
 // root that vouched.
-func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte) (string, error) {
-	pool := x509.NewCertPool()
+//
+// An EK's certificate and an AK's have errors of their own.
+func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, untrusted, outdated error) (string, error) {
+	carried := x509.NewCertPool()
 	if len(intermediates) > 4 {
 		return "", fmt.Errorf("%w: %d intermediate certificates", ErrMalformed, len(intermediates))
 	}
@@ -129,35 +140,38 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		if err != nil {
 			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
 		}
-		pool.AddCert(c)
+		carried.AddCert(c)
 	}
 	now := v.now()
 	var expired error
 	for _, root := range roots {
 		key := chainKey(root.Certificate, leaf, intermediates)
 		if v.chains.holds(key, now) {
-			return "root:" + root.Name, nil
+			return root.Name, nil
 		}
-		one := x509.NewCertPool()
+		one, pool := x509.NewCertPool(), carried.Clone()
 		one.AddCert(root.Certificate)
+		for _, c := range root.Intermediates {
+			pool.AddCert(c)
+		}
 		chains, err := leaf.Verify(x509.VerifyOptions{
 			Roots: one, Intermediates: pool, CurrentTime: now,
 			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 		})
 		if err == nil {
 			v.chains.add(key, chains[0])
-			return "root:" + root.Name, nil
+			return root.Name, nil
 		}
 		var invalid x509.CertificateInvalidError
 		if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-			expired = fmt.Errorf("%w: valid from %s to %s, this machine's clock says %s", ErrEKExpired,
+			expired = fmt.Errorf("%w: valid from %s to %s, this machine's clock says %s", outdated,
 				invalid.Cert.NotBefore.Format(time.RFC3339), invalid.Cert.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 		}
 	}
 	if expired != nil {
 		return "", expired
 	}
-	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", ErrEKUntrusted, leaf.Issuer)
+	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", untrusted, leaf.Issuer)
 }
 
 // chainCache remembers chains that verified, since a machine comes back with
@@ -206,9 +220,4 @@ func (c *chainCache) add(key [sha256.Size]byte, chain []*x509.Certificate) {
 		c.known = map[[sha256.Size]byte]validity{}
 	}
 	c.known[key] = v
-}
-
-func verifyECDSA(key *ecdsa.PublicKey, digest, r, s []byte) bool {
-	return len(r) <= 66 && len(s) <= 66 &&
-		ecdsa.Verify(key, digest, new(big.Int).SetBytes(r), new(big.Int).SetBytes(s))
 }

@@ -1,0 +1,152 @@
+package policy
+
+import (
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/keyagent/keyagent/attestation"
+)
+
+// differences collects how claims differ from one profile.
+type differences struct {
+	profile    string
+	claims     attestation.Claims
+	hard, soft []Mismatch
+}
+
+// compare returns how verified claims differ from the profile: hard differences
+// refuse, soft ones are only warned of.
+func (pr *Profile) compare(v *attestation.Verified) (hard, soft []Mismatch) {
+	d := &differences{profile: pr.Name}
+	for _, s := range pr.sections() {
+		c, ok := v.Claims(s.kind())
+		if !ok {
+			d.refuse("kind", []string{string(s.kind())}, "none")
+			continue
+		}
+		// A report that some other evidence carries covers something else than
+		// the binder: what it proves is another thing.
+		via := attestation.Kind("")
+		if pr.carried(s.kind()) {
+			via = pr.carrier()
+		}
+		if c.Via != via {
+			d.refuse(string(s.kind())+".via", []string{how(via)}, how(c.Via))
+			continue
+		}
+		d.claims = c
+		s.compare(d, c)
+	}
+	return d.hard, d.soft
+}
+
+func how(via attestation.Kind) string {
+	if via == "" {
+		return "evidence of its own"
+	}
+	return "carried by " + string(via) + " evidence"
+}
+
+func (d *differences) refuse(field string, expected []string, found string) {
+	d.hard = append(d.hard, Mismatch{Profile: d.profile, Field: field, Expected: expected, Found: found})
+}
+
+// trust demands a voucher of the list.
+func (d *differences) trust(field string, names []string) {
+	if !slices.Contains(names, d.claims.Trust) {
+		d.refuse(field, names, d.claims.Trust)
+	}
+}
+
+// values compares a measurement.
+func (d *differences) values(field, register string, ref Values, events []attestation.Event) {
+	got, ok := d.claims.Measurements[register]
+	found := "not measured"
+	if ok {
+		found = hex.EncodeToString(got.Value)
+	}
+	// A register that nothing was measured into proves nothing, whatever list it
+	// stands in.
+	if ok && slices.Contains(ref.Accept, found) && !unextended(found) {
+		return
+	}
+	m := Mismatch{Profile: d.profile, Field: field, Expected: ref.Accept, Found: found}
+	if len(events) > 0 && len(got.Events) > 0 {
+		m.Events = diffEvents(events, got.Events)
+	}
+	// Absence is never a matter of a warning.
+	if ref.WarnOnly && ok {
+		d.soft = append(d.soft, m)
+	} else {
+		d.hard = append(d.hard, m)
+	}
+}
+
+// text compares a fact with a list. The fact is "" where the field is all zero,
+// and an empty list demands just that.
+func (d *differences) text(field, fact string, accept []string) {
+	got, ok := d.claims.Facts[fact].(string)
+	switch {
+	case !ok:
+		d.refuse(field, accept, "nothing")
+	case len(accept) == 0 && got != "":
+		d.refuse(field, []string{"none, or one that the profile names"}, got)
+	case len(accept) > 0 && !slices.Contains(accept, got):
+		if got == "" {
+			got = "none"
+		}
+		d.refuse(field, accept, got)
+	}
+}
+
+// flag demands the value of a fact. A fact that is not there is refused.
+func (d *differences) flag(field, fact string, want bool) {
+	got, ok := d.claims.Facts[fact].(bool)
+	switch {
+	case !ok:
+		d.refuse(field, []string{strconv.FormatBool(want)}, "nothing")
+	case got != want:
+		d.refuse(field, []string{strconv.FormatBool(want)}, strconv.FormatBool(got))
+	}
+}
+
+// atLeast demands a number of a minimum.
+func (d *differences) atLeast(field, fact string, least uint64) {
+	got, ok := d.claims.Facts[fact].(uint64)
+	switch {
+	case !ok:
+		d.refuse(field, []string{fmt.Sprintf("at least %d", least)}, "nothing")
+	case got < least:
+		d.refuse(field, []string{fmt.Sprintf("at least %d", least)}, strconv.FormatUint(got, 10))
+	}
+}
+
+// weakness is a property that is refused unless the profile's allow list names it.
+type weakness struct {
+	word string // in the allow list
+	fact string
+	safe bool // the fact's value without the weakness
+}
+
+func words(all []weakness) []string {
+	var out []string
+	for _, w := range all {
+		out = append(out, w.word)
+	}
+	return out
+}
+
+func (d *differences) weaknesses(section string, all []weakness, allow []string) {
+	for _, w := range all {
+		if !slices.Contains(allow, w.word) {
+			d.flag(section+"."+w.word, w.fact, w.safe)
+		}
+	}
+}
+
+func unextended(hexValue string) bool {
+	return strings.Trim(hexValue, "0") == "" || strings.Trim(hexValue, "f") == ""
+}

@@ -1,0 +1,140 @@
+package policy
+
+import (
+	"slices"
+
+	"github.com/keyagent/keyagent/attestation"
+)
+
+// section is a profile's part about one kind of claims.
+type section interface {
+	kind() attestation.Kind
+	// check says whether the section is good, when the file is read.
+	check(c *checker, pr *Profile, at path)
+	// compare returns how verified claims differ from the section.
+	compare(d *differences, claims attestation.Claims)
+}
+
+// path is a place in the policy file.
+type path []any
+
+func (p path) to(more ...any) path { return append(slices.Clone(p), more...) }
+
+// sections returns those that are there.
+func (pr *Profile) sections() []section {
+	var all []section
+	if pr.Azure != nil {
+		all = append(all, pr.Azure)
+	}
+	if pr.SVSM != nil {
+		all = append(all, pr.SVSM)
+	}
+	if pr.SNP != nil {
+		all = append(all, pr.SNP)
+	}
+	if pr.TDX != nil {
+		all = append(all, pr.TDX)
+	}
+	if pr.Nitro != nil {
+		all = append(all, pr.Nitro)
+	}
+	if pr.TPM != nil {
+		all = append(all, pr.TPM)
+	}
+	return all
+}
+
+// carrier is the kind of evidence that brings the profile's hardware and TPM
+// claims together, or empty if each brings its own.
+func (pr *Profile) carrier() attestation.Kind {
+	switch {
+	case pr.Azure != nil:
+		return attestation.Azure
+	case pr.SVSM != nil:
+		return attestation.SVSM
+	}
+	return ""
+}
+
+// carried reports whether the claims of a kind come in another's evidence.
+func (pr *Profile) carried(k attestation.Kind) bool {
+	return pr.carrier() != "" && k != pr.carrier() && k != attestation.Nitro
+}
+
+// Kinds returns the evidence that the profile demands.
+func (pr *Profile) Kinds() []attestation.Kind {
+	var kinds []attestation.Kind
+	for _, s := range pr.sections() {
+		if !pr.carried(s.kind()) {
+			kinds = append(kinds, s.kind())
+		}
+	}
+	return kinds
+}
+
+// profile checks which sections come together, and each by itself.
+func (c *checker) profile(pr *Profile, i int) {
+	at := path{"profiles", i}
+	switch {
+	case pr.Azure != nil && pr.SVSM != nil:
+		c.fail("azure and svsm are two kinds of machine", nil, at...)
+	case pr.carrier() != "" && pr.TPM == nil:
+		c.fail("azure and svsm tie a vTPM to the hardware: a tpm section says what has to be in it", nil, at...)
+	case pr.Azure != nil && (pr.SNP == nil) == (pr.TDX == nil):
+		c.fail("azure has either SNP or TDX below it: exactly one of snp and tdx must be there", nil, at.to("azure")...)
+	case pr.SVSM != nil && (pr.SNP == nil || pr.TDX != nil):
+		c.fail("an SVSM is below SNP: it needs an snp section and no tdx section", nil, at.to("svsm")...)
+	case pr.SNP != nil && pr.TDX != nil:
+		c.fail("no machine has both SNP and TDX", nil, at...)
+	case pr.TPM == nil && pr.SNP == nil && pr.TDX == nil && pr.Nitro == nil:
+		c.fail("no evidence is demanded: a profile needs a tpm, snp, tdx or nitro section", nil, at...)
+	}
+	for _, s := range pr.sections() {
+		s.check(c, pr, at.to(string(s.kind())))
+	}
+}
+
+// Values are reference values of one measurement.
+type Values struct {
+	Accept   []string `yaml:"accept"` // hex
+	WarnOnly bool     `yaml:"warn_only,omitempty"`
+	Source   string   `yaml:"source,omitempty"` // for people
+}
+
+func (v *Values) check(c *checker, size int, at path) {
+	c.demand(len(v.Accept) > 0, "empty: no value would be accepted", at.to("accept")...)
+	c.hexes(v.Accept, size, at.to("accept"))
+	for m, value := range v.Accept {
+		c.demand(!unextended(value), "is what was never measured: it would prove nothing", at.to("accept", m)...)
+	}
+}
+
+// hexes demands lower-case hex of size bytes.
+func (c *checker) hexes(values []string, size int, at path) {
+	for n, v := range values {
+		if !isHex(v, size) {
+			c.fail("must be %d lower-case hex digits", []any{2 * size}, at.to(n)...)
+		}
+	}
+}
+
+// oneOf demands values of a closed set.
+func (c *checker) oneOf(values, known []string, at path) {
+	for n, v := range values {
+		if !slices.Contains(known, v) {
+			c.fail("%q is not known (hint: %s)", []any{v, hintOf(known)}, at.to(n)...)
+		}
+	}
+}
+
+// listOrAny demands either a list or the explicit word that everything goes.
+func (c *checker) listOrAny(list []string, anything bool, word string, at path) {
+	c.demand((len(list) > 0) != anything, "must be a list, or else "+word+": true must say that any is meant", at...)
+}
+
+// set is a number that must be there.
+func (c *checker) set(n *uint64, most uint64, at path) {
+	if n == nil || *n > most {
+		c.fail("must be a number from 0 to %d", []any{most}, at...)
+	}
+}

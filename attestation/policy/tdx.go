@@ -1,0 +1,164 @@
+package policy
+
+import (
+	"encoding/hex"
+	"fmt"
+
+	"github.com/keyagent/keyagent/attestation"
+)
+
+// TDXProfile holds reference values of a TDX quote. What is unset is refused: a
+// list that is empty accepts only what is all zero, a runtime register that is
+// not named must be unextended, and a weakness that Allow does not name is not
+// accepted.
+type TDXProfile struct {
+	Trust         []string `yaml:"trust"`      // "root:NAME"
+	TCBStatus     []string `yaml:"tcb_status"` // by Intel's names
+	MRTD          Values   `yaml:"mrtd"`
+	RTMRs         []RTMR   `yaml:"rtmrs"`
+	EventLog      string   `yaml:"event_log"` // required or optional
+	MRSEAM        Values   `yaml:"mr_seam"`
+	XFAM          []string `yaml:"xfam"`
+	MinSVN        *TDXSVN  `yaml:"min_svn"`
+	Platforms     []string `yaml:"platforms,omitempty"` // PIID or PPID
+	AnyPlatform   bool     `yaml:"any_platform,omitempty"`
+	MRConfigID    []string `yaml:"mr_config_id,omitempty"`
+	MROwner       []string `yaml:"mr_owner,omitempty"`
+	MROwnerConfig []string `yaml:"mr_owner_config,omitempty"`
+	MRServiceTD   []string `yaml:"mr_service_td,omitempty"`
+	Allow         []string `yaml:"allow,omitempty"`
+}
+
+// RTMR holds the reference values of one runtime register.
+type RTMR struct {
+	RTMR     *uint32             `yaml:"rtmr"`
+	Accept   []string            `yaml:"accept"` // hex
+	WarnOnly bool                `yaml:"warn_only,omitempty"`
+	Source   string              `yaml:"source,omitempty"` // for people
+	Events   []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
+}
+
+// TDXSVN is the least security version of each part.
+type TDXSVN struct {
+	TEETCB        string  `yaml:"tee_tcb"` // 16 bytes in hex, each a minimum of its own
+	QE            *uint64 `yaml:"qe"`
+	PCE           *uint64 `yaml:"pce"`
+	TCBEvaluation *uint64 `yaml:"tcb_evaluation"` // of Intel's TCB info
+}
+
+// tdxStatuses are those that may be accepted. Revoked never is.
+var tdxStatuses = []string{"UpToDate", "SWHardeningNeeded", "ConfigurationNeeded", "ConfigurationAndSWHardeningNeeded",
+	"OutOfDate", "OutOfDateConfigurationNeeded"}
+
+var tdxWeaknesses = []weakness{
+	{"migration", "migratable", false},
+	{"sept-ve", "sept_ve_disable", true},
+	{"key-locker", "key_locker", false},
+	{"perfmon", "perfmon", false},
+}
+
+func (*TDXProfile) kind() attestation.Kind { return attestation.TDX }
+
+func (t *TDXProfile) check(c *checker, _ *Profile, at path) {
+	c.vouchers(t.Trust, namesOf("root:", c.file.Trust.TDX.Roots), at.to("trust"))
+	c.demand(len(t.TCBStatus) > 0, "empty: no status would be accepted", at.to("tcb_status")...)
+	c.oneOf(t.TCBStatus, tdxStatuses, at.to("tcb_status"))
+	t.MRTD.check(c, 48, at.to("mrtd"))
+	c.demand(!t.MRTD.WarnOnly, "must not be warn_only: nothing else says what firmware runs", at.to("mrtd")...)
+	t.MRSEAM.check(c, 48, at.to("mr_seam"))
+	c.demand(!t.MRSEAM.WarnOnly, "must not be warn_only: the module is what keeps the host out", at.to("mr_seam")...)
+	c.demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.to("event_log")...)
+	t.checkRTMRs(c, at.to("rtmrs"))
+	c.demand(len(t.XFAM) > 0, "empty: no value would be accepted", at.to("xfam")...)
+	c.hexes(t.XFAM, 8, at.to("xfam"))
+	c.listOrAny(t.Platforms, t.AnyPlatform, "any_platform", at.to("platforms"))
+	c.hexes(t.Platforms, 16, at.to("platforms"))
+	c.hexes(t.MRConfigID, 48, at.to("mr_config_id"))
+	c.hexes(t.MROwner, 48, at.to("mr_owner"))
+	c.hexes(t.MROwnerConfig, 48, at.to("mr_owner_config"))
+	c.hexes(t.MRServiceTD, 48, at.to("mr_service_td"))
+	c.oneOf(t.Allow, words(tdxWeaknesses), at.to("allow"))
+	if t.MinSVN == nil {
+		c.fail("missing: every version of the firmware would be accepted", nil, at.to("min_svn")...)
+		return
+	}
+	c.demand(isHex(t.MinSVN.TEETCB, 16), "must be 32 lower-case hex digits", at.to("min_svn", "tee_tcb")...)
+	c.set(t.MinSVN.QE, 65535, at.to("min_svn", "qe"))
+	c.set(t.MinSVN.PCE, 65535, at.to("min_svn", "pce"))
+	c.set(t.MinSVN.TCBEvaluation, 1<<31, at.to("min_svn", "tcb_evaluation"))
+}
+
+func (t *TDXProfile) checkRTMRs(c *checker, at path) {
+	seen := map[uint32]bool{}
+	for n, r := range t.RTMRs {
+		if r.RTMR == nil || *r.RTMR > 3 {
+			c.fail("must be a number from 0 to 3", nil, at.to(n, "rtmr")...)
+			return
+		}
+		c.demand(!seen[*r.RTMR], "is named twice", at.to(n, "rtmr")...)
+		seen[*r.RTMR] = true
+		(&Values{Accept: r.Accept}).check(c, 48, at.to(n))
+	}
+}
+
+func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
+	d.trust("tdx.trust", t.Trust)
+	d.text("tdx.tcb_status", "tcb_status", t.TCBStatus)
+	d.values("tdx.mrtd", "mrtd", t.MRTD, nil)
+	d.text("tdx.mr_seam", "mr_seam", t.MRSEAM.Accept)
+	// Intel's own module has neither a signer nor attributes.
+	d.text("tdx.mr_signer_seam", "mr_signer_seam", nil)
+	d.text("tdx.seam_attributes", "seam_attributes", nil)
+	if hasLog, _ := claims.Facts["event_log"].(bool); t.EventLog == "required" && !hasLog {
+		d.refuse("tdx.event_log", []string{"an event log"}, "none")
+	}
+	t.compareRTMRs(d)
+	d.text("tdx.xfam", "xfam", t.XFAM)
+	d.text("tdx.mr_config_id", "mr_config_id", t.MRConfigID)
+	d.text("tdx.mr_owner", "mr_owner", t.MROwner)
+	d.text("tdx.mr_owner_config", "mr_owner_config", t.MROwnerConfig)
+	d.text("tdx.mr_service_td", "mr_service_td", t.MRServiceTD)
+	if !t.AnyPlatform {
+		fact := "piid"
+		if id, _ := claims.Facts[fact].(string); id == "" {
+			fact = "ppid"
+		}
+		d.text("tdx.platform", fact, t.Platforms)
+	}
+	t.compareSVNs(d)
+	d.flag("tdx.debug", "debug", false)
+	d.weaknesses("tdx", tdxWeaknesses, t.Allow)
+}
+
+func (t *TDXProfile) compareRTMRs(d *differences) {
+	named := map[string]RTMR{}
+	for _, r := range t.RTMRs {
+		named[fmt.Sprintf("rtmr%d", *r.RTMR)] = r
+	}
+	for n := range 4 {
+		register := fmt.Sprintf("rtmr%d", n)
+		if r, ok := named[register]; ok {
+			d.values("tdx."+register, register, Values{Accept: r.Accept, WarnOnly: r.WarnOnly}, r.Events)
+			continue
+		}
+		if got, ok := d.claims.Measurements[register]; !ok || !unextended(hex.EncodeToString(got.Value)) {
+			d.refuse("tdx."+register, []string{"unextended, since the profile does not name it"}, hex.EncodeToString(got.Value))
+		}
+	}
+}
+
+func (t *TDXProfile) compareSVNs(d *differences) {
+	least, _ := hex.DecodeString(t.MinSVN.TEETCB)
+	text, _ := d.claims.Facts["tee_tcb_svn"].(string)
+	got, err := hex.DecodeString(text)
+	ok := err == nil && len(got) == len(least)
+	for i := 0; ok && i < len(least); i++ {
+		ok = got[i] >= least[i]
+	}
+	if !ok {
+		d.refuse("tdx.svn.tee_tcb", []string{"at least " + t.MinSVN.TEETCB + ", each byte"}, text)
+	}
+	d.atLeast("tdx.svn.qe", "qe_svn", *t.MinSVN.QE)
+	d.atLeast("tdx.svn.pce", "pce_svn", *t.MinSVN.PCE)
+	d.atLeast("tdx.svn.tcb_evaluation", "tcb_evaluation_number", *t.MinSVN.TCBEvaluation)
+}

@@ -1,0 +1,224 @@
+package policy
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// TrustFile names who vouches for hardware.
+type TrustFile struct {
+	TPM   TPMTrust   `yaml:"tpm,omitempty"`
+	SNP   RootsTrust `yaml:"snp,omitempty"`
+	TDX   RootsTrust `yaml:"tdx,omitempty"`
+	Nitro RootsTrust `yaml:"nitro,omitempty"`
+	Azure AzureTrust `yaml:"azure,omitempty"`
+}
+
+// TPMTrust names who vouches for TPMs.
+type TPMTrust struct {
+	Roots    []Root     `yaml:"roots,omitempty"`
+	Enrolled []Enrolled `yaml:"enrolled,omitempty"`
+	AKRoots  []Root     `yaml:"ak_roots,omitempty"` // of attestation keys that a cloud certified
+}
+
+// RootsTrust names the authorities of one kind of hardware.
+type RootsTrust struct {
+	Roots []Root `yaml:"roots,omitempty"`
+}
+
+// AzureTrust names a Microsoft Attestation service. Only profiles with
+// "token: required" look at its tokens.
+type AzureTrust struct {
+	Issuer string `yaml:"issuer,omitempty"` // https URL of the service
+	JWKS   string `yaml:"jwks,omitempty"`   // file with its signing keys
+
+	jwks []byte
+}
+
+// KeySet returns the signing keys of a loaded policy, as JSON.
+func (a AzureTrust) KeySet() []byte { return a.jwks }
+
+// Root is a certificate authority: one that this program knows by its name, or
+// one in PEM.
+type Root struct {
+	Name    string `yaml:"name"`
+	Builtin string `yaml:"builtin,omitempty"`
+	File    string `yaml:"file,omitempty"` // PEM, relative to the policy's folder
+	PEM     string `yaml:"pem,omitempty"`
+	// Product of an SNP authority: Milan, Genoa or Turin.
+	Product string `yaml:"product,omitempty"`
+
+	certificates []*x509.Certificate
+}
+
+// Certificate returns the parsed certificate of a loaded policy. It is nil for a
+// built-in root.
+func (r Root) Certificate() *x509.Certificate {
+	if len(r.certificates) == 0 {
+		return nil
+	}
+	return r.certificates[0]
+}
+
+// Certificates returns all of them: an SNP authority has up to three.
+func (r Root) Certificates() []*x509.Certificate { return r.certificates }
+
+// Enrolled is a TPM that the operator vouches for.
+type Enrolled struct {
+	Name string `yaml:"name"`
+	EK   string `yaml:"ek"` // hex SHA-256 of the key's PKIX DER
+}
+
+// raw returns what files and PEM in the section say, in a fixed order.
+func (t *TrustFile) raw() [][]byte {
+	var out [][]byte
+	for _, roots := range [][]Root{t.TPM.Roots, t.TPM.AKRoots, t.SNP.Roots, t.TDX.Roots, t.Nitro.Roots} {
+		for _, r := range roots {
+			for _, c := range r.certificates {
+				out = append(out, c.Raw)
+			}
+		}
+	}
+	return append(out, t.Azure.jwks)
+}
+
+// products of AMD that have SNP and a public authority.
+var products = []string{"Milan", "Genoa", "Turin"}
+
+func (c *checker) trust() {
+	t := &c.file.Trust
+	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
+	c.demand(vouchers > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust")
+	c.roots(t.TPM.Roots, "", 1, "trust", "tpm", "roots")
+	c.roots(t.TPM.AKRoots, "google", 1, "trust", "tpm", "ak_roots")
+	c.roots(t.SNP.Roots, "amd", 3, "trust", "snp", "roots")
+	c.roots(t.TDX.Roots, "intel", 1, "trust", "tdx", "roots")
+	c.roots(t.Nitro.Roots, "aws", 1, "trust", "nitro", "roots")
+	for i, r := range t.SNP.Roots {
+		at := []any{"trust", "snp", "roots", i}
+		c.demand(r.Builtin != "" || slices.Contains(products, r.Product), "needs product: Milan, Genoa or Turin", at...)
+		c.demand(r.Builtin != "" || len(r.certificates) >= 2, "needs an ARK and the ASK or ASVK below it in PEM", at...)
+	}
+	seen := map[string]bool{}
+	for i, e := range t.TPM.Enrolled {
+		at := []any{"trust", "tpm", "enrolled", i}
+		c.name(e.Name, seen, append(at, "name")...)
+		c.demand(isHex(e.EK, 32), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", append(at, "ek")...)
+	}
+	c.azureTrust(&t.Azure)
+}
+
+// roots checks and reads authorities. known is the one that may be built in.
+func (c *checker) roots(roots []Root, known string, most int, path ...any) {
+	seen := map[string]bool{}
+	sources := "file or pem"
+	if known != "" {
+		sources = "builtin, file or pem"
+	}
+	for i := range roots {
+		r := &roots[i]
+		at := append(slices.Clone(path), i)
+		c.name(r.Name, seen, append(at, "name")...)
+		given := 0
+		for _, s := range []string{r.Builtin, r.File, r.PEM} {
+			if s != "" {
+				given++
+			}
+		}
+		c.demand(given == 1, "needs either "+sources, at...)
+		c.demand(r.Builtin == "" || r.Builtin == known, fmt.Sprintf("%q is not built in (%s)", r.Builtin, hintOf([]string{known})), append(at, "builtin")...)
+		if r.Builtin != "" || c.err != nil {
+			continue
+		}
+		text := []byte(r.PEM)
+		var err error
+		if r.File != "" {
+			if text, err = c.read(r.File); err != nil {
+				c.fail("%w", []any{err}, append(at, "file")...)
+			}
+		}
+		if r.certificates, err = certificates(text, most); err != nil {
+			c.fail("%w", []any{err}, at...)
+		}
+	}
+}
+
+func (c *checker) azureTrust(a *AzureTrust) {
+	if a.Issuer == "" && a.JWKS == "" {
+		return
+	}
+	u, err := url.Parse(a.Issuer)
+	c.demand(err == nil && u.Scheme == "https" && u.Host != "", "must be the https URL of an attestation service", "trust", "azure", "issuer")
+	c.demand(a.JWKS != "", "needs a file with the service's signing keys", "trust", "azure", "jwks")
+	if c.err != nil {
+		return
+	}
+	if a.jwks, err = c.read(a.JWKS); err != nil {
+		c.fail("%w", []any{err}, "trust", "azure", "jwks")
+	}
+	c.demand(json.Valid(a.jwks), "is not JSON", "trust", "azure", "jwks")
+}
+
+// read reads a file that the policy names, relative to its folder.
+func (c *checker) read(path string) ([]byte, error) {
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(c.dir, path)
+	}
+	return os.ReadFile(path)
+}
+
+// certificates parses up to most certificates in PEM, and nothing else.
+func certificates(text []byte, most int) ([]*x509.Certificate, error) {
+	var all []*x509.Certificate
+	for {
+		var block *pem.Block
+		block, text = pem.Decode(text)
+		switch {
+		case block == nil && len(all) == 0:
+			return nil, fmt.Errorf("holds no certificate in PEM form")
+		case block == nil:
+			return all, nil
+		case block.Type != "CERTIFICATE" && len(all) == 0:
+			return nil, fmt.Errorf("holds no certificate in PEM form")
+		case len(all) == most && most == 1:
+			return nil, fmt.Errorf("holds more than one certificate: name each root by itself")
+		case len(all) == most:
+			return nil, fmt.Errorf("holds more than %d certificates", most)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, cert)
+	}
+}
+
+// vouchers demands that each name stands in the trust section.
+func (c *checker) vouchers(names, known []string, at []any) {
+	c.demand(len(names) > 0, "empty: nobody vouches for the hardware", at...)
+	for n, name := range names {
+		c.demand(slices.Contains(known, name), fmt.Sprintf("%q is not in the trust section (hint: %s)", name, hintOf(known)), append(slices.Clone(at), n)...)
+	}
+}
+
+func hintOf(known []string) string {
+	if len(known) == 0 || known[0] == "" {
+		return "it names nobody for this kind"
+	}
+	return "one of " + strings.Join(known, ", ")
+}
+
+func namesOf(prefix string, roots []Root) []string {
+	var names []string
+	for _, r := range roots {
+		names = append(names, prefix+r.Name)
+	}
+	return names
+}
