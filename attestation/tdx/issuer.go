@@ -1,7 +1,6 @@
 package tdx
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -115,7 +114,7 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 	if q.ReportData != binder {
 		return nil, errors.New("the machine's own quote covers other report data (hint: does something else use the same configfs entry?)")
 	}
-	ev := &attestv1.TDXEvidence{Quote: bytes.TrimRight(quote, "\x00")}
+	ev := &attestv1.TDXEvidence{Quote: q.raw}
 	if a.opts.Endorsements != nil {
 		if ev.Collateral, err = Endorse(ctx, a.opts.Endorsements, quote); err != nil {
 			a.opts.Log("tdx collateral", err)

@@ -36,6 +36,7 @@ type Quote struct {
 	ReportData [64]byte
 
 	body   body
+	raw    []byte // without what follows it in the kernel's buffer
 	signed []byte // what the attestation key signs
 
 	signature      []byte
@@ -88,6 +89,7 @@ func Parse(quote []byte) (*Quote, error) {
 	if len(bytes.Trim(c.rest, "\x00")) > 0 {
 		return nil, fmt.Errorf("%w: %d bytes follow the quote", ErrMalformed, len(c.rest))
 	}
+	q.raw = quote[:len(quote)-len(c.rest)]
 	return q, q.parseAuth(auth)
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync"
 
 	"github.com/keyagent/keyagent/attestation/endorsement"
@@ -87,7 +88,7 @@ func (p *PCS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if header != "" {
-		w.Header().Set(header, url.PathEscape(string(d.Chain)))
+		w.Header().Set(header, Escape(d.Chain))
 	}
 	w.Write(d.Body)
 }
@@ -106,4 +107,10 @@ func (p *PCS) Get(ctx context.Context, r endorsement.Request) (endorsement.Docum
 		return endorsement.Document{}, fmt.Errorf("%w: %s", endorsement.ErrNotFound, r.URL)
 	}
 	return endorsement.Document{Body: bytes.Clone(d.Body), Chain: bytes.Clone(d.Chain)}, nil
+}
+
+// Escape makes PEM fit for a header, as Intel's service does: a space is %20, and
+// a plus sign %2B.
+func Escape(chain []byte) string {
+	return strings.ReplaceAll(url.QueryEscape(string(chain)), "+", "%20")
 }
