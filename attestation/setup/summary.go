@@ -104,11 +104,14 @@ func parts(s *attestv1.Saved, kind attestation.Kind) (offer, ask, evidence []byt
 // Claims returns what a file's evidence says of hardware, not verified: for
 // reference values of a machine that is trusted for another reason.
 func Claims(s *attestv1.Saved, kind attestation.Kind) ([]attestation.Claims, error) {
-	_, _, evidence, err := parts(s, kind)
+	offer, ask, evidence, err := parts(s, kind)
 	if err != nil {
 		return nil, err
 	}
 	switch kind {
+	case attestation.TPM:
+		c, err := tpm.UnverifiedClaims(offer, ask, evidence)
+		return []attestation.Claims{c}, err
 	case attestation.SNP:
 		e := &attestv1.SNPEvidence{}
 		if err := unmarshal(evidence, e); err != nil {
@@ -126,8 +129,17 @@ func Claims(s *attestv1.Saved, kind attestation.Kind) ([]attestation.Claims, err
 		if err := unmarshal(evidence, e); err != nil {
 			return nil, err
 		}
+		a := &attestv1.SVSMAsk{}
+		if err := unmarshal(ask, a); err != nil {
+			return nil, err
+		}
+		vtpm, err := tpm.UnverifiedQuote(nil, a.GetTpm().GetPcrs(), e.GetTpm())
+		if err != nil {
+			return nil, err
+		}
+		vtpm.Trust = string(attestation.SVSM)
 		claims, err := snpClaims(e.GetSnp(), attestation.SVSM)
-		return append(claims, attestation.Claims{Kind: attestation.SVSM}), err
+		return append(claims, attestation.Claims{Kind: attestation.SVSM}, vtpm), err
 	}
 	return nil, nil
 }

@@ -98,3 +98,17 @@ func RSAAKTemplate() tpm2.TPMTPublic {
 		Unique: tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{}),
 	}
 }
+
+// Extend measures a digest into a SHA-256 PCR.
+func Extend(device string, pcr uint32, digest []byte) error {
+	t, err := open(device)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	_, err = tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: digest}}},
+	}.Execute(t)
+	return err
+}
