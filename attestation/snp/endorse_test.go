@@ -120,7 +120,7 @@ func TestAVendorsFaultIsANamedRefusal(t *testing.T) {
 		"a list that AMD did not sign": {answer(must[[]byte](t)(forger.FreshCRL())), endorsement.ErrUnavailable},
 		"more than a document ever is": {answer(make([]byte, endorsement.MaxDocument+1)), endorsement.ErrUnavailable},
 		"a redirect to somebody else": {func(w http.ResponseWriter, r *http.Request) bool {
-			http.Redirect(w, r, "https://example.com/", 302)
+			http.Redirect(w, r, "https://example.com/", http.StatusFound)
 			return true
 		}, endorsement.ErrUnavailable},
 		"an answer that breaks off early": {func(w http.ResponseWriter, _ *http.Request) bool { panic(http.ErrAbortHandler) }, endorsement.ErrUnavailable},

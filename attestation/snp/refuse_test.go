@@ -97,13 +97,14 @@ func TestEvidenceOfAnotherSourceIsRefused(t *testing.T) {
 func TestEveryChangedBitOfAReportIsRefused(t *testing.T) {
 	chip := newChip(t, "Milan")
 	v := lab(t, chip.Authority)
-	for _, version := range []uint32{2, 5} {
+	// Of version 2 one bit of each byte, since a signature takes its time.
+	for version, step := range map[uint32]int{2: 9, 5: 1} {
 		good := must[*evidence](t)(chip.Evidence(amd.Report{Version: version, Data: testBinder}))
 		if _, err := verify(t.Context(), v, good); err != nil {
 			t.Fatal(err)
 		}
 		signature := 0
-		for bit := range snp.ReportSize * 8 {
+		for bit := 0; bit < snp.ReportSize*8; bit += step {
 			_, err := verify(t.Context(), v, clone(good, func(e *evidence) { e.Report[bit/8] ^= 1 << (bit % 8) }))
 			if !errors.Is(err, attestation.ErrRefused) {
 				t.Fatalf("version %d, bit %d of byte %#x: %v", version, bit%8, bit/8, err)
@@ -114,7 +115,7 @@ func TestEveryChangedBitOfAReportIsRefused(t *testing.T) {
 				t.Errorf("byte %#x: %v", bit/8, err) // what the guest and its owner chose
 			}
 		}
-		if signature < 2800 {
+		if signature < 2800/step {
 			t.Errorf("version %d: only %d bits are refused for the signature", version, signature)
 		}
 	}
