@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/keyagent/keyagent/attestation"
@@ -70,6 +71,32 @@ func (pr *Profile) Kinds() []attestation.Kind {
 		}
 	}
 	return kinds
+}
+
+// WarnOnly names the reference values that only warn, for people.
+func (pr *Profile) WarnOnly() []string {
+	var out []string
+	add := func(soft bool, format string, args ...any) {
+		if soft {
+			out = append(out, pr.Name+" "+fmt.Sprintf(format, args...))
+		}
+	}
+	if pr.TPM != nil {
+		for _, r := range pr.TPM.PCRs {
+			add(r.WarnOnly, "pcr%d", *r.PCR)
+		}
+	}
+	if pr.Nitro != nil {
+		for _, r := range pr.Nitro.PCRs {
+			add(r.WarnOnly, "nitro.pcr%d", *r.PCR)
+		}
+	}
+	if pr.TDX != nil {
+		for _, r := range pr.TDX.RTMRs {
+			add(r.WarnOnly, "tdx.rtmr%d", *r.RTMR)
+		}
+	}
+	return out
 }
 
 // profile checks which sections come together, and each by itself.

@@ -20,9 +20,11 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 )
 
+// MaxFile bounds a file of evidence in bytes.
+const MaxFile = 8 << 20
+
 const (
 	version  = 1
-	maxFile  = 8 << 20
 	maxItems = 8
 )
 
@@ -76,6 +78,14 @@ func collect(ctx context.Context, i attestation.Issuer, pcrs []uint32, binder at
 	s.Items = append(s.Items, &attestv1.Item{Kind: kind, Data: evidence})
 	s.CredentialSecrets = append(s.CredentialSecrets, secret)
 	return nil
+}
+
+// Of wraps one piece of evidence that came without an exchange, such as a report
+// that another tool saved, over the data that it covers.
+func Of(kind attestation.Kind, evidence []byte, binder attestation.Binder) *attestv1.Saved {
+	item := func(data []byte) []*attestv1.Item { return []*attestv1.Item{{Kind: string(kind), Data: data}} }
+	return &attestv1.Saved{Version: version, Binder: binder[:], Offers: item(nil), Asks: item(nil), Items: item(evidence),
+		CredentialSecrets: [][]byte{nil}}
 }
 
 // Check says whether a file is whole: for each kind an offer, a question, an
@@ -161,13 +171,13 @@ func Read(path string) (*attestv1.Saved, error) {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	data, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
 	if err != nil {
 		return nil, err
 	}
 	s := &attestv1.Saved{}
-	if len(data) > maxFile {
-		return nil, fmt.Errorf("%w: more than %d bytes", ErrMalformed, maxFile)
+	if len(data) > MaxFile {
+		return nil, fmt.Errorf("%w: more than %d bytes", ErrMalformed, MaxFile)
 	}
 	if err := protojson.Unmarshal(data, s); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)

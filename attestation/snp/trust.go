@@ -1,6 +1,7 @@
 package snp
 
 import (
+	"bytes"
 	"crypto/x509"
 	"fmt"
 	"slices"
@@ -43,7 +44,7 @@ func (t Trust) check() error {
 //	https://kdsintf.amd.com/vcek/v1/{Milan,Genoa,Turin}/cert_chain
 //	https://kdsintf.amd.com/vlek/v1/{Milan,Genoa,Turin}/cert_chain
 //
-// A test holds their digests.
+// A test compares them with the copies that another project, Trustee, keeps.
 func AMD() []Root {
 	var roots []Root
 	for _, p := range []struct {
@@ -55,9 +56,9 @@ func AMD() []Root {
 		{turin, trust.AskArkTurinVcekBytes, trust.AskArkTurinVlekBytes},
 	} {
 		var vcek, vlek trust.ProductCerts
-		err := vcek.FromKDSCertBytes(p.vcek)
+		err := vcek.FromKDSCertBytes(bytes.TrimSpace(p.vcek))
 		if err == nil {
-			err = vlek.FromKDSCertBytes(p.vlek)
+			err = vlek.FromKDSCertBytes(bytes.TrimSpace(p.vlek))
 		}
 		if err != nil || vcek.Ark == nil || !vcek.Ark.Equal(vlek.Ark) {
 			panic(fmt.Sprintf("embedded roots of %s: %v", p.product, err)) // a test parses them

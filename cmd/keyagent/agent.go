@@ -1,6 +1,9 @@
 package main
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 
@@ -8,6 +11,8 @@ import (
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -42,19 +47,22 @@ reached is tried again within the configured budget; a refusal is final.`,
 			if err != nil {
 				return err
 			}
-			notify := systemd.NewNotifier()
-			m, closer, err := newManager(cfg, log, notify.Waiting)
-			if err != nil {
-				return err
-			}
-			defer closer.Close()
 			if err := cfg.CheckServing(); err != nil {
 				return err
 			}
 			if check {
+				if err := checkAgent(cfg, log); err != nil {
+					return err
+				}
 				cmd.Println("the configuration is good")
 				return nil
 			}
+			notify := systemd.NewNotifier()
+			m, closer, err := newManager(cmd.Context(), cfg, log, notify.Waiting)
+			if err != nil {
+				return err
+			}
+			defer closer.Close()
 			log.Info("starting", "volumes", len(cfg.Volumes), "secrets", secret.InForce(), "erasing", secret.Erases)
 			return agent.New(cfg, m, log, notify).Run(cmd.Context())
 		},
@@ -65,39 +73,91 @@ reached is tried again within the configured budget; a refusal is final.`,
 	return cmd
 }
 
-// newManager wires the node's parts. The closer ends its connections.
-func newManager(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Manager, io.Closer, error) {
-	issuer, err := tpm.NewIssuer(tpm.IssuerOptions{
-		Device: cfg.TPM.Device, EK: tpm.EKType(cfg.TPM.EK), EKPin: cfg.TPM.EKPin, EventLog: cfg.TPM.EventLog,
-	})
-	if err != nil {
-		return nil, nil, failure.New(failure.Configuration, err, "")
+// checkAgent builds what can be built without the hardware that the
+// configuration speaks of.
+func checkAgent(cfg *agent.Config, log *slog.Logger) error {
+	if _, err := tpm.NewIssuer(tpmOptions(cfg)); err != nil {
+		return failure.New(failure.Configuration, err, "")
 	}
-	server, err := serverDemands(cfg.ServerPolicy, log)
+	_, err := serverDemands(cfg.ServerPolicy, nil, log)
+	return err
+}
+
+func tpmOptions(cfg *agent.Config) tpm.IssuerOptions {
+	return tpm.IssuerOptions{Device: cfg.TPM.Device, AK: tpm.AKType(cfg.TPM.AK), EK: tpm.EKType(cfg.TPM.EK),
+		EKPin: cfg.TPM.EKPin, EventLog: cfg.TPM.EventLog}
+}
+
+// newManager wires the node's parts. The closer ends its connections.
+func newManager(ctx context.Context, cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Manager, io.Closer, error) {
+	source, err := cfg.Endorsements.Open("amd", "intel")
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
+	}
+	issuers, err := nodeIssuers(ctx, cfg, source, log)
+	if err != nil {
+		return nil, nil, errors.Join(err, source.Close())
+	}
+	server, err := serverDemands(cfg.ServerPolicy, source, log)
+	if err != nil {
+		return nil, nil, errors.Join(err, source.Close())
 	}
 	client, err := agent.NewClient(agent.ClientOptions{
-		Config: cfg, Issuers: []attestation.Issuer{issuer}, Server: server, Log: log, Progress: progress,
+		Config: cfg, Issuers: issuers, Server: server, Log: log, Progress: progress,
 	})
 	if err != nil {
-		return nil, nil, failure.New(failure.Configuration, err, "")
+		return nil, nil, failure.New(failure.Configuration, errors.Join(err, source.Close()), "")
 	}
-	return agent.NewManager(cfg, client, log, progress), client, nil
+	return agent.NewManager(cfg, client, log, progress), closers{client, source}, nil
+}
+
+// closers are closed in order.
+type closers []io.Closer
+
+func (c closers) Close() error {
+	var err error
+	for _, one := range c {
+		err = errors.Join(err, one.Close())
+	}
+	return err
+}
+
+// nodeIssuers chooses this machine's evidence and says which and why.
+func nodeIssuers(ctx context.Context, cfg *agent.Config, source endorsement.Source, log *slog.Logger) ([]attestation.Issuer, error) {
+	kinds, err := setup.ParseKinds(cfg.Evidence)
+	if err != nil {
+		return nil, failure.New(failure.Configuration, err, "")
+	}
+	issuers, findings, err := setup.Issuers(ctx, setup.IssuerOptions{
+		Kinds:        kinds,
+		TPM:          tpmOptions(cfg),
+		Endorsements: source,
+		Log:          func(msg string, err error) { log.Warn(msg, "error", err) },
+	})
+	for _, f := range findings {
+		log.Info("evidence", "kind", f.Kind, "found", f.Found, "used", f.Used, "why", f.Why)
+	}
+	if errors.Is(err, attestation.ErrNoDevice) {
+		// Drivers may be late, and not every verb needs evidence: the TPM is looked
+		// for again whenever evidence is asked for, and its error says what to do.
+		log.Warn("no attestation hardware yet, a TPM is tried at each attempt", "error", err)
+		i, err := tpm.NewIssuer(tpmOptions(cfg))
+		return []attestation.Issuer{i}, err
+	}
+	if err != nil {
+		return nil, failure.New(failure.Configuration, err, "")
+	}
+	return issuers, nil
 }
 
 // serverDemands is what the key service must prove, if anything.
-func serverDemands(policyPath string, log *slog.Logger) (*atls.Peers, error) {
+func serverDemands(policyPath string, source endorsement.Source, log *slog.Logger) (*atls.Peers, error) {
 	if policyPath == "" {
 		return nil, nil
 	}
-	source, err := keyservice.NewPolicySource(policyPath, log)
+	p, err := keyservice.NewPolicySource(policyPath, log)
 	if err != nil {
 		return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 	}
-	v, err := tpm.NewVerifier(tpm.VerifierOptions{Trust: source.TPMTrust})
-	if err != nil {
-		return nil, err
-	}
-	return &atls.Peers{Verifiers: []attestation.Verifier{v}, Appraiser: source}, nil
+	return p.Peers(source)
 }

@@ -84,7 +84,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 	}
 	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus())
 	add("service", newServe(), newAudit(), newKMS())
-	add("proof", newEvidence(), newMeasure(), newVerify(), newPolicy())
+	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())
 	root.SetHelpCommandGroupID("other")
 	wrapArgs(root)

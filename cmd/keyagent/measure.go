@@ -1,9 +1,11 @@
 package main
 
 import (
+	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -11,6 +13,8 @@ import (
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/attestation/saved"
+	"github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/attestation/tpm/uki"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -24,12 +28,21 @@ func newMeasure() *cobra.Command {
 		Short: "Print the reference values of a machine as a policy profile",
 		Long: `Print the reference values of a machine as a policy profile.
 
-PCRs 4 and 11 come from the unified kernel image, before it was ever started.
-All others come from the event log of a boot that is trusted. Each register is
-printed with the events that lead to its value, so that a later mismatch can be
-explained.`,
+With --evidence they are what a trusted machine's saved evidence says, of every
+kind that is in it; a report or quote that another tool saved will do. Weaknesses
+that the machine has stand in "allow", to be read before they are accepted.
+
+With --firmware the SNP launch measurement or the TDX MRTD is computed from the
+firmware file, for the machines of Google Compute Engine.
+
+Of a TPM, PCRs 4 and 11 come from the unified kernel image, before it was ever
+started. All others come from the event log of a boot that is trusted. Each
+register is printed with the events that lead to its value, so that a later
+mismatch can be explained.`,
 		Example: `  keyagent measure --uki linux.efi --pcrs 4,11
-  keyagent measure --uki linux.efi --event-log trusted.log --pcrs 0,2,3,4,7,11 --name guest --trust root:lab`,
+  keyagent measure --uki linux.efi --event-log trusted.log --pcrs 0,2,3,4,7,11 --name guest --trust root:lab
+  keyagent measure --evidence evidence.json --name cvm
+  keyagent measure --evidence report.bin --firmware ovmf.fd --product Milan --vcpus 4`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
@@ -45,21 +58,80 @@ explained.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&m.name, "name", "machine", "name of the profile")
+	f.StringVar(&m.evidence, "evidence", "", "saved evidence of a machine that is trusted, or an SNP report or TDX quote")
+	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
+	f.StringVar(&m.product, "product", "", "with --firmware, for SNP: Milan or Genoa; empty for TDX")
+	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
 	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4 and 11)")
 	f.StringVar(&m.eventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
 	f.StringArrayVar(&m.phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example sysinit:ready; each --phase gives one more accepted value")
-	f.StringSliceVar(&m.trust, "trust", nil, "who vouches for the TPM: root:NAME or enrolled:NAME of the policy")
+	f.StringSliceVar(&m.trust, "trust", nil, "who vouches for the TPM: root:NAME, enrolled:NAME or ak-root:NAME of the policy")
 	f.StringVar(&pcrs, "pcrs", "0,2,3,4,7,11", "registers of the profile")
 	return cmd
 }
 
 type measurement struct {
-	name, uki, eventLog string
-	phases, trust       []string
-	pcrs                []uint32
+	name, uki, eventLog         string
+	evidence, firmware, product string
+	vcpus                       uint
+	phases, trust               []string
+	pcrs                        []uint32
 }
 
 func (m *measurement) profile() (*policy.Profile, error) {
+	p := &policy.Profile{Name: m.name}
+	if m.evidence != "" {
+		var err error
+		if p, err = m.fromEvidence(); err != nil {
+			return nil, err
+		}
+	}
+	if m.firmware != "" {
+		if err := m.fromFirmware(p); err != nil {
+			return nil, err
+		}
+	}
+	if m.uki != "" || m.eventLog != "" || (m.evidence == "" && m.firmware == "") {
+		t, err := m.tpm(p.TPM)
+		if err != nil {
+			return nil, err
+		}
+		p.TPM = t
+	}
+	if p.TPM != nil && len(m.trust) > 0 {
+		p.TPM.Trust = m.trust
+	}
+	return p, nil
+}
+
+// fromEvidence takes what saved evidence says, without verifying it: that the
+// machine is trusted is the caller's word.
+func (m *measurement) fromEvidence() (*policy.Profile, error) {
+	s, err := readEvidence(m.evidence)
+	if err != nil {
+		return nil, err
+	}
+	var all []attestation.Claims
+	for _, k := range saved.Kinds(s) {
+		claims, err := setup.Claims(s, k)
+		if err != nil {
+			return nil, failure.New(failure.EvidenceRefused, err, "")
+		}
+		all = append(all, claims...)
+	}
+	p, err := policy.Reference(m.name, "evidence "+m.evidence, all)
+	if err != nil {
+		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
+	}
+	if p.TPM != nil {
+		p.TPM.PCRs = slices.DeleteFunc(p.TPM.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
+	}
+	return p, nil
+}
+
+// tpm makes the section of a TPM from files. What evidence gave for a register is
+// kept if the files do not give it.
+func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	var image *uki.Image
 	var log *tpm.EventLog
 	var err error
@@ -77,18 +149,24 @@ func (m *measurement) profile() (*policy.Profile, error) {
 			return nil, failure.New(failure.EvidenceRefused, err, "")
 		}
 	}
-	p := &policy.Profile{Name: m.name, TPM: &policy.TPMProfile{Trust: m.trust, Bank: "sha256", EventLog: "required"}}
-	if len(m.trust) == 0 {
-		p.TPM.Trust = []string{"root:NAME"}
+	if have == nil {
+		have = &policy.TPMProfile{Trust: []string{"root:NAME"}, Bank: "sha256", EventLog: "required"}
 	}
+	before := have.PCRs
+	have.PCRs = nil
 	for _, pcr := range m.pcrs {
+		n := slices.IndexFunc(before, func(r policy.PCR) bool { return *r.PCR == pcr })
+		if n >= 0 && log == nil && (image == nil || (pcr != 4 && pcr != 11)) {
+			have.PCRs = append(have.PCRs, before[n])
+			continue
+		}
 		ref, err := m.reference(pcr, image, log)
 		if err != nil {
 			return nil, err
 		}
-		p.TPM.PCRs = append(p.TPM.PCRs, ref)
+		have.PCRs = append(have.PCRs, ref)
 	}
-	return p, nil
+	return have, nil
 }
 
 func (m *measurement) reference(pcr uint32, image *uki.Image, log *tpm.EventLog) (policy.PCR, error) {
@@ -163,3 +241,6 @@ func readBounded(path string, limit int64) ([]byte, error) {
 	}
 	return data, err
 }
+
+// hexOf is for output.
+func hexOf(b []byte) string { return hex.EncodeToString(b) }

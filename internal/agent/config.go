@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation/policy"
+	hardware "github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 )
@@ -25,11 +26,16 @@ type Config struct {
 	Servers      []ServerConfig `yaml:"servers"`
 	ServerPolicy string         `yaml:"server_policy,omitempty"`
 	TPM          TPMConfig      `yaml:"tpm,omitempty"`
-	Socket       string         `yaml:"socket,omitempty"`
-	StateDir     string         `yaml:"state_dir,omitempty"`
-	Callers      []Caller       `yaml:"callers"`
-	Retry        RetryConfig    `yaml:"retry,omitempty"`
-	Volumes      []VolumeConfig `yaml:"volumes"`
+	// Evidence names the kinds to give, such as snp and tpm. Empty: the strongest
+	// that the machine has.
+	Evidence     []string                   `yaml:"evidence,omitempty"`
+	Endorsements hardware.EndorsementConfig `yaml:"endorsements,omitempty"`
+	Azure        AzureConfig                `yaml:"azure,omitempty"`
+	Socket       string                     `yaml:"socket,omitempty"`
+	StateDir     string                     `yaml:"state_dir,omitempty"`
+	Callers      []Caller                   `yaml:"callers"`
+	Retry        RetryConfig                `yaml:"retry,omitempty"`
+	Volumes      []VolumeConfig             `yaml:"volumes"`
 }
 
 // ServerConfig is one endpoint of the key service.
@@ -46,9 +52,19 @@ type ServerConfig struct {
 // TPMConfig names the TPM of this machine.
 type TPMConfig struct {
 	Device   string `yaml:"device,omitempty"`
+	AK       string `yaml:"ak,omitempty"` // auto, own or cloud
 	EK       string `yaml:"ek,omitempty"`
 	EKPin    string `yaml:"ek_pin,omitempty"`
 	EventLog string `yaml:"event_log,omitempty"`
+}
+
+// AzureConfig names what a confidential VM of Azure talks to.
+type AzureConfig struct {
+	// Metadata is the base URL of the instance's metadata service.
+	Metadata string `yaml:"metadata,omitempty"`
+	// Attestation is the URL of a Microsoft Attestation service. Empty: no token
+	// is ever asked for.
+	Attestation string `yaml:"attestation,omitempty"`
 }
 
 // RetryConfig bounds how long the key service is tried.
@@ -124,6 +140,12 @@ func (c *Config) check(doc *config.Document, dir string) error {
 		if err := c.Servers[i].check(doc, dir, i); err != nil {
 			return err
 		}
+	}
+	if _, err := hardware.ParseKinds(c.Evidence); err != nil {
+		return doc.Errorf([]any{"evidence"}, "%w", err)
+	}
+	if err := c.Endorsements.Check(); err != nil {
+		return doc.Errorf([]any{"endorsements"}, "%w", err)
 	}
 	if err := c.Retry.check(doc); err != nil {
 		return err

@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/policy"
-	"github.com/keyagent/keyagent/attestation/tpm"
+	hardware "github.com/keyagent/keyagent/attestation/setup"
 )
 
 // PolicySource is the policy in force. A reload replaces it as a whole, or not
@@ -49,19 +51,15 @@ func (s *PolicySource) Appraise(_ context.Context, v *attestation.Verified) (tim
 	return p.Lifetime(), nil
 }
 
-// TPMTrust is what the TPM verifier works with under the policy in force.
-func (s *PolicySource) TPMTrust() tpm.Trust { return TPMTrust(s.Current()) }
-
-// TPMTrust translates a policy for the TPM verifier.
-func TPMTrust(p *policy.Policy) tpm.Trust {
-	t := tpm.Trust{PCRs: p.PCRs()}
-	for _, r := range p.TPM().Roots {
-		t.Roots = append(t.Roots, tpm.Root{Name: r.Name, Certificate: r.Certificate()})
+// Peers is what a peer must prove under the policy in force: the evidence of some
+// profile. Endorsements that it does not carry come from source, which may be nil.
+func (s *PolicySource) Peers(source endorsement.Source) (*atls.Peers, error) {
+	verifiers, err := hardware.Verifiers(hardware.VerifierOptions{Policy: s.Current, Endorsements: source})
+	if err != nil {
+		return nil, err
 	}
-	for _, e := range p.TPM().Enrolled {
-		t.Enrolled = append(t.Enrolled, tpm.Enrolled{Name: e.Name, EKDigest: e.EK})
-	}
-	return t
+	demand := func(offered []attestation.Kind) ([]attestation.Kind, error) { return s.Current().Demand(offered) }
+	return &atls.Peers{Verifiers: verifiers, Demand: demand, Appraiser: s}, nil
 }
 
 // newID returns a correlation ID.

@@ -22,7 +22,9 @@ import (
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/policy"
+	hardware "github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
@@ -53,6 +55,12 @@ type Config struct {
 	Metrics string `yaml:"metrics,omitempty"`
 	// TPM, if set, lets clients demand the service's own evidence.
 	TPM *TPMConfig `yaml:"tpm,omitempty"`
+	// Evidence, if set, does so too: kinds such as snp and tpm, or auto alone for
+	// the strongest that the machine has.
+	Evidence []string `yaml:"evidence,omitempty"`
+	// Endorsements says whom to ask for what a client's evidence does not carry.
+	// Unset: nobody, since a stranger could make the service ask.
+	Endorsements hardware.EndorsementConfig `yaml:"endorsements,omitempty"`
 	// MaxUnattested bounds connections that have not attested yet.
 	MaxUnattested int `yaml:"max_unattested,omitempty"`
 	// HandshakeTimeout bounds a handshake with its attestation.
@@ -73,9 +81,36 @@ type TPMConfig struct {
 	EventLog string `yaml:"event_log,omitempty"`
 }
 
-// Issuer makes the issuer that a TPMConfig describes.
-func (c TPMConfig) Issuer() (*tpm.Issuer, error) {
-	return tpm.NewIssuer(tpm.IssuerOptions{Device: c.Device, EK: tpm.EKType(c.EK), EKPin: c.EKPin, EventLog: c.EventLog})
+// issuers makes the service's own evidence, or none if it is not configured.
+func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *slog.Logger) ([]attestation.Issuer, error) {
+	opts := hardware.IssuerOptions{Endorsements: source, Log: func(msg string, err error) { log.Warn(msg, "error", err) }}
+	names := c.Evidence
+	switch {
+	case c.TPM == nil && len(names) == 0:
+		return nil, nil
+	case len(names) == 0:
+		names = []string{string(attestation.TPM)}
+	case len(names) == 1 && names[0] == "auto":
+		names = nil
+	}
+	if c.TPM != nil {
+		opts.TPM = tpm.IssuerOptions{Device: c.TPM.Device, EK: tpm.EKType(c.TPM.EK), EKPin: c.TPM.EKPin, EventLog: c.TPM.EventLog}
+	}
+	var err error
+	if opts.Kinds, err = hardware.ParseKinds(names); err != nil {
+		return nil, failure.New(failure.Configuration, err, "")
+	}
+	issuers, findings, err := hardware.Issuers(ctx, opts)
+	for _, f := range findings {
+		log.Info("own evidence", "kind", f.Kind, "used", f.Used, "why", f.Why)
+	}
+	if errors.Is(err, attestation.ErrNoDevice) {
+		return nil, failure.New(failure.NoDevice, err, "evidence: in the configuration names what this machine has")
+	}
+	if err != nil {
+		return nil, failure.New(failure.Configuration, err, "")
+	}
+	return issuers, nil
 }
 
 const defaultMaxUnattested = 512
@@ -225,7 +260,7 @@ func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, e
 	if err = s.openService(ctx); err != nil {
 		return nil, err
 	}
-	return s, s.wire()
+	return s, s.wire(ctx)
 }
 
 func listenError(address string, err error) error {
@@ -324,8 +359,13 @@ func auditError(err error) error {
 	return failure.New(class, fmt.Errorf("audit log: %w", err), hint)
 }
 
-func (s *Server) wire() error {
-	verifier, err := tpm.NewVerifier(tpm.VerifierOptions{Trust: s.policy.TPMTrust})
+func (s *Server) wire(ctx context.Context) error {
+	source, err := s.cfg.Endorsements.Open("none")
+	if err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
+	}
+	s.closers = append(s.closers, source)
+	peers, err := s.policy.Peers(source)
 	if err != nil {
 		return err
 	}
@@ -335,16 +375,12 @@ func (s *Server) wire() error {
 	}
 	cfg := &atls.ServerConfig{
 		Certificate: func() (*tls.Certificate, error) { return s.cert.Load(), nil },
-		Clients:     &atls.Peers{Verifiers: []attestation.Verifier{verifier}, Appraiser: s.policy},
+		Clients:     peers,
 		Observe:     s.observe,
 		Timeout:     timeout,
 	}
-	if s.cfg.TPM != nil {
-		issuer, err := s.cfg.TPM.Issuer()
-		if err != nil {
-			return failure.New(failure.Configuration, err, "")
-		}
-		cfg.Issuers = []attestation.Issuer{issuer}
+	if cfg.Issuers, err = s.cfg.issuers(ctx, source, s.log); err != nil {
+		return err
 	}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(atls.NewServerCredentials(cfg)),

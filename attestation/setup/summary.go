@@ -1,0 +1,186 @@
+package setup
+
+import (
+	"fmt"
+	"io"
+
+	"google.golang.org/protobuf/proto"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/snp"
+	"github.com/keyagent/keyagent/attestation/tdx"
+	"github.com/keyagent/keyagent/attestation/tpm"
+)
+
+// Summary is what one piece of evidence says, for people. None of it is verified.
+type Summary interface {
+	Print(w io.Writer)
+}
+
+// Summarize reads a file's evidence of one kind without verifying it.
+func Summarize(s *attestv1.Saved, kind attestation.Kind) (Summary, error) {
+	offer, ask, evidence, err := parts(s, kind)
+	if err != nil {
+		return nil, err
+	}
+	switch kind {
+	case attestation.TPM:
+		return tpm.Summarize(offer, ask, evidence)
+	case attestation.SNP:
+		e := &attestv1.SNPEvidence{}
+		if err := unmarshal(evidence, e); err != nil {
+			return nil, err
+		}
+		return snp.Summarize(e)
+	case attestation.TDX:
+		e := &attestv1.TDXEvidence{}
+		if err := unmarshal(evidence, e); err != nil {
+			return nil, err
+		}
+		return tdx.Summarize(e)
+	case attestation.SVSM:
+		return summarizeSVSM(offer, ask, evidence)
+	}
+	return nil, fmt.Errorf("%w: %q evidence", errUnknown, kind)
+}
+
+var errUnknown = fmt.Errorf("%w: kind that is not known here", attestation.ErrRefused)
+
+// both is evidence of hardware and of the vTPM that it vouches for.
+type both struct {
+	Hardware Summary `json:"hardware"`
+	VTPM     Summary `json:"vtpm"`
+}
+
+// Print implements Summary.
+func (b both) Print(w io.Writer) {
+	b.Hardware.Print(w)
+	b.VTPM.Print(w)
+}
+
+func summarizeSVSM(offer, ask, evidence []byte) (Summary, error) {
+	o, a, e := &attestv1.SVSMOffer{}, &attestv1.SVSMAsk{}, &attestv1.SVSMEvidence{}
+	for _, m := range []struct {
+		data []byte
+		to   proto.Message
+	}{{offer, o}, {ask, a}, {evidence, e}} {
+		if err := unmarshal(m.data, m.to); err != nil {
+			return nil, err
+		}
+	}
+	hw, err := snp.Summarize(e.GetSnp())
+	if err != nil {
+		return nil, err
+	}
+	var inner [3][]byte
+	for n, m := range []proto.Message{o.GetTpm(), a.GetTpm(), e.GetTpm()} {
+		if inner[n], err = proto.Marshal(m); err != nil {
+			return nil, err
+		}
+	}
+	vtpm, err := tpm.Summarize(inner[0], inner[1], inner[2])
+	return both{hw, vtpm}, err
+}
+
+func unmarshal(data []byte, to proto.Message) error {
+	if err := proto.Unmarshal(data, to); err != nil {
+		return fmt.Errorf("%w: %w", attestation.ErrRefused, err)
+	}
+	return nil
+}
+
+// parts returns one exchange of a file that saved.Check accepts.
+func parts(s *attestv1.Saved, kind attestation.Kind) (offer, ask, evidence []byte, err error) {
+	for n, i := range s.GetItems() {
+		if i.GetKind() == string(kind) && n < len(s.GetOffers()) && n < len(s.GetAsks()) {
+			return s.GetOffers()[n].GetData(), s.GetAsks()[n].GetData(), i.GetData(), nil
+		}
+	}
+	return nil, nil, nil, fmt.Errorf("%w: no %s evidence in the file", attestation.ErrRefused, kind)
+}
+
+// Claims returns what a file's evidence says of hardware, not verified: for
+// reference values of a machine that is trusted for another reason.
+func Claims(s *attestv1.Saved, kind attestation.Kind) ([]attestation.Claims, error) {
+	_, _, evidence, err := parts(s, kind)
+	if err != nil {
+		return nil, err
+	}
+	switch kind {
+	case attestation.SNP:
+		e := &attestv1.SNPEvidence{}
+		if err := unmarshal(evidence, e); err != nil {
+			return nil, err
+		}
+		return snpClaims(e, "")
+	case attestation.TDX:
+		e := &attestv1.TDXEvidence{}
+		if err := unmarshal(evidence, e); err != nil {
+			return nil, err
+		}
+		return tdxClaims(e, "")
+	case attestation.SVSM:
+		e := &attestv1.SVSMEvidence{}
+		if err := unmarshal(evidence, e); err != nil {
+			return nil, err
+		}
+		claims, err := snpClaims(e.GetSnp(), attestation.SVSM)
+		return append(claims, attestation.Claims{Kind: attestation.SVSM}), err
+	}
+	return nil, nil
+}
+
+func snpClaims(e *attestv1.SNPEvidence, via attestation.Kind) ([]attestation.Claims, error) {
+	r, err := snp.Parse(e.GetReport())
+	if err != nil {
+		return nil, err
+	}
+	c := r.Claims()
+	c.Via = via
+	return []attestation.Claims{c}, nil
+}
+
+func tdxClaims(e *attestv1.TDXEvidence, via attestation.Kind) ([]attestation.Claims, error) {
+	q, err := tdx.Parse(e.GetQuote())
+	if err != nil {
+		return nil, err
+	}
+	c := q.Claims()
+	c.Via = via
+	return []attestation.Claims{c}, nil
+}
+
+// EndorsementRequests returns what a verifier of a file's evidence has to have
+// from vendors, for fetching it beforehand. product is that of an SNP report of
+// version 2, which does not name it.
+func EndorsementRequests(s *attestv1.Saved, product string) ([]endorsement.Request, error) {
+	var all []endorsement.Request
+	for _, i := range s.GetItems() {
+		var requests []endorsement.Request
+		var err error
+		switch attestation.Kind(i.GetKind()) {
+		case attestation.SNP:
+			e := &attestv1.SNPEvidence{}
+			if err = unmarshal(i.GetData(), e); err == nil {
+				requests, err = snp.EndorsementRequests(e.GetReport(), product)
+			}
+		case attestation.SVSM:
+			e := &attestv1.SVSMEvidence{}
+			if err = unmarshal(i.GetData(), e); err == nil {
+				requests, err = snp.EndorsementRequests(e.GetSnp().GetReport(), product)
+			}
+		case attestation.TDX:
+			e := &attestv1.TDXEvidence{}
+			if err = unmarshal(i.GetData(), e); err == nil {
+				requests, err = tdx.EndorsementRequests(e.GetQuote())
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, requests...)
+	}
+	return all, nil
+}

@@ -1,0 +1,60 @@
+package main
+
+import (
+	"encoding/hex"
+	"fmt"
+
+	"github.com/google/gce-tcb-verifier/sev"
+	"github.com/google/gce-tcb-verifier/tdx"
+	"github.com/google/go-sev-guest/kds"
+
+	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/internal/failure"
+)
+
+// maxFirmware bounds a firmware file in bytes.
+const maxFirmware = 64 << 20
+
+// fromFirmware computes what the hardware measures of a firmware file before it
+// runs, as Google Compute Engine loads it. Other hosts load it differently, and
+// their values come from evidence.
+func (m *measurement) fromFirmware(p *policy.Profile) error {
+	fw, err := readBounded(m.firmware, maxFirmware)
+	if err != nil {
+		return err
+	}
+	if m.product == "" {
+		mrtd, err := tdx.MRTD(tdx.LaunchOptionsDefault(""), fw)
+		if err != nil {
+			return failure.New(failure.Usage, fmt.Errorf("%s: %w", m.firmware, err), "is it firmware for TDX? --product says that SNP is meant")
+		}
+		if p.TDX == nil {
+			p.TDX = &policy.TDXProfile{Trust: []string{"root:intel"}}
+		}
+		return m.computed(&p.TDX.MRTD, mrtd[:])
+	}
+	name, err := kds.ParseProduct(m.product)
+	if err != nil || m.vcpus == 0 || m.vcpus > 1024 {
+		return failure.Newf(failure.Usage, "--product Milan --vcpus 4", "product %q with %d processors", m.product, m.vcpus)
+	}
+	digest, err := sev.LaunchDigest(&sev.LaunchOptions{Vcpus: int(m.vcpus), Product: name}, fw)
+	if err != nil {
+		return failure.New(failure.Usage, fmt.Errorf("%s: %w", m.firmware, err), "is it firmware for SEV-SNP?")
+	}
+	if p.SNP == nil {
+		p.SNP = &policy.SNPProfile{Trust: []string{"root:amd"}, Products: []string{m.product}}
+	}
+	return m.computed(&p.SNP.Measurement, digest)
+}
+
+// computed replaces a measurement. One that a trusted machine says otherwise is
+// an error: either the file or the machine is not what it is taken for.
+func (m *measurement) computed(v *policy.Values, digest []byte) error {
+	value := hex.EncodeToString(digest)
+	if len(v.Accept) == 1 && v.Accept[0] != value {
+		return failure.Newf(failure.EvidenceRefused, "the machine runs other firmware, or its host loads it in another way",
+			"%s gives %s, the evidence says %s", m.firmware, value, v.Accept[0])
+	}
+	*v = policy.Values{Accept: []string{value}, Source: "computed from " + m.firmware}
+	return nil
+}

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/failure"
+)
+
+func newPolicy() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "policy",
+		Short: "Check policies",
+		Args:  cobra.NoArgs,
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	check := &cobra.Command{
+		Use:     "check FILE",
+		Short:   "Say whether a policy is good, and what it allows",
+		Example: "  keyagent policy check policy.yaml",
+		Args:    cobra.ExactArgs(1),
+	}
+	output := outputFlag(check)
+	check.RunE = func(cmd *cobra.Command, args []string) error {
+		p, err := policy.Load(args[0])
+		if err != nil {
+			hint := ""
+			if errors.Is(err, config.ErrInvalid) {
+				hint = "docs/configuration.md describes the policy file"
+			}
+			return failure.New(failure.Configuration, err, hint)
+		}
+		summary := summarize(p)
+		return print(cmd, *output, summary, summary.print)
+	}
+	cmd.AddCommand(check)
+	return cmd
+}
+
+type policySummary struct {
+	SHA256   string         `json:"sha256"`
+	Lifetime string         `json:"lifetime"`
+	PCRs     []uint32       `json:"pcrs"`
+	Profiles []string       `json:"profiles"`
+	WarnOnly []string       `json:"warn_only,omitempty"`
+	AnyTPM   []string       `json:"any_tpm,omitempty"` // profiles that a whole root vouches for
+	Grants   []policy.Grant `json:"grants"`
+}
+
+func summarize(p *policy.Policy) policySummary {
+	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants()}
+	for _, pr := range p.Profiles() {
+		s.Profiles = append(s.Profiles, pr.Name)
+		s.WarnOnly = append(s.WarnOnly, pr.WarnOnly()...)
+		if pr.TPM != nil && slices.ContainsFunc(pr.TPM.Trust, func(t string) bool { return strings.HasPrefix(t, "root:") }) {
+			s.AnyTPM = append(s.AnyTPM, pr.Name)
+		}
+	}
+	return s
+}
+
+func (s policySummary) print(w io.Writer) {
+	fmt.Fprintf(w, "the policy is good (sha256 %s)\n", s.SHA256)
+	fmt.Fprintf(w, "profiles: %s; PCRs quoted: %v; a verdict holds for %s\n", strings.Join(s.Profiles, ", "), s.PCRs, s.Lifetime)
+	for _, g := range s.Grants {
+		ops := make([]string, len(g.Operations))
+		for i, o := range g.Operations {
+			ops[i] = string(o)
+		}
+		fmt.Fprintf(w, "grant %q: profiles %s may %s volumes %s", g.Name, strings.Join(g.Profiles, ", "), strings.Join(ops, " and "), strings.Join(g.Volumes, ", "))
+		if g.When != "" {
+			fmt.Fprintf(w, " when %s", g.When)
+		}
+		fmt.Fprintln(w)
+	}
+	for _, p := range s.AnyTPM {
+		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; whoever has one to himself can imitate a machine (docs/LIMITATIONS.md)\n", p)
+	}
+	for _, f := range s.WarnOnly {
+		fmt.Fprintf(w, "WARNING: %s is warn_only: a machine that differs there still gets keys\n", f)
+	}
+}
