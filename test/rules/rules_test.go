@@ -72,7 +72,9 @@ func TestABackendNeverImportsASibling(t *testing.T) {
 					t.Errorf("%s imports its sibling %s", pkg, i)
 				}
 			}
-			if a, b := kindOf(pkg), kindOf(i); a != "" && b != "" && a != b {
+			// Evidence in which one piece of hardware vouches for another is made
+			// of the other kinds.
+			if a, b := kindOf(pkg), kindOf(i); a != "" && b != "" && a != b && a != "attestation/azure" {
 				t.Errorf("%s imports its sibling %s", pkg, i)
 			}
 		}

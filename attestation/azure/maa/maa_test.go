@@ -1,0 +1,18 @@
+package maa
+
+import (
+	"errors"
+	"testing"
+)
+
+func TestOnlyAnHTTPSAddressIsAskedForTokens(t *testing.T) {
+	for _, address := range []string{"", "shared.example", "http://shared.example", "https://", "https://user@shared.example", "https://shared.example?x=1"} {
+		if _, err := New(Options{URL: address}); err == nil {
+			t.Errorf("%q is accepted", address)
+		}
+	}
+	// Built without the library, it says so.
+	if get, err := New(Options{URL: "https://shared.example"}); (get == nil) != errors.Is(err, ErrUnsupported) {
+		t.Error(err)
+	}
+}
