@@ -124,10 +124,14 @@ func TestWhatIsNotSetIsAConfigurationError(t *testing.T) {
 		"nothing":             {},
 		"no hardware":         {PCRs: w.PCRs},
 		"no PCRs":             {SNP: w.SNP},
-		"tokens of nobody":    {SNP: w.SNP, PCRs: w.PCRs, Token: &TokenOptions{}},
-		"tokens without keys": {SNP: w.SNP, PCRs: w.PCRs, Token: &TokenOptions{Issuer: "x"}},
+		"tokens of nobody":    {SNP: w.SNP, PCRs: w.PCRs, Token: func() *TokenOptions { return &TokenOptions{} }},
+		"tokens without keys": {SNP: w.SNP, PCRs: w.PCRs, Token: func() *TokenOptions { return &TokenOptions{Issuer: "x"} }},
 	} {
-		if _, err := NewVerifier(opts); !errors.Is(err, ErrConfiguration) {
+		v, err := NewVerifier(opts)
+		if err == nil {
+			_, err = v.Begin(t.Context(), nil)
+		}
+		if !errors.Is(err, ErrConfiguration) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

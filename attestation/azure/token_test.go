@@ -25,7 +25,9 @@ func TestATokenIsBelievedOnlyForThisMachineNow(t *testing.T) {
 	maa := must[*synthetic.Attestation](t)(synthetic.NewAttestation(provider))
 	stranger := must[*synthetic.Attestation](t)(synthetic.NewAttestation(provider))
 	v := verifier(t, func(o *VerifierOptions) {
-		o.Token = &TokenOptions{Issuer: provider, JWKS: func(context.Context) ([]byte, error) { return maa.JWKS() }}
+		o.Token = func() *TokenOptions {
+			return &TokenOptions{Issuer: provider, JWKS: func(context.Context) ([]byte, error) { return maa.JWKS() }}
+		}
 	})
 	m.opts.Token = func(_ context.Context, nonce []byte) (string, error) {
 		return maa.Sign(maa.Claims(m.Machine, nonce, time.Now()))
@@ -96,7 +98,9 @@ func TestATokenIsBelievedOnlyForThisMachineNow(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	away := verifier(t, func(o *VerifierOptions) {
-		o.Token = &TokenOptions{Issuer: provider, JWKS: func(context.Context) ([]byte, error) { return nil, errors.New("outage") }}
+		o.Token = func() *TokenOptions {
+			return &TokenOptions{Issuer: provider, JWKS: func(context.Context) ([]byte, error) { return nil, errors.New("outage") }}
+		}
 	})
 	_, err = verify(t, away, genuine)
 	wantErr(t, err, ErrToken)

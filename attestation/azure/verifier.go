@@ -25,9 +25,11 @@ type VerifierOptions struct {
 	// PCRs to ask for, ascending, at least one. Asked at the start of each
 	// exchange. Required.
 	PCRs func() []uint32
-	// Token says whose tokens of Microsoft Attestation are believed. Nil: none is
-	// asked for, and one that comes counts for nothing.
-	Token *TokenOptions
+	// Token says whose tokens of Microsoft Attestation are believed. It is asked at
+	// the start of each exchange, so that a reloaded policy takes effect. Without
+	// it, or if it returns nil, none is asked for, and one that comes counts for
+	// nothing.
+	Token func() *TokenOptions
 	// Now is the clock for tokens. Default time.Now.
 	Now func() time.Time
 }
@@ -44,8 +46,8 @@ func NewVerifier(opts VerifierOptions) (*Verifier, error) {
 	if opts.SNP == nil && opts.TDX == nil || opts.PCRs == nil {
 		return nil, fmt.Errorf("%w: no hardware, or no PCRs", ErrConfiguration)
 	}
-	if t := opts.Token; t != nil && (t.Issuer == "" || t.JWKS == nil) {
-		return nil, fmt.Errorf("%w: tokens of nobody, or without keys", ErrConfiguration)
+	if opts.Token == nil {
+		opts.Token = func() *TokenOptions { return nil }
 	}
 	if opts.Now == nil {
 		opts.Now = time.Now
@@ -78,8 +80,12 @@ func (v *Verifier) begin(offer []byte, pcrs []uint32) (attestation.Question, err
 	if len(offer) > 0 {
 		return nil, fmt.Errorf("%w: offer of %d bytes", ErrMalformed, len(offer))
 	}
-	ask, err := proto.Marshal(&attestv1.AzureAsk{Pcrs: pcrs, WantEventLog: true, WantToken: v.opts.Token != nil})
-	return &question{v, pcrs, ask}, err
+	token := v.opts.Token()
+	if token != nil && (token.Issuer == "" || token.JWKS == nil) {
+		return nil, fmt.Errorf("%w: tokens of nobody, or without keys", ErrConfiguration)
+	}
+	ask, err := proto.Marshal(&attestv1.AzureAsk{Pcrs: pcrs, WantEventLog: true, WantToken: token != nil})
+	return &question{v, token, pcrs, ask}, err
 }
 
 func checkPCRs(pcrs []uint32) error {
@@ -95,9 +101,10 @@ func checkPCRs(pcrs []uint32) error {
 }
 
 type question struct {
-	v    *Verifier
-	pcrs []uint32
-	ask  []byte
+	v     *Verifier
+	token *TokenOptions
+	pcrs  []uint32
+	ask   []byte
 }
 
 // Ask implements attestation.Question.
@@ -124,8 +131,8 @@ func (q *question) Verify(ctx context.Context, evidence []byte, binder attestati
 	}
 	c := r.Claims()
 	c.Trust, c.Epoch, c.EvidenceDigest = hw.Trust, vtpm.Epoch, sha256.Sum256(evidence)
-	if q.v.opts.Token != nil && e.GetToken() != "" {
-		if err := q.v.opts.Token.verify(ctx, e.GetToken(), r, binder, q.v.opts.Now(), c.Facts); err != nil {
+	if q.token != nil && e.GetToken() != "" {
+		if err := q.token.verify(ctx, e.GetToken(), r, binder, q.v.opts.Now(), c.Facts); err != nil {
 			return nil, err
 		}
 	}

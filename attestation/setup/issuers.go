@@ -8,6 +8,8 @@ import (
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/azure"
+	"github.com/keyagent/keyagent/attestation/azure/maa"
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/svsm"
@@ -21,6 +23,11 @@ type IssuerOptions struct {
 	// this machine has.
 	Kinds []attestation.Kind
 	TPM   tpm.IssuerOptions
+	// Metadata is the base URL of Azure's metadata service. Default Azure's own.
+	Metadata string
+	// Attestation is the URL of a Microsoft Attestation service. Empty: no token is
+	// ever asked for.
+	Attestation string
 	// Endorsements has what the platform does not hand over. Nil: evidence goes
 	// without.
 	Endorsements endorsement.Source
@@ -63,7 +70,12 @@ func (o IssuerOptions) builders() []builder {
 	if svsmTPM.EK == "" || svsmTPM.EK == tpm.EKAuto {
 		svsmTPM.EK = tpm.EKRSA2048
 	}
+	azureOpts := azure.IssuerOptions{Device: o.TPM.Device, EventLog: o.TPM.EventLog, IMDS: o.Metadata, Endorsements: o.Endorsements, Log: o.Log}
 	return []builder{
+		{attestation.Azure, func() (attestation.Issuer, error) { return newAzure(azureOpts, o.Attestation) }, func(context.Context) (string, error) {
+			below, err := azure.Detect(azureOpts)
+			return fmt.Sprintf("the vTPM has a report of Azure's, with %s below", below), err
+		}},
 		{attestation.SVSM, func() (attestation.Issuer, error) { return newSVSM(snpOpts, svsmTPM) }, func(ctx context.Context) (string, error) {
 			s, err := snp.NewIssuer(snpOpts)
 			if err != nil {
@@ -91,6 +103,16 @@ func (o IssuerOptions) builders() []builder {
 			return "a TPM at " + device, t.Close()
 		}},
 	}
+}
+
+func newAzure(opts azure.IssuerOptions, attestationURL string) (attestation.Issuer, error) {
+	if attestationURL != "" {
+		var err error
+		if opts.Token, err = maa.New(maa.Options{URL: attestationURL}); err != nil {
+			return nil, err
+		}
+	}
+	return azure.NewIssuer(opts)
 }
 
 func newSVSM(s snp.IssuerOptions, t tpm.IssuerOptions) (attestation.Issuer, error) {
@@ -143,7 +165,8 @@ func Issuers(ctx context.Context, o IssuerOptions) ([]attestation.Issuer, []Find
 // carriers are the kinds whose evidence ties a vTPM to the hardware below it.
 // They say all that their parts would say, and more.
 var carriers = map[attestation.Kind][]attestation.Kind{
-	attestation.SVSM: {attestation.SNP, attestation.TPM},
+	attestation.Azure: {attestation.SNP, attestation.TDX, attestation.TPM},
+	attestation.SVSM:  {attestation.SNP, attestation.TPM},
 }
 
 // choose takes what is strongest: a carrier instead of its parts, else all that

@@ -1,13 +1,18 @@
 package setup
 
 import (
+	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
@@ -40,6 +45,8 @@ func Summarize(s *attestv1.Saved, kind attestation.Kind) (Summary, error) {
 			return nil, err
 		}
 		return tdx.Summarize(e)
+	case attestation.Azure:
+		return summarizeAzure(ask, evidence)
 	case attestation.SVSM:
 		return summarizeSVSM(offer, ask, evidence)
 	}
@@ -58,6 +65,81 @@ type both struct {
 func (b both) Print(w io.Writer) {
 	b.Hardware.Print(w)
 	b.VTPM.Print(w)
+}
+
+// azureSummary is the VM, its hardware and the registers of its vTPM.
+type azureSummary struct {
+	VM       *azure.Summary    `json:"vm"`
+	Hardware Summary           `json:"hardware"`
+	PCRs     map[string]string `json:"pcrs"`
+}
+
+// Print implements Summary.
+func (a azureSummary) Print(w io.Writer) {
+	fmt.Fprintf(w, "VM            %s\nbelow it      %s, HCL version %d\nsecure boot   %t\nconsole       %t\n", a.VM.VM, a.VM.Isolation, a.VM.HCL, a.VM.SecureBoot, a.VM.Console)
+	a.Hardware.Print(w)
+	for _, name := range slices.Sorted(maps.Keys(a.PCRs)) {
+		fmt.Fprintf(w, "%-13s %s\n", name, a.PCRs[name])
+	}
+}
+
+func summarizeAzure(ask, evidence []byte) (Summary, error) {
+	q, e := &attestv1.AzureAsk{}, &attestv1.AzureEvidence{}
+	if err := errors.Join(unmarshal(ask, q), unmarshal(evidence, e)); err != nil {
+		return nil, err
+	}
+	out := azureSummary{PCRs: map[string]string{}}
+	var err error
+	if out.VM, err = azure.Summarize(e.GetHclReport()); err != nil {
+		return nil, err
+	}
+	r, err := azure.Parse(e.GetHclReport())
+	if err != nil {
+		return nil, err
+	}
+	if r.Isolation == attestation.SNP {
+		out.Hardware, err = snp.Summarize(withReport(e.GetSnp(), r.Hardware))
+	} else {
+		out.Hardware, err = tdx.Summarize(e.GetTdx())
+	}
+	if err != nil {
+		return nil, err
+	}
+	vtpm, err := tpm.UnverifiedQuote(nil, q.GetPcrs(), e.GetQuote())
+	for name, m := range vtpm.Measurements {
+		out.PCRs[name] = hex.EncodeToString(m.Value)
+	}
+	return out, err
+}
+
+// withReport puts the report, which stands elsewhere in Azure's evidence, beside
+// its endorsements.
+func withReport(e *attestv1.SNPEvidence, report []byte) *attestv1.SNPEvidence {
+	return &attestv1.SNPEvidence{Report: report, Certificate: e.GetCertificate(), Crl: e.GetCrl()}
+}
+
+// azureClaims are what Azure's evidence says, unverified.
+func azureClaims(ask, evidence []byte) ([]attestation.Claims, error) {
+	q, e := &attestv1.AzureAsk{}, &attestv1.AzureEvidence{}
+	if err := errors.Join(unmarshal(ask, q), unmarshal(evidence, e)); err != nil {
+		return nil, err
+	}
+	r, err := azure.Parse(e.GetHclReport())
+	if err != nil {
+		return nil, err
+	}
+	var hw []attestation.Claims
+	if r.Isolation == attestation.SNP {
+		hw, err = snpClaims(withReport(e.GetSnp(), r.Hardware), attestation.Azure)
+	} else {
+		hw, err = tdxClaims(e.GetTdx(), attestation.Azure)
+	}
+	if err != nil {
+		return nil, err
+	}
+	vtpm, err := tpm.UnverifiedQuote(nil, q.GetPcrs(), e.GetQuote())
+	vtpm.Trust, vtpm.Via = string(attestation.Azure), attestation.Azure
+	return append(hw, r.Claims(), vtpm), err
 }
 
 func summarizeSVSM(offer, ask, evidence []byte) (Summary, error) {
@@ -124,6 +206,8 @@ func Claims(s *attestv1.Saved, kind attestation.Kind) ([]attestation.Claims, err
 			return nil, err
 		}
 		return tdxClaims(e, "")
+	case attestation.Azure:
+		return azureClaims(ask, evidence)
 	case attestation.SVSM:
 		e := &attestv1.SVSMEvidence{}
 		if err := unmarshal(evidence, e); err != nil {
@@ -188,6 +272,8 @@ func EndorsementRequests(s *attestv1.Saved, product string) ([]endorsement.Reque
 			if err = unmarshal(i.GetData(), e); err == nil {
 				requests, err = tdx.EndorsementRequests(e.GetQuote())
 			}
+		case attestation.Azure:
+			requests, err = azureRequests(i.GetData(), product)
 		}
 		if err != nil {
 			return nil, err
@@ -195,4 +281,19 @@ func EndorsementRequests(s *attestv1.Saved, product string) ([]endorsement.Reque
 		all = append(all, requests...)
 	}
 	return all, nil
+}
+
+func azureRequests(evidence []byte, product string) ([]endorsement.Request, error) {
+	e := &attestv1.AzureEvidence{}
+	if err := unmarshal(evidence, e); err != nil {
+		return nil, err
+	}
+	r, err := azure.Parse(e.GetHclReport())
+	switch {
+	case err != nil:
+		return nil, err
+	case r.Isolation == attestation.SNP:
+		return snp.EndorsementRequests(r.Hardware, product)
+	}
+	return tdx.EndorsementRequests(e.GetTdx().GetQuote())
 }

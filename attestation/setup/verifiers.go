@@ -2,12 +2,14 @@ package setup
 
 import (
 	"bytes"
+	"context"
 	"crypto/x509"
 	"errors"
 	"strings"
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/snp"
@@ -51,7 +53,12 @@ func Verifiers(opts VerifierOptions) ([]attestation.Verifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []attestation.Verifier{t, s, d, v}, nil
+	a, err := azure.NewVerifier(azure.VerifierOptions{
+		SNP: s, TDX: d, PCRs: pcrs, Token: func() *azure.TokenOptions { return azureToken(opts.Policy()) }, Now: opts.Now})
+	if err != nil {
+		return nil, err
+	}
+	return []attestation.Verifier{t, s, d, a, v}, nil
 }
 
 // tpmTrust translates a policy for the TPM verifier.
@@ -116,6 +123,15 @@ func tdxTrust(p *policy.Policy) tdx.Trust {
 		t.Roots = append(t.Roots, root)
 	}
 	return t
+}
+
+// azureToken says whose tokens the policy believes, if it does.
+func azureToken(p *policy.Policy) *azure.TokenOptions {
+	from := p.Trust().Azure
+	if from.Issuer == "" {
+		return nil
+	}
+	return &azure.TokenOptions{Issuer: from.Issuer, JWKS: func(context.Context) ([]byte, error) { return from.KeySet(), nil }}
 }
 
 // certificate of a root that may be built in.

@@ -287,7 +287,7 @@ func qualifiedName(name []byte) []byte {
 type question struct {
 	hw         hardware
 	ak         AK
-	credential []byte // nil: the AK itself is certified
+	credential []byte // none: the AK itself is certified
 	pcrs       []uint32
 	ask        []byte
 }
@@ -310,7 +310,7 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 	if !bytes.Equal(quoted.Signer, qualifiedName(q.ak.Name)) {
 		return nil, fmt.Errorf("%w: the signer is not a primary key of the endorsement hierarchy", ErrAKUnfit)
 	}
-	if q.credential == nil {
+	if len(q.credential) == 0 {
 		if len(e.GetCredentialProof()) > 0 {
 			return nil, fmt.Errorf("%w: proof of a credential that was not given", ErrMalformed)
 		}

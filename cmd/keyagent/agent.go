@@ -131,6 +131,8 @@ func nodeIssuers(ctx context.Context, cfg *agent.Config, source endorsement.Sour
 	issuers, findings, err := setup.Issuers(ctx, setup.IssuerOptions{
 		Kinds:        kinds,
 		TPM:          tpmOptions(cfg),
+		Metadata:     cfg.Azure.Metadata,
+		Attestation:  cfg.Azure.Attestation,
 		Endorsements: source,
 		Log:          func(msg string, err error) { log.Warn(msg, "error", err) },
 	})

@@ -125,6 +125,8 @@ verifies it has to ask nobody.`,
 	f.StringVar(&opts.TPM.EventLog, "event-log", tpm.DefaultEventLog, "the firmware's event log")
 	f.StringVar(&pcrs, "pcrs", "0-7,11", "PCRs to quote")
 	f.StringVar(&file, "file", "", "save the evidence to this file")
+	f.StringVar(&opts.Metadata, "metadata", "", "base URL of Azure's metadata service (default: Azure's own)")
+	f.StringVar(&opts.Attestation, "attestation", "", "Microsoft Attestation service to get a token from (default: none)")
 	f.BoolVar(&endorse, "with-endorsements", false, "put the vendors' endorsements into the evidence, asking them for what the machine does not have")
 	from.add(cmd)
 	return cmd

@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/azure"
 	"github.com/keyagent/keyagent/test/intel"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
@@ -343,4 +344,27 @@ func TestGuestSVSM(t *testing.T) {
 	s := &spoiler{Client: g.TSM(), at: 0x90}
 	m.hardware(s)
 	m.story(func() { s.spoiled.Store(true) }, func() { s.spoiled.Store(false) }, "report signature does not verify")
+}
+
+// Azure's shape: the hardware's report is in the vTPM and covers its key.
+func TestGuestAzure(t *testing.T) {
+	m, chip := newMachine(t), newChip(t)
+	m.amdTrust(chip)
+	m.mirror("amd", amd.NewKDS(chip))
+	p := m.vtpm()
+	m.tpm = "azure"
+	vm := &azure.Machine{SNP: chip, SNPReport: guestOn(chip).Report, ID: "5B7C6A9E-0000-4000-8000-000000000001"}
+	check(t, vm.Provision(p.Device, nil))
+	imds := httptest.NewServer(&azure.IMDS{Machine: vm})
+	t.Cleanup(imds.Close)
+	m.agent += fmt.Sprintf("azure: {metadata: \"%s\"}\n", imds.URL)
+	m.flags = append(m.flags, "--metadata", imds.URL)
+
+	honest := must[[]byte](t)(vm.Report(vm.AK))
+	spoiled := bytes.Clone(honest)
+	spoiled[0x20+0x90] ^= 1
+	put := func(report []byte) func() {
+		return func() { check(t, swtpm.WriteNV(p.Device, 0x01400001, report)) }
+	}
+	m.story(put(spoiled), put(honest), "report signature does not verify")
 }
