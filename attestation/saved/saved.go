@@ -175,6 +175,11 @@ func Read(path string) (*attestv1.Saved, error) {
 	if err != nil {
 		return nil, err
 	}
+	return Parse(data)
+}
+
+// Parse parses the contents of such a file.
+func Parse(data []byte) (*attestv1.Saved, error) {
 	s := &attestv1.Saved{}
 	if len(data) > MaxFile {
 		return nil, fmt.Errorf("%w: more than %d bytes", ErrMalformed, MaxFile)
