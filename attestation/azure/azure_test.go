@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"reflect"
 	"strings"
@@ -98,7 +99,7 @@ func TestRealReportsAreUnderstood(t *testing.T) {
 
 // TestADirectReportIsNoAzureEvidence, and the other way round.
 func TestADirectReportIsNoAzureEvidence(t *testing.T) {
-	m := newVM(t, attestation.SNP)
+	m, e := shared(t, attestation.SNP)
 	v := verifier(t)
 	r := m.SNPReport
 	r.Data = binder
@@ -107,14 +108,13 @@ func TestADirectReportIsNoAzureEvidence(t *testing.T) {
 	_, err := q.Verify(t.Context(), must[[]byte](t)(proto.Marshal(direct)), binder)
 	wantErr(t, err, ErrMalformed)
 
-	e := m.evidence(v)
 	inner := must[*Report](t)(Parse(e.HclReport))
 	_, err = v.opts.SNP.VerifyReport(t.Context(), &attestv1.SNPEvidence{
 		Report: inner.Hardware, Certificate: e.Snp.Certificate, Crl: e.Snp.Crl}, binder)
 	wantErr(t, err, snp.ErrReportData)
 
-	td := newVM(t, attestation.TDX)
-	_, err = v.opts.TDX.VerifyQuote(t.Context(), td.evidence(v).Tdx, binder)
+	_, td := shared(t, attestation.TDX)
+	_, err = v.opts.TDX.VerifyQuote(t.Context(), td.Tdx, binder)
 	wantErr(t, err, tdx.ErrReportData)
 }
 
@@ -149,8 +149,7 @@ func TestWhatIsNotSetIsAConfigurationError(t *testing.T) {
 }
 
 func TestHardwareThatIsNotConfiguredIsRefused(t *testing.T) {
-	m := newVM(t, attestation.SNP)
-	e := m.evidence(verifier(t))
+	_, e := shared(t, attestation.SNP)
 	_, err := verify(t, verifier(t, func(o *VerifierOptions) { o.SNP = nil }), e)
 	wantErr(t, err, ErrHardware)
 }
@@ -192,20 +191,22 @@ func TestAHostThatAnswersBadly(t *testing.T) {
 }
 
 func TestAHostThatHangsHoldsNobodyUpForLong(t *testing.T) {
-	m := newVM(t, attestation.SNP)
 	release := make(chan struct{})
-	defer close(release)
-	m.imds.Fault = func(_ http.ResponseWriter, r *http.Request) bool {
+	host := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		select {
 		case <-release:
 		case <-r.Context().Done():
 		}
-		return true
+	}))
+	defer host.Close()
+	defer close(release)
+	service := must[*imds](t)(newIMDS(host.URL))
+	if service.client.Timeout != requestTimeout {
+		t.Errorf("a request may take %s", service.client.Timeout)
 	}
-	i := must[*Issuer](t)(NewIssuer(m.opts))
-	i.imds.client.Timeout = 50 * time.Millisecond
+	service.client.Timeout = 50 * time.Millisecond
 	start := time.Now()
-	if _, _, err := i.imds.certificate(t.Context()); err == nil || time.Since(start) > 5*time.Second {
+	if _, _, err := service.certificate(t.Context()); err == nil || time.Since(start) > 5*time.Second {
 		t.Errorf("%v after %s", err, time.Since(start))
 	}
 }

@@ -25,7 +25,8 @@ func TestHalvesOfTwoMachinesAreRefused(t *testing.T) {
 	for _, kind := range []attestation.Kind{attestation.SNP, attestation.TDX} {
 		t.Run(string(kind), func(t *testing.T) {
 			v := verifier(t)
-			mine, theirs := newVM(t, kind).evidence(v), newVM(t, kind).evidence(v)
+			_, mine := shared(t, kind)
+			theirs := newVM(t, kind).evidence(v)
 			for name, c := range map[string]struct {
 				change func(e *attestv1.AzureEvidence)
 				want   error
@@ -90,9 +91,8 @@ func TestAKeyThatSignsAnythingIsRefused(t *testing.T) {
 
 // TestAQuoteOfSomethingElseIsRefused: attacks 18, 19 and 27.
 func TestAQuoteOfSomethingElseIsRefused(t *testing.T) {
-	m := newVM(t, attestation.SNP)
 	v := verifier(t)
-	genuine := m.evidence(v)
+	_, genuine := shared(t, attestation.SNP)
 	for name, c := range map[string]struct {
 		change func(e *attestv1.AzureEvidence)
 		want   error
@@ -201,8 +201,7 @@ func renamed(r []byte) []byte { return bytes.Replace(r, []byte("D270E56B"), []by
 
 // TestHardwareOfAnotherVendorIsRefused: the hardware is somebody else's.
 func TestHardwareOfAnotherVendorIsRefused(t *testing.T) {
-	m := newVM(t, attestation.SNP)
-	e := m.evidence(verifier(t))
+	_, e := shared(t, attestation.SNP)
 	stranger := must[*amd.Authority](t)(amd.New(amd.Options{Product: "Genoa", Forged: true}))
 	v := verifier(t, func(o *VerifierOptions) {
 		o.SNP = must[*snp.Verifier](t)(snp.NewVerifier(snp.VerifierOptions{Trust: stranger.Trust}))

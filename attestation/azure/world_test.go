@@ -151,3 +151,27 @@ func verify(t testing.TB, v *Verifier, e *attestv1.AzureEvidence) ([]attestation
 	q := must[attestation.Question](t)(v.Begin(context.Background(), nil))
 	return q.Verify(context.Background(), must[[]byte](t)(proto.Marshal(e)), binder)
 }
+
+// shared is evidence of one VM of a kind, for all tests that only change it.
+func shared(t testing.TB, kind attestation.Kind) (*synthetic.Machine, *attestv1.AzureEvidence) {
+	t.Helper()
+	known.Lock()
+	defer known.Unlock()
+	k, ok := known.of[kind]
+	if !ok {
+		m := newVM(t, kind)
+		k = machineEvidence{m.Machine, m.evidence(verifier(t))}
+		known.of[kind] = k
+	}
+	return k.machine, proto.Clone(k.evidence).(*attestv1.AzureEvidence)
+}
+
+type machineEvidence struct {
+	machine  *synthetic.Machine
+	evidence *attestv1.AzureEvidence
+}
+
+var known = struct {
+	sync.Mutex
+	of map[attestation.Kind]machineEvidence
+}{of: map[attestation.Kind]machineEvidence{}}

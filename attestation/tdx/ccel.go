@@ -22,7 +22,7 @@ type EventLog struct {
 
 const (
 	// maxEvents bounds the work of a replay; firmware writes a few hundred.
-	maxEvents = 8192
+	maxEvents = 4096
 	// An event's index is that of the firmware's protocol (UEFI specification,
 	// EFI_CC_MEASUREMENT_PROTOCOL): 0 is MRTD, which nothing extends after the
 	// TD was built, 1 to 4 are RTMR0 to RTMR3.

@@ -54,8 +54,8 @@ func TestAForgedEventLogIsRefused(t *testing.T) {
 		"bytes":                  {func() []byte { return []byte("event log") }, ""},
 		"more than there can be": {func() []byte { return make([]byte, MaxEventLog+1) }, "at most"},
 		"more events than there can be": {func() []byte {
-			return logOf(slices.Repeat([]intel.Event{{Register: 1, Type: intel.EventIPL}}, 1+MaxEventLog/70))
-		}, ""},
+			return logOf(slices.Repeat([]intel.Event{{Register: 1, Type: intel.EventIPL}}, maxEvents+1))
+		}, "4097 events, at most"},
 		"an event that says it is 4 GB": {func() []byte {
 			l := logOf(events[:1])
 			binary.LittleEndian.PutUint32(l[len(l)-len(events[0].Data)-4:], 0xfffffff0)

@@ -3,9 +3,13 @@ package tdx
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"strings"
 	"testing"
@@ -136,13 +140,17 @@ func TestForgedOrForeignCollateralIsRefused(t *testing.T) {
 		"a level without a status": {func(s *scene) {
 			s.qeIdentity(func(o intel.Object) { delete(o["tcbLevels"].([]intel.Object)[0], "tcbStatus") })
 		}, ErrCollateral},
-		"another FMSPC":                 {func(s *scene) { s.tcbInfo(func(o intel.Object) { o["fmspc"] = "00906ED50000" }) }, ErrTCB},
-		"another PCE":                   {func(s *scene) { s.tcbInfo(func(o intel.Object) { o["pceId"] = "0001" }) }, ErrTCB},
-		"another QE signer":             {func(s *scene) { s.m.QE.MRSigner[0]++; s.quote() }, ErrQE},
-		"another enclave of the signer": {func(s *scene) { s.m.QE.ProdID = 1; s.quote() }, ErrQE},
-		"a QE in debug mode":            {func(s *scene) { s.m.QE.Attributes[0] |= 2; s.quote() }, ErrQE},
-		"another MISCSELECT":            {func(s *scene) { s.m.QE.MiscSelect[0] = 1; s.quote() }, ErrQE},
-		"a QE older than all levels":    {func(s *scene) { s.m.QE.SVN = 3; s.quote() }, ErrQE},
+		"a signer of another name":               {func(s *scene) { s.signedBy("Intel SGX Something", false, 0) }, ErrCollateral},
+		"a signer that is a CA":                  {func(s *scene) { s.signedBy(signingName, true, 0) }, ErrCollateral},
+		"a signer whose time is up":              {func(s *scene) { s.signedBy(signingName, false, -21) }, ErrExpired},
+		"another FMSPC":                          {func(s *scene) { s.tcbInfo(func(o intel.Object) { o["fmspc"] = "00906ED50000" }) }, ErrTCB},
+		"another PCE":                            {func(s *scene) { s.tcbInfo(func(o intel.Object) { o["pceId"] = "0001" }) }, ErrTCB},
+		"a QE whose report says more than a key": {func(s *scene) { s.m.QE.Tail[31] = 1; s.quote() }, ErrQE},
+		"another QE signer":                      {func(s *scene) { s.m.QE.MRSigner[0]++; s.quote() }, ErrQE},
+		"another enclave of the signer":          {func(s *scene) { s.m.QE.ProdID = 1; s.quote() }, ErrQE},
+		"a QE in debug mode":                     {func(s *scene) { s.m.QE.Attributes[0] |= 2; s.quote() }, ErrQE},
+		"another MISCSELECT":                     {func(s *scene) { s.m.QE.MiscSelect[0] = 1; s.quote() }, ErrQE},
+		"a QE older than all levels":             {func(s *scene) { s.m.QE.SVN = 3; s.quote() }, ErrQE},
 		"a revoked level of the QE": {func(s *scene) {
 			s.qeIdentity(func(o intel.Object) { o["tcbLevels"] = []intel.Object{intel.ModuleLevel("Revoked", 0)} })
 		}, ErrRevoked},
@@ -195,6 +203,17 @@ func TestWhatIsRevokedIsRefused(t *testing.T) {
 			t.Run(ca+": "+name, func(t *testing.T) { s.t = t; s.refused(c.want) })
 		}
 	}
+}
+
+// TestAPartialListIsRefused: one with an extension that says that it is not all, or
+// about something else.
+func TestAPartialListIsRefused(t *testing.T) {
+	s := newScene(t)
+	s.ev.Collateral.PckCrl = must[[]byte](t)(x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(1), ThisUpdate: s.w.Now, NextUpdate: s.w.Now.AddDate(0, 1, 0),
+		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 27}, Critical: true, Value: []byte{2, 1, 1}}}, // delta CRL
+	}, s.w.Platform.Certificate, s.w.Platform.Key))
+	s.refused(ErrCRL)
 }
 
 // TestAClockTenYearsOffIsNamed: attack 37. The error says what the clock says.
@@ -333,10 +352,13 @@ func TestAChainToAnotherRootIsRefused(t *testing.T) {
 	s.trust.Roots = []Root{Intel()}
 	s.refused(ErrUntrusted)
 	s = newScene(t)
-	leaf := must[intel.Authority](t)(s.w.Issue("Intel SGX PCK Certificate", &s.w.Signing, false, s.m.PCK.Certificate.Extensions[len(s.m.PCK.Certificate.Extensions)-1]))
+	ext := s.m.PCK.Certificate.Extensions[len(s.m.PCK.Certificate.Extensions)-1]
+	leaf := must[intel.Authority](t)(s.w.Issue(pckName, &s.w.Signing, false, ext))
 	for name, chain := range map[string][]*x509.Certificate{
 		"issued by who signs TCB info": {leaf.Certificate, s.w.Signing.Certificate, s.w.Root.Certificate},
 		"of the other CA":              {s.m.PCK.Certificate, s.w.Processor.Certificate, s.w.Root.Certificate},
+		"issued by the root itself":    {must[intel.Authority](t)(s.w.Issue(pckName, &s.w.Root, false, ext)).Certificate, s.w.Platform.Certificate, s.w.Root.Certificate},
+		"a leaf that may issue":        {must[intel.Authority](t)(s.w.Issue(pckName, &s.w.Platform, true, ext)).Certificate, s.w.Platform.Certificate, s.w.Root.Certificate},
 		"a CA as a leaf":               {s.w.Processor.Certificate, s.w.Platform.Certificate, s.w.Root.Certificate},
 	} {
 		t.Run(name, func(t *testing.T) {

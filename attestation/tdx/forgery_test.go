@@ -150,6 +150,9 @@ func TestAQuoteOfAnotherKeyIsRefused(t *testing.T) {
 	if _, err := v.attestationKey(p, a); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := v.attestationKey(must[*pck](t)(parsePCK(b.chain)), a); !errors.Is(err, ErrQE) {
+		t.Errorf("another PCK, while the enclave's report is remembered: %v", err)
+	}
 	a.attestationKey = b.attestationKey
 	if _, err := v.attestationKey(p, a); !errors.Is(err, ErrQE) {
 		t.Errorf("another key, while the enclave's report is remembered: %v", err)

@@ -81,6 +81,17 @@ func (s *scene) qeIdentity(change func(intel.Object)) {
 	s.ev.Collateral.QeIdentity, s.ev.Collateral.QeIdentityChain = d.Body, d.Chain
 }
 
+// signedBy has TCB info signed by another certificate of the root's, which was
+// issued years from now.
+func (s *scene) signedBy(name string, ca bool, years int) {
+	then := *s.w
+	then.Now = then.Now.AddDate(years, 0, 0)
+	w := *s.w
+	w.Signing = must[intel.Authority](s.t)(then.Issue(name, &w.Root, ca))
+	d := w.TCBInfo(s.m.Platform.FMSPC, nil)
+	s.ev.Collateral.TcbInfo, s.ev.Collateral.TcbInfoChain = d.Body, d.Chain
+}
+
 // verify runs one whole exchange.
 func (s *scene) verify() (attestation.Claims, error) { return verifyWith(s.verifier(), s.ev) }
 

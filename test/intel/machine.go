@@ -39,6 +39,8 @@ type QE struct {
 	ProdID     uint16
 	SVN        uint16
 	AuthData   []byte
+	// Tail follows the digest in the report's data, where zeros must be.
+	Tail [32]byte
 }
 
 // DefaultPlatform is up to date by the default TCB info.
@@ -238,6 +240,7 @@ func (m *Machine) report(data [32]byte) []byte {
 	binary.LittleEndian.PutUint16(r[256:], m.QE.ProdID)
 	binary.LittleEndian.PutUint16(r[258:], m.QE.SVN)
 	copy(r[320:], data[:])
+	copy(r[352:], m.QE.Tail[:])
 	return r
 }
 
