@@ -73,7 +73,7 @@ func TestADocumentIsAccepted(t *testing.T) {
 			t.Fatalf("%s: %v", name, err)
 		}
 		if c.Kind != attestation.Nitro || c.Identity != "i-0123456789abcdef0" || c.Trust != "root:lab" || c.Epoch != "" ||
-			c.Facts["module_id"] != aws.Module || c.Facts["timestamp"] != uint64(now.UnixMilli()) || len(c.Facts) != 2 {
+			c.Facts["module_id"] != aws.Module || c.Facts["timestamp"] != uint64(now.UnixMilli()) || len(c.Facts) != 3 {
 			t.Errorf("%+v", c)
 		}
 		if len(c.Measurements) != 24 || !bytes.Equal(c.Measurements["pcr23"].Value, append([]byte{23}, make([]byte, 47)...)) {

@@ -148,10 +148,20 @@ func (v verified) claims() attestation.Claims {
 		Identity:     d.instance(),
 		Trust:        v.trust,
 		Measurements: make(map[string]attestation.Measurement, len(d.PCRs)),
-		Facts:        map[string]any{"module_id": d.ModuleID, "timestamp": d.Timestamp},
+		Facts:        map[string]any{"module_id": d.ModuleID, "instance_id": d.instance(), "timestamp": d.Timestamp},
 	}
 	for n, value := range d.PCRs {
 		c.Measurements[fmt.Sprintf("pcr%d", n)] = attestation.Measurement{Value: value}
 	}
 	return c
+}
+
+// UnverifiedClaims reads what a document says, for display and for reference
+// values of an instance that is trusted for another reason.
+func UnverifiedClaims(document []byte) (attestation.Claims, error) {
+	_, d, err := parse(document)
+	if err != nil {
+		return attestation.Claims{}, err
+	}
+	return verified{document: d}.claims(), nil
 }

@@ -7,10 +7,13 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/go-tpm/tpm2/transport"
+
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/azure/maa"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/nitro"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/svsm"
 	"github.com/keyagent/keyagent/attestation/tdx"
@@ -71,6 +74,7 @@ func (o IssuerOptions) builders() []builder {
 		svsmTPM.EK = tpm.EKRSA2048
 	}
 	azureOpts := azure.IssuerOptions{Device: o.TPM.Device, EventLog: o.TPM.EventLog, IMDS: o.Metadata, Endorsements: o.Endorsements, Log: o.Log}
+	nitroOpts := nitro.IssuerOptions{Open: o.openTPM}
 	return []builder{
 		{attestation.Azure, func() (attestation.Issuer, error) { return newAzure(azureOpts, o.Attestation) }, func(context.Context) (string, error) {
 			below, err := azure.Detect(azureOpts)
@@ -91,19 +95,35 @@ func (o IssuerOptions) builders() []builder {
 			how, err := tdx.Detect(tdxOpts)
 			return "quotes through " + how, err
 		}},
-		{attestation.TPM, func() (attestation.Issuer, error) { return tpm.NewIssuer(o.TPM) }, func(context.Context) (string, error) {
-			device := o.TPM.Device
-			if device == "" {
-				device = tpm.DefaultDevice
-			}
-			t, err := tpm.OpenDevice(device)
+		{attestation.Nitro, func() (attestation.Issuer, error) { return nitro.NewIssuer(nitroOpts) }, func(ctx context.Context) (string, error) {
+			i, err := nitro.NewIssuer(nitroOpts)
 			if err != nil {
 				return "", err
 			}
-			return "a TPM at " + device, t.Close()
+			a, err := i.Begin(ctx)
+			if err != nil {
+				return "", err
+			}
+			return "the TPM is AWS's NitroTPM", a.Close()
+		}},
+		{attestation.TPM, func() (attestation.Issuer, error) { return tpm.NewIssuer(o.TPM) }, func(context.Context) (string, error) {
+			t, err := o.openTPM()
+			if err != nil {
+				return "", err
+			}
+			return "a TPM at " + o.device(), t.Close()
 		}},
 	}
 }
+
+func (o IssuerOptions) device() string {
+	if o.TPM.Device == "" {
+		return tpm.DefaultDevice
+	}
+	return o.TPM.Device
+}
+
+func (o IssuerOptions) openTPM() (transport.TPMCloser, error) { return tpm.OpenDevice(o.device()) }
 
 func newAzure(opts azure.IssuerOptions, attestationURL string) (attestation.Issuer, error) {
 	if attestationURL != "" {

@@ -14,6 +14,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/nitro"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
 	"github.com/keyagent/keyagent/attestation/tpm"
@@ -49,8 +50,45 @@ func Summarize(s *attestv1.Saved, kind attestation.Kind) (Summary, error) {
 		return summarizeAzure(ask, evidence)
 	case attestation.SVSM:
 		return summarizeSVSM(offer, ask, evidence)
+	case attestation.Nitro:
+		return summarizeNitro(evidence)
 	}
 	return nil, fmt.Errorf("%w: %q evidence", errUnknown, kind)
+}
+
+// nitroSummary is what an attestation document says.
+type nitroSummary struct {
+	Module string            `json:"module_id"`
+	PCRs   map[string]string `json:"pcrs"`
+}
+
+// Print implements Summary.
+func (n nitroSummary) Print(w io.Writer) {
+	fmt.Fprintf(w, "instance      %s\n", n.Module)
+	for _, name := range slices.Sorted(maps.Keys(n.PCRs)) {
+		fmt.Fprintf(w, "%-13s %s\n", name, n.PCRs[name])
+	}
+}
+
+func summarizeNitro(evidence []byte) (Summary, error) {
+	c, err := nitroClaims(evidence)
+	if err != nil {
+		return nil, err
+	}
+	out := nitroSummary{PCRs: map[string]string{}}
+	out.Module, _ = c.Facts["module_id"].(string)
+	for name, m := range c.Measurements {
+		out.PCRs[name] = hex.EncodeToString(m.Value)
+	}
+	return out, nil
+}
+
+func nitroClaims(evidence []byte) (attestation.Claims, error) {
+	e := &attestv1.NitroEvidence{}
+	if err := unmarshal(evidence, e); err != nil {
+		return attestation.Claims{}, err
+	}
+	return nitro.UnverifiedClaims(e.GetDocument())
 }
 
 var errUnknown = fmt.Errorf("%w: kind that is not known here", attestation.ErrRefused)
@@ -206,6 +244,9 @@ func Claims(s *attestv1.Saved, kind attestation.Kind) ([]attestation.Claims, err
 			return nil, err
 		}
 		return tdxClaims(e, "")
+	case attestation.Nitro:
+		c, err := nitroClaims(evidence)
+		return []attestation.Claims{c}, err
 	case attestation.Azure:
 		return azureClaims(ask, evidence)
 	case attestation.SVSM:

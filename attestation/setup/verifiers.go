@@ -11,6 +11,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/nitro"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/svsm"
@@ -58,7 +59,11 @@ func Verifiers(opts VerifierOptions) ([]attestation.Verifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []attestation.Verifier{t, s, d, a, v}, nil
+	n, err := nitro.NewVerifier(nitro.VerifierOptions{Trust: func() nitro.Trust { return nitroTrust(opts.Policy()) }, Now: opts.Now})
+	if err != nil {
+		return nil, err
+	}
+	return []attestation.Verifier{t, s, d, a, v, n}, nil
 }
 
 // tpmTrust translates a policy for the TPM verifier.
@@ -132,6 +137,15 @@ func azureToken(p *policy.Policy) *azure.TokenOptions {
 		return nil
 	}
 	return &azure.TokenOptions{Issuer: from.Issuer, JWKS: func(context.Context) ([]byte, error) { return from.KeySet(), nil }}
+}
+
+func nitroTrust(p *policy.Policy) nitro.Trust {
+	var t nitro.Trust
+	for _, r := range p.Trust().Nitro.Roots {
+		root := nitro.Root{Name: r.Name, Certificate: certificate(r, func() *x509.Certificate { return nitro.AWS()[0].Certificate })}
+		t.Roots = append(t.Roots, root)
+	}
+	return t
 }
 
 // certificate of a root that may be built in.
