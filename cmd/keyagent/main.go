@@ -49,9 +49,9 @@ func newRoot() *cobra.Command {
 		Short: "Put disk keys into confidential VMs and nowhere else",
 		Long: `keyagent puts disk keys into confidential VMs and nowhere else.
 
-A node proves with its TPM what machine it is and what booted on it; a key
-service checks that proof against a policy and releases one volume's key over
-attested TLS; the node opens its LUKS2 volume and forgets the key.
+A node proves with its processor and its TPM what machine it is and what booted
+on it; a key service checks that proof against a policy and releases one volume's
+key over attested TLS; the node opens its LUKS2 volume and forgets the key.
 
 Start with "keyagent demo", which does all of that on this machine.`,
 		SilenceUsage:  true,

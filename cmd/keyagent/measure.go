@@ -60,7 +60,7 @@ mismatch can be explained.`,
 	f.StringVar(&m.name, "name", "machine", "name of the profile")
 	f.StringVar(&m.evidence, "evidence", "", "saved evidence of a machine that is trusted, or an SNP report or TDX quote")
 	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
-	f.StringVar(&m.product, "product", "", "with --firmware, for SNP: Milan or Genoa; empty for TDX")
+	f.StringVar(&m.product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
 	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
 	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4 and 11)")
 	f.StringVar(&m.eventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
@@ -122,6 +122,9 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 	p, err := policy.Reference(m.name, "evidence "+m.evidence, all)
 	if err != nil {
 		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
+	}
+	if p.SNP != nil && len(p.SNP.Products) == 0 && m.product != "" {
+		p.SNP.Products = []string{m.product} // a report of version 2 does not say
 	}
 	if p.TPM != nil {
 		p.TPM.PCRs = slices.DeleteFunc(p.TPM.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,10 +15,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-sev-guest/abi"
+	sevdata "github.com/google/go-sev-guest/verify/testdata"
+	tdxdata "github.com/google/go-tdx-guest/testing/testdata"
 	"github.com/google/go-tpm/tpm2"
 	"github.com/rogpeppe/go-internal/testscript"
+	"google.golang.org/protobuf/proto"
 
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/intel"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
 )
@@ -52,6 +61,8 @@ type laboratory struct {
 	t    *testing.T
 	once sync.Once
 	tpm  *swtpm.TPM
+	chip *amd.Chip
+	kds  *httptest.Server
 }
 
 // setup gives a script a certificate, a TPM and a free port.
@@ -59,6 +70,7 @@ func (l *laboratory) setup(env *testscript.Env) error {
 	l.once.Do(func() {
 		l.tpm = swtpm.New(l.t, nil)
 		l.measure()
+		l.hardware()
 	})
 	ca, err := pki.NewAuthority()
 	if err != nil {
@@ -84,6 +96,10 @@ func (l *laboratory) setup(env *testscript.Env) error {
 	}
 	env.Setenv("PORT", port)
 	env.Setenv("TPM", l.tpm.Device)
+	env.Setenv("KDS", l.kds.URL)
+	if err := l.writeHardware(env.WorkDir); err != nil {
+		return err
+	}
 	for name, text := range map[string]string{
 		"good.yaml": fmt.Sprintf(`listen: 127.0.0.1:%s
 tls: {certificate: server.pem, key: server.key}
@@ -237,4 +253,53 @@ func digestOf(ts *testscript.TestScript, _ bool, args []string) {
 // sumof FILE: sets SUM to the SHA-256 of a file.
 func sumOf(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Setenv("SUM", fmt.Sprintf("%x", sha256.Sum256([]byte(ts.ReadFile(args[0])))))
+}
+
+// hardware makes a chip, and the service of its maker.
+func (l *laboratory) hardware() {
+	l.t.Helper()
+	authority, err := amd.New(amd.Options{Product: "Genoa"})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if l.chip, err = authority.Chip(amd.ChipOptions{}); err != nil {
+		l.t.Fatal(err)
+	}
+	l.kds = httptest.NewServer(amd.NewKDS(l.chip))
+	l.t.Cleanup(l.kds.Close)
+}
+
+// writeHardware gives a script reports: of the chip, with and without what its
+// maker says of it, of the same chip with another launch, and real ones.
+func (l *laboratory) writeHardware(dir string) error {
+	report := amd.Report{Measurement: [48]byte{0xa1}, Policy: abi.SnpPolicy{ABIMajor: 1, SMT: true, SingleSocket: true}}
+	whole, err := l.chip.Evidence(report)
+	if err != nil {
+		return err
+	}
+	report.Measurement[0] = 0xa2
+	other, err := l.chip.Evidence(report)
+	if err != nil {
+		return err
+	}
+	bare := proto.CloneOf(whole)
+	bare.Certificate, bare.Crl = nil, nil
+	for name, e := range map[string]proto.Message{"snp.json": whole, "snp-other.json": other, "snp-bare.json": bare} {
+		data, err := proto.Marshal(e)
+		if err != nil {
+			return err
+		}
+		if err := saved.Write(filepath.Join(dir, name), saved.Of(attestation.SNP, data, attestation.Binder{})); err != nil {
+			return err
+		}
+	}
+	for name, data := range map[string][]byte{
+		"snp.bin": whole.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
+		"milan.bin": sevdata.AttestationBytes, "tdx.bin": tdxdata.RawQuote,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
 }
