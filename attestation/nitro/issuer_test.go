@@ -58,39 +58,25 @@ func TestAnInstanceProvesItself(t *testing.T) {
 
 func TestATPMThatGivesNoDocumentIsNamed(t *testing.T) {
 	a := newAWS(t)
-	encode := func(v any) []byte { return must[[]byte](t)(cbor.Marshal(v)) }
+	encoded := func(v any) []byte { return must[[]byte](t)(cbor.Marshal(v)) }
 	for name, tc := range map[string]struct {
-		answer any
+		answer []byte // nil: the request stays
 		code   tpm2.TPMRC
 		want   string
 	}{
-		"error":             {map[string]any{"Error": "InvalidArgument"}, 0, `says "InvalidArgument"`},
-		"another answer":    {map[string]any{"DescribeNSM": 1}, 0, "not understood"},
-		"no document":       {map[string]any{"Attestation": map[string]any{}}, 0, "0 bytes"},
-		"not CBOR":          {nil, 0, "not understood"},
-		"the request again": {0, 0, "not understood"},
+		"error":             {encoded(map[string]any{"Error": "InvalidArgument"}), 0, `says "InvalidArgument"`},
+		"another answer":    {encoded(map[string]any{"DescribeNSM": 1}), 0, "not understood"},
+		"no document":       {encoded(map[string]any{"Attestation": map[string]any{}}), 0, "0 bytes"},
+		"not CBOR":          {bytes.Repeat([]byte{0xFF}, 100), 0, "not understood"},
+		"the request again": {nil, 0, "not understood"},
 		"command refused":   {nil, tpm2.TPMRCCommandCode, "vendor command"},
 	} {
-		t.Run(name, func(t *testing.T) {
-			tpm := must[*aws.TPM](t)(aws.NewTPM(a))
-			tpm.Code = tc.code
-			tpm.Answer = func([]byte) []byte {
-				switch tc.answer {
-				case nil:
-					return bytes.Repeat([]byte{0xFF}, 100)
-				case 0:
-					return nil
-				}
-				return encode(tc.answer)
-			}
-			if name == "error" || name == "another answer" || name == "no document" {
-				answer := encode(tc.answer)
-				tpm.Answer = func([]byte) []byte { return answer }
-			}
-			if _, err := evidence(t, tpm); err == nil || !strings.Contains(err.Error(), tc.want) {
-				t.Error(err)
-			}
-		})
+		tpm := must[*aws.TPM](t)(aws.NewTPM(a))
+		tpm.Code = tc.code
+		tpm.Answer = func([]byte) []byte { return tc.answer }
+		if _, err := evidence(t, tpm); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -204,7 +204,7 @@ func TestEveryChangedBitOfADocumentIsRefused(t *testing.T) {
 	a, now := newAWS(t), time.Now()
 	v := newVerifier(t, a.Trust(), now)
 	good := must[[]byte](t)(a.Document(now, testBinder[:]))
-	for bit := 0; bit < len(good)*8; bit += 7 {
+	for bit := 0; bit < len(good)*8; bit += 29 {
 		bad := bytes.Clone(good)
 		bad[bit/8] ^= 1 << (bit % 8)
 		if _, err := verify(t, v, bad); !errors.Is(err, attestation.ErrRefused) {

@@ -58,7 +58,7 @@ func documentOf(data []byte) ([]byte, error) {
 		return nil, fmt.Errorf("answer is not understood: %w", err)
 	}
 	if a.Error != "" {
-		return nil, fmt.Errorf("Nitro Security Module says %q", a.Error)
+		return nil, fmt.Errorf("the Nitro Security Module says %q", a.Error)
 	}
 	if len(a.Attestation.Document) == 0 || len(a.Attestation.Document) > maxDocument {
 		return nil, fmt.Errorf("answer has a document of %d bytes", len(a.Attestation.Document))

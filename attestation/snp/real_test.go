@@ -36,6 +36,9 @@ var genuineReports = []genuine{
 		"csp_id": "CN=cc-us-east-2.amazonaws.com", "tcb_reported_microcode": uint64(0xD9)}},
 	{"milan-azure", "vcek", date("2024-01-01"), map[string]any{"product": "Milan"}},
 	{"genoa-azure", "vcek", date("2025-06-01"), map[string]any{"product": "Genoa", "tcb_reported_microcode": uint64(0x54)}},
+	{"milan-v3", "vcek", date("2026-01-01"), map[string]any{"product": "Milan", "report_version": uint64(3), "signer": "vcek"}},
+	// Of model A0h, which go-sev-guest does not know.
+	{"genoa-v5", "vcek", date("2026-06-01"), map[string]any{"product": "Genoa", "report_version": uint64(5), "tcb_reported_microcode": uint64(0x1B)}},
 }
 
 func (g genuine) evidence(t testing.TB) *attestv1.SNPEvidence {

@@ -2,6 +2,7 @@ package nitro
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/hmac"
@@ -12,10 +13,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"time"
-
-	_ "crypto/sha512" // for tpm2.KDFa
-
-	"crypto"
 
 	"github.com/fxamacker/cbor/v2"
 	"github.com/google/go-tpm/tpm2"
@@ -32,8 +29,7 @@ type TPM struct {
 	// Plain hides the vendor command: it is some other maker's TPM.
 	Plain bool
 
-	// Leftover is the index, if somebody left it defined.
-	index    uint32
+	index    uint32 // 0: not defined
 	password []byte
 	nv       []byte
 	written  bool
@@ -137,8 +133,6 @@ func (t *TPM) check(cc tpm2.TPMCC, r *reader, password []byte, names ...[]byte) 
 		}
 		h.Write(r.b)
 		want := sum(append(bytes.Clone(u.session.key), u.password...), h.Sum(nil), u.session.caller, u.session.tpm, []byte{u.attrs})
-		// The nonce of an encrypting session is mixed into the first one's HMAC; a
-		// password as the first one takes none.
 		ok = ok && hmac.Equal(mac, want)
 		if u.attrs&(1<<5) != 0 {
 			size := int(binary.BigEndian.Uint16(r.b))
@@ -156,7 +150,8 @@ func stream(s *session, b []byte) {
 	if err != nil {
 		panic(err)
 	}
-	cipher.NewCFBDecrypter(block, kiv[16:]).XORKeyStream(b, b) //nolint:staticcheck // the TPM's mode
+	//lint:ignore SA1019 TPMs have no other mode.
+	cipher.NewCFBDecrypter(block, kiv[16:]).XORKeyStream(b, b)
 }
 
 func (a *auths) answer(cc tpm2.TPMCC, parms []byte) []byte {
@@ -279,7 +274,7 @@ func (t *TPM) run(cc tpm2.TPMCC, r *reader, sessions bool) ([]byte, *auths, tpm2
 		t.index, t.nv = 0, nil
 		return nil, a, 0
 	case tpm2.TPMCCNVWrite, tpm2.TPMCCNVRead, 0x20000001:
-		if r.u32() != t.index || r.u32() != t.index || !sessions {
+		if by, on := r.u32(), r.u32(); by != t.index || on != t.index || !sessions {
 			return nil, nil, tpm2.TPMRCHandle
 		}
 		a, ok := t.check(cc, r, t.password, t.name(), t.name())
