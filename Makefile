@@ -29,7 +29,8 @@ demo: build ## the whole main job on this machine
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags umlguest ./luks
+	$(GO) vet -tags umlguest ./luks ./test/hardware
+	$(GO) vet -tags keyagent_nomaa ./attestation/azure/maa ./attestation/setup
 	$(GO) vet -tags cloud ./kms/... ./storage/...
 	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(TOOL) staticcheck ./...

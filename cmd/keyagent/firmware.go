@@ -33,11 +33,11 @@ func (m *measurement) fromFirmware(p *policy.Profile) error {
 		}
 		return m.computed(&p.TDX.MRTD, mrtd[:])
 	}
-	name, err := kds.ParseProduct(m.product)
+	product, err := kds.ParseProductLine(m.product)
 	if err != nil || m.vcpus == 0 || m.vcpus > 1024 {
 		return failure.Newf(failure.Usage, "--product Milan --vcpus 4", "product %q with %d processors", m.product, m.vcpus)
 	}
-	digest, err := sev.LaunchDigest(&sev.LaunchOptions{Vcpus: int(m.vcpus), Product: name}, fw)
+	digest, err := sev.LaunchDigest(&sev.LaunchOptions{Vcpus: int(m.vcpus), Product: product.GetName()}, fw)
 	if err != nil {
 		return failure.New(failure.Usage, fmt.Errorf("%s: %w", m.firmware, err), "is it firmware for SEV-SNP?")
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/base64"
 	"fmt"
@@ -293,9 +294,14 @@ func (l *laboratory) writeHardware(dir string) error {
 			return err
 		}
 	}
+	genoa, err := os.ReadFile("../../attestation/snp/testdata/real/genoa-azure.report")
+	if err != nil {
+		return err
+	}
 	for name, data := range map[string][]byte{
-		"snp.bin": whole.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
-		"milan.bin": sevdata.AttestationBytes, "tdx.bin": tdxdata.RawQuote,
+		"genoa.bin": genoa,
+		"snp.bin":   whole.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
+		"milan.bin": sevdata.AttestationBytes, "tdx.bin": bytes.TrimSuffix(tdxdata.RawQuote, []byte("\nextra bytes(only for testing purpose)\n")),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
 			return err
