@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 
@@ -127,7 +128,21 @@ func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
 	}
 	t.compareSVNs(d)
 	d.flag("tdx.debug", "debug", false)
+	t.compareAttributes(d)
 	d.weaknesses("tdx", tdxWeaknesses, t.Allow)
+}
+
+// knownAttributes are the bits of a TD's attributes that have a fact of their own:
+// those of debugging and profiling, LASS, SEPT_VE_DISABLE, MIGRATABLE, PKS, KL and
+// PERFMON. What another one would mean, nobody has looked at.
+const knownAttributes = 0xff | 1<<27 | 1<<28 | 1<<29 | 1<<30 | 1<<31 | 1<<63
+
+func (t *TDXProfile) compareAttributes(d *differences) {
+	text, _ := d.claims.Facts["td_attributes"].(string)
+	bits, err := hex.DecodeString(text)
+	if err != nil || len(bits) != 8 || binary.LittleEndian.Uint64(bits)&^uint64(knownAttributes) != 0 {
+		d.refuse("tdx.td_attributes", []string{"no bits that are not known here"}, text)
+	}
 }
 
 func (t *TDXProfile) compareRTMRs(d *differences) {

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -58,16 +59,21 @@ type Root struct {
 	certificates []*x509.Certificate
 }
 
-// Certificate returns the parsed certificate of a loaded policy. It is nil for a
-// built-in root.
+// Certificate returns the root of a loaded policy: the one certificate that it
+// names, or the self-signed one of several. It is nil for a built-in root.
 func (r Root) Certificate() *x509.Certificate {
-	if len(r.certificates) == 0 {
-		return nil
+	for _, c := range r.certificates {
+		if len(r.certificates) == 1 || selfSigned(c) {
+			return c
+		}
 	}
-	return r.certificates[0]
+	return nil
 }
 
-// Certificates returns all of them: an SNP authority has up to three.
+func selfSigned(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, c.RawSubject) }
+
+// Certificates returns all of them: an SNP authority has up to three, and a
+// cloud's may have its intermediates beside it.
 func (r Root) Certificates() []*x509.Certificate { return r.certificates }
 
 // Enrolled is a TPM that the operator vouches for.
@@ -97,7 +103,7 @@ func (c *checker) trust() {
 	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
 	c.demand(vouchers > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust")
 	c.roots(t.TPM.Roots, "", 1, "trust", "tpm", "roots")
-	c.roots(t.TPM.AKRoots, "google", 1, "trust", "tpm", "ak_roots")
+	c.roots(t.TPM.AKRoots, "google", 8, "trust", "tpm", "ak_roots")
 	c.roots(t.SNP.Roots, "amd", 3, "trust", "snp", "roots")
 	c.roots(t.TDX.Roots, "intel", 1, "trust", "tdx", "roots")
 	c.roots(t.Nitro.Roots, "aws", 1, "trust", "nitro", "roots")
@@ -105,6 +111,10 @@ func (c *checker) trust() {
 		at := []any{"trust", "snp", "roots", i}
 		c.demand(r.Builtin != "" || slices.Contains(products, r.Product), "needs product: Milan, Genoa or Turin", at...)
 		c.demand(r.Builtin != "" || len(r.certificates) >= 2, "needs an ARK and the ASK or ASVK below it in PEM", at...)
+	}
+	for i, r := range t.TPM.AKRoots {
+		roots := slices.DeleteFunc(slices.Clone(r.certificates), func(cert *x509.Certificate) bool { return !selfSigned(cert) })
+		c.demand(r.Builtin != "" || len(roots) == 1, "needs one self-signed root in PEM; others beside it are intermediates", "trust", "tpm", "ak_roots", i)
 	}
 	seen := map[string]bool{}
 	for i, e := range t.TPM.Enrolled {

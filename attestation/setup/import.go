@@ -1,6 +1,7 @@
 package setup
 
 import (
+	"bytes"
 	"errors"
 
 	"google.golang.org/protobuf/proto"
@@ -21,10 +22,26 @@ func Import(data []byte) (*attestv1.Saved, error) {
 		e, err := proto.Marshal(&attestv1.SNPEvidence{Report: data})
 		return saved.Of(attestation.SNP, e, r.ReportData), err
 	}
-	q, tdxErr := tdx.Parse(data)
-	if tdxErr == nil {
-		e, err := proto.Marshal(&attestv1.TDXEvidence{Quote: data})
+	var tdxErr error
+	for _, quote := range unpadded(data) {
+		q, err := tdx.Parse(quote)
+		if err != nil {
+			tdxErr = err
+			continue
+		}
+		e, err := proto.Marshal(&attestv1.TDXEvidence{Quote: quote})
 		return saved.Of(attestation.TDX, e, q.ReportData), err
 	}
 	return nil, errors.Join(snpErr, tdxErr)
+}
+
+// unpadded are what a quote may be in data: tools save the kernel's buffer, of
+// which a quote leaves zeros, and the chain in it may end in a zero of its own.
+func unpadded(data []byte) [][]byte {
+	end := len(bytes.TrimRight(data, "\x00"))
+	all := [][]byte{data, data[:end]}
+	if end < len(data) {
+		all = append(all, data[:end+1])
+	}
+	return all
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/intel"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
 )
@@ -295,5 +296,23 @@ func TestTwoHalvesOfTwoMachinesAreRefused(t *testing.T) {
 	// Another TPM's evidence behind this one's offer.
 	if _, err := c.show(hw, &kept{Issuer: mine, evidence: keptTPM.evidence}); !errors.Is(err, tpm.ErrSignature) {
 		t.Errorf("another TPM's quote: %v", err)
+	}
+}
+
+// Quotes come with the rest of the kernel's buffer, and with nothing else.
+func TestReportsOfOtherToolsAreImported(t *testing.T) {
+	world := must[*intel.World](t)(intel.New(time.Now()))
+	td := must[*intel.Machine](t)(world.Machine(intel.DefaultPlatform()))
+	quote := must[[]byte](t)(td.Quote(intel.DefaultFields()))
+	for name, data := range map[string][]byte{"as it is": quote, "padded": append(slices.Clone(quote), make([]byte, 3000)...)} {
+		s, err := Import(data)
+		if err != nil || s.Items[0].Kind != "tdx" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name, data := range map[string][]byte{"with something behind it": append(slices.Clone(quote), 1), "nothing": nil, "text": []byte("quote")} {
+		if _, err := Import(data); err == nil {
+			t.Errorf("%s is imported", name)
+		}
 	}
 }

@@ -280,13 +280,9 @@ func snpClaims(e *attestv1.SNPEvidence, via attestation.Kind) ([]attestation.Cla
 }
 
 func tdxClaims(e *attestv1.TDXEvidence, via attestation.Kind) ([]attestation.Claims, error) {
-	q, err := tdx.Parse(e.GetQuote())
-	if err != nil {
-		return nil, err
-	}
-	c := q.Claims()
+	c, err := tdx.UnverifiedClaims(e)
 	c.Via = via
-	return []attestation.Claims{c}, nil
+	return []attestation.Claims{c}, err
 }
 
 // EndorsementRequests returns what a verifier of a file's evidence has to have

@@ -75,7 +75,7 @@ func tpmTrust(p *policy.Policy) tpm.Trust {
 	}
 	for _, r := range from.AKRoots {
 		if r.Builtin == "" {
-			t.AKRoots = append(t.AKRoots, tpm.Root{Name: r.Name, Certificate: r.Certificate()})
+			t.AKRoots = append(t.AKRoots, tpm.Root{Name: r.Name, Certificate: r.Certificate(), Intermediates: r.Certificates()})
 			continue
 		}
 		for _, known := range tpm.Google() {
