@@ -24,6 +24,23 @@ func servers(t testing.TB) string {
 	return dir
 }
 
+// KubeAPIServer returns the path of a kube-apiserver, built by the first who asks:
+// twelve minutes of one processor.
+func KubeAPIServer(t testing.TB) string {
+	t.Helper()
+	const name, minor = "kube-apiserver", "37"
+	module, tool := filepath.Join(filepath.Dir(servers(t)), "apiserver"), installed(t, "go")
+	version := "-X k8s.io/component-base/version."
+	flags := "-s -w " + version + "gitVersion=v1." + minor + ".1 " + version + "gitMajor=1 " + version + "gitMinor=" + minor + " " + version + "gitTreeState=clean"
+	dir := cached(t, name, []string{module}, runtime.Version()+" "+flags, func(dir string) *exec.Cmd {
+		cmd := exec.Command(tool, "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(dir, name), "k8s.io/kubernetes/cmd/kube-apiserver")
+		cmd.Dir = module
+		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off", "CGO_ENABLED=0", "GOEXPERIMENT=")
+		return cmd
+	})
+	return filepath.Join(dir, name)
+}
+
 // installed returns the path of a program of this machine.
 func installed(t testing.TB, name string) string {
 	t.Helper()
