@@ -98,6 +98,9 @@ func (t *TrustFile) raw() [][]byte {
 // products of AMD that have SNP and a public authority.
 var products = []string{"Milan", "Genoa", "Turin"}
 
+// Products returns the product lines of AMD that a policy can name.
+func Products() []string { return slices.Clone(products) }
+
 func (c *checker) trust() {
 	t := &c.file.Trust
 	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
