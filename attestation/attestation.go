@@ -209,6 +209,11 @@ func (v *Verified) Identity() string {
 // side.
 var ErrRefused = errors.New("evidence refused")
 
+// ErrUnendorsed is a refusal for want of what a vendor says of the hardware, and not
+// for what the evidence says: it was not carried, and is not to be had now. Asking
+// again later may help, and a verdict that still holds is not taken back for it.
+var ErrUnendorsed = fmt.Errorf("%w: not endorsed", ErrRefused)
+
 // ErrLocal is wrapped by errors of this machine's own issuers: it cannot prove
 // itself, whatever the peer is.
 var ErrLocal = errors.New("this machine cannot attest itself")

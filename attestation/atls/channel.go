@@ -248,7 +248,7 @@ func cut(s string, n int) string { return s[:min(n, len(s))] }
 func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	id := newCorrelationID()
 	state, lifetime, err := c.examine(ctx, fr)
-	if errors.Is(err, attestation.ErrRefused) {
+	if errors.Is(err, attestation.ErrRefused) && !errors.Is(err, attestation.ErrUnendorsed) {
 		c.mu.Lock()
 		c.peer.refused = true
 		c.mu.Unlock()
@@ -482,6 +482,8 @@ func classOf(err error) string {
 	switch {
 	case errors.As(err, &c):
 		return c.RefusalClass()
+	case errors.Is(err, attestation.ErrUnendorsed):
+		return "endorsements missing"
 	case errors.Is(err, attestation.ErrRefused):
 		return "evidence refused"
 	case errors.Is(err, ErrFrame):

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation"
 )
 
 // The tests of this file run on a clock that stands still while somebody works.
@@ -249,6 +250,32 @@ func TestARefusedRenewalEndsTheVerdict(t *testing.T) {
 	c.mustRun(t) // and it may come back
 	if _, _, err := c.server.Peer(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Case 35: a vendor's outage during a renewal says nothing of the machine. What was
+// accepted before holds until its own end, and a first exchange is refused.
+func TestAnOutageOfAVendorEndsNoVerdict(t *testing.T) {
+	c := newCouple(node())
+	unendorsed := change(evidenceOf, func(e *attestv1.Evidence) { e.Items[0].Data = []byte("unendorsed") })
+	c.fromClient = unendorsed
+	client, server := c.run()
+	wantErr(t, server, attestation.ErrUnendorsed)
+	var r *Refusal
+	if !errors.As(client, &r) || r.Class != "endorsements missing" {
+		t.Errorf("client: %v", client)
+	}
+	if _, _, err := c.server.Peer(); !errors.Is(err, ErrPeerUnattested) {
+		t.Error(err)
+	}
+	c.fromClient = nil
+	c.mustRun(t)
+	before := c.server.PeerExpires()
+	c.fromClient = unendorsed
+	_, server = c.run()
+	wantErr(t, server, attestation.ErrRefused)
+	if _, _, err := c.server.Peer(); err != nil || c.server.PeerExpires() != before {
+		t.Errorf("%v, until %s, before %s", err, c.server.PeerExpires(), before)
 	}
 }
 

@@ -96,6 +96,9 @@ func (q *fakeQuestion) Ask() []byte { return q.ask }
 
 func (q *fakeQuestion) Verify(_ context.Context, data []byte, b attestation.Binder) ([]attestation.Claims, error) {
 	var e fakeEvidence
+	if string(data) == "unendorsed" {
+		return nil, attestation.ErrUnendorsed
+	}
 	if json.Unmarshal(data, &e) != nil || !hmac.Equal(e.Signed, e.signature()) {
 		return nil, errForged
 	}

@@ -154,6 +154,21 @@ func TestHardwareThatIsNotConfiguredIsRefused(t *testing.T) {
 	wantErr(t, err, ErrHardware)
 }
 
+// A policy may trust nobody for one kind of hardware. A stranger who shows that kind
+// is refused, and is no fault of the verifier's own side.
+func TestHardwareThatNobodyVouchesForIsRefused(t *testing.T) {
+	for _, kind := range []attestation.Kind{attestation.SNP, attestation.TDX} {
+		_, e := shared(t, kind)
+		v := verifier(t, func(o *VerifierOptions) {
+			o.SNP = must[*snp.Verifier](t)(snp.NewVerifier(snp.VerifierOptions{Trust: func() snp.Trust { return snp.Trust{} }}))
+			o.TDX = must[*tdx.Verifier](t)(tdx.NewVerifier(tdx.VerifierOptions{Trust: func() tdx.Trust { return tdx.Trust{} }}))
+		})
+		_, err := verify(t, v, e)
+		wantErr(t, err, ErrHardware)
+		wantErr(t, err, attestation.ErrRefused)
+	}
+}
+
 // TestAHostThatAnswersBadly: attack 35. The certificate of the chip can come from
 // elsewhere; a quote of a TD cannot, and that is an error of this machine's.
 func TestAHostThatAnswersBadly(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rsa"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"time"
 
@@ -152,6 +153,9 @@ func (v *Verifier) verifyHardware(ctx context.Context, r *Report, e *attestv1.Az
 		c, err := v.opts.SNP.VerifyReport(ctx, &attestv1.SNPEvidence{
 			Report: r.Hardware, Certificate: e.GetSnp().GetCertificate(), Crl: e.GetSnp().GetCrl(),
 		}, r.ReportData)
+		if errors.Is(err, snp.ErrConfiguration) {
+			return none, fmt.Errorf("%w: %w", ErrHardware, err)
+		}
 		if err != nil {
 			return none, err
 		}
@@ -165,7 +169,11 @@ func (v *Verifier) verifyHardware(ctx context.Context, r *Report, e *attestv1.Az
 		if e.GetSnp() != nil || len(e.GetTdx().GetEventLog()) > 0 || !r.coversRuntime() {
 			return none, fmt.Errorf("%w: a second hardware report, or one of something else", ErrMalformed)
 		}
-		return v.opts.TDX.VerifyQuote(ctx, e.GetTdx(), r.ReportData)
+		c, err := v.opts.TDX.VerifyQuote(ctx, e.GetTdx(), r.ReportData)
+		if errors.Is(err, tdx.ErrConfiguration) {
+			return none, fmt.Errorf("%w: %w", ErrHardware, err)
+		}
+		return c, err
 	}
 	return none, fmt.Errorf("%w: %s", ErrHardware, r.Isolation)
 }

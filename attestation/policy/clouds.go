@@ -22,6 +22,7 @@ func (*AzureProfile) kind() attestation.Kind { return attestation.Azure }
 
 func (a *AzureProfile) check(c *checker, _ *Profile, at path) {
 	c.listOrAny(a.VMs, a.AnyVM, "any_vm", at.to("vms"))
+	c.filled(a.VMs, at.to("vms"))
 	c.oneOf(a.Allow, words(azureWeaknesses), at.to("allow"))
 	c.demand(a.Token == "" || a.Token == "required", "must be required, or left out", at.to("token")...)
 	c.demand(a.Token == "" || c.file.Trust.Azure.Issuer != "", "needs trust.azure, which says whose tokens", at.to("token")...)
@@ -60,6 +61,7 @@ func (*NitroProfile) kind() attestation.Kind { return attestation.Nitro }
 func (n *NitroProfile) check(c *checker, _ *Profile, at path) {
 	c.vouchers(n.Trust, namesOf("root:", c.file.Trust.Nitro.Roots), at.to("trust"))
 	c.listOrAny(n.Instances, n.AnyInstance, "any_instance", at.to("instances"))
+	c.filled(n.Instances, at.to("instances"))
 	c.checkPCRs(n.PCRs, 48, at.to("pcrs"))
 }
 

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"bytes"
+	"crypto/x509"
 	"errors"
 	"slices"
 	"strconv"
@@ -10,6 +11,8 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/intel"
 )
 
 // hexOf is size bytes of the same digit pair in hex.
@@ -366,6 +369,13 @@ func TestHardwareProfilesAreReadStrictly(t *testing.T) {
 		{"trust: [azure]", "trust: [\"ak-root:google\"]", "not in the trust section"},
 		{"      gce: {projects: [lab], zones: [z1], instances: [node]}\n", "", "must name its projects"},
 		{"projects: [lab], ", "", "no project"},
+		{"projects: [lab]", "projects: [lab, \"\"]", "must not be empty"},
+		{"zones: [z1]", "zones: [\"\"]", "must not be empty"},
+		{"zones: [z1]", "zones: []", "leave it out"},
+		{"instances: [node]", "instances: [\"\"]", "must not be empty"},
+		{"instances: [node]", "instances: []", "leave it out"},
+		{"vms: [vm-1]", "vms: [\"\"]", "must not be empty"},
+		{"instances: [i-1]", "instances: [\"\"]", "must not be empty"},
 		{"      instances: [i-1]\n", "", "any_instance: true"},
 		{"pcrs: [{pcr: 4, accept: [" + nitro4 + "]}]", "pcrs: []", "no register"},
 		{"{name: google, builtin: google}", "{name: google, file: /dev/null}", "no certificate"},
@@ -422,4 +432,40 @@ func TestExpressionsSeeHardware(t *testing.T) {
 	}
 	_, err = p.Authorize(a, Request{"v", Open, time.Unix(0, 0)})
 	wantErr(t, err, ErrDenied)
+}
+
+// An authority that could vouch for nothing is an error of the file, and not of
+// every exchange later on.
+func TestAnAuthorityInPEMIsWhole(t *testing.T) {
+	milan, other := authority(t, "Milan", false), authority(t, "Genoa", true)
+	for name, tt := range map[string]struct {
+		certs []*x509.Certificate
+		want  string
+	}{
+		"root and both below it":     {[]*x509.Certificate{milan.ARK, milan.ASK, milan.ASVK}, ""},
+		"root and one, in any order": {[]*x509.Certificate{milan.ASVK, milan.ARK}, ""},
+		"the root alone":             {[]*x509.Certificate{milan.ARK}, "needs an ARK and"},
+		"no root":                    {[]*x509.Certificate{milan.ASK, milan.ASVK}, "needs one ARK"},
+		"two roots":                  {[]*x509.Certificate{milan.ARK, other.ARK, milan.ASK}, "needs one ARK"},
+		"two of a kind":              {[]*x509.Certificate{milan.ARK, milan.ASK, milan.ASK}, "twice"},
+		"what another root signed":   {[]*x509.Certificate{milan.ARK, other.ASK}, "is not signed by"},
+	} {
+		text := "      - name: amd\n        product: Milan\n        pem: |\n"
+		for line := range strings.Lines(string(intel.PEM(tt.certs...))) {
+			text += "          " + line
+		}
+		changed := strings.Replace(plain(hardware), "      - {name: amd, builtin: amd}\n", text, 1)
+		if _, err := Parse("policy.yaml", []byte(changed)); (err == nil) != (tt.want == "") || (err != nil && !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v does not say %q", name, err, tt.want)
+		}
+	}
+}
+
+func authority(t *testing.T, product string, forged bool) *amd.Authority {
+	t.Helper()
+	a, err := amd.New(amd.Options{Product: product, Forged: forged})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
 }

@@ -145,6 +145,14 @@ func (c *checker) hexes(values []string, size int, at path) {
 	}
 }
 
+// filled demands values that say something: an empty one would fit a fact that is
+// not there.
+func (c *checker) filled(values []string, at path) {
+	for n, v := range values {
+		c.demand(v != "", "must not be empty", at.to(n)...)
+	}
+}
+
 // oneOf demands values of a closed set.
 func (c *checker) oneOf(values, known []string, at path) {
 	for n, v := range values {

@@ -64,6 +64,11 @@ func (t *TPMProfile) checkGCE(c *checker, at path) {
 	c.demand(!rented || t.GCE != nil, "missing: everybody can rent an instance that Google vouches for, so the profile must name its projects", at...)
 	if t.GCE != nil {
 		c.demand(len(t.GCE.Projects) > 0, "empty: no project would be accepted", at.to("projects")...)
+		c.filled(t.GCE.Projects, at.to("projects"))
+		for name, list := range map[string][]string{"zones": t.GCE.Zones, "instances": t.GCE.Instances} {
+			c.demand(list == nil || len(list) > 0, "empty: leave it out if any is meant", at.to(name)...)
+			c.filled(list, at.to(name))
+		}
 	}
 }
 

@@ -98,6 +98,9 @@ func (t *TrustFile) raw() [][]byte {
 // products of AMD that have SNP and a public authority.
 var products = []string{"Milan", "Genoa", "Turin"}
 
+// Products returns the product lines of AMD that a policy can name.
+func Products() []string { return slices.Clone(products) }
+
 func (c *checker) trust() {
 	t := &c.file.Trust
 	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
@@ -111,6 +114,9 @@ func (c *checker) trust() {
 		at := []any{"trust", "snp", "roots", i}
 		c.demand(r.Builtin != "" || slices.Contains(products, r.Product), "needs product: Milan, Genoa or Turin", at...)
 		c.demand(r.Builtin != "" || len(r.certificates) >= 2, "needs an ARK and the ASK or ASVK below it in PEM", at...)
+		if r.Builtin == "" && c.err == nil {
+			c.amdAuthority(r.certificates, at)
+		}
 	}
 	for i, r := range t.TPM.AKRoots {
 		roots := slices.DeleteFunc(slices.Clone(r.certificates), func(cert *x509.Certificate) bool { return !selfSigned(cert) })
@@ -123,6 +129,27 @@ func (c *checker) trust() {
 		c.demand(isHex(e.EK, 32), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", append(at, "ek")...)
 	}
 	c.azureTrust(&t.Azure)
+}
+
+// amdAuthority demands one root, and of each kind at most one certificate, which
+// that root signed.
+func (c *checker) amdAuthority(certs []*x509.Certificate, at path) {
+	var root *x509.Certificate
+	below := map[bool]*x509.Certificate{} // by whether it is for keys of clouds
+	for _, cert := range certs {
+		if bytes.Equal(cert.RawIssuer, cert.RawSubject) {
+			c.demand(root == nil, "needs one ARK, which signs itself, not two", at...)
+			root = cert
+			continue
+		}
+		vlek := strings.HasPrefix(cert.Subject.CommonName, "SEV-VLEK-")
+		c.demand(below[vlek] == nil, fmt.Sprintf("has %q twice", cert.Subject.CommonName), at...)
+		below[vlek] = cert
+	}
+	c.demand(root != nil, "needs one ARK, which signs itself", at...)
+	for _, cert := range below {
+		c.demand(c.err != nil || cert.CheckSignatureFrom(root) == nil, fmt.Sprintf("%q is not signed by the ARK beside it", cert.Subject.CommonName), at...)
+	}
 }
 
 // roots checks and reads authorities. known is the one that may be built in.

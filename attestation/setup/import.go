@@ -2,7 +2,7 @@ package setup
 
 import (
 	"bytes"
-	"errors"
+	"fmt"
 
 	"google.golang.org/protobuf/proto"
 
@@ -32,7 +32,7 @@ func Import(data []byte) (*attestv1.Saved, error) {
 		e, err := proto.Marshal(&attestv1.TDXEvidence{Quote: quote})
 		return saved.Of(attestation.TDX, e, q.ReportData), err
 	}
-	return nil, errors.Join(snpErr, tdxErr)
+	return nil, fmt.Errorf("as a report: %w; as a quote: %w", snpErr, tdxErr)
 }
 
 // unpadded are what a quote may be in data: tools save the kernel's buffer, of

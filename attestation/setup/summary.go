@@ -276,6 +276,10 @@ func snpClaims(e *attestv1.SNPEvidence, via attestation.Kind) ([]attestation.Cla
 	}
 	c := r.Claims()
 	c.Via = via
+	// A report of version 2 does not name its product line: its certificate does.
+	if s, err := snp.Summarize(e); err == nil {
+		c.Facts["product"] = s.Product
+	}
 	return []attestation.Claims{c}, nil
 }
 

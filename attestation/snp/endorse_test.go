@@ -212,3 +212,25 @@ func TestAnOldReportMustCarryItsCertificate(t *testing.T) {
 	refused(t, err, snp.ErrEndorsementMissing)
 	var _ attestation.Verifier = v
 }
+
+// Evidence that was saved, or comes from a machine that has not asked for long,
+// carries a list that has ended. Whoever has the current one uses it.
+func TestAListThatHasEndedIsAskedForAnew(t *testing.T) {
+	chip := newChip(t, "Milan")
+	kds := amd.NewKDS(chip)
+	begin := chip.ARK.NotBefore
+	old := clone(must[*evidence](t)(chip.Evidence(amd.Report{Data: testBinder})), func(e *evidence) {
+		e.Crl = must[[]byte](t)(chip.CRL(begin, begin.Add(time.Hour)))
+	})
+	_, err := verify(t.Context(), lab(t, chip.Authority), old)
+	refused(t, err, snp.ErrCRL)
+	if _, err := verify(t.Context(), lab(t, chip.Authority, asking(serve(t, kds))), old); err != nil || len(kds.Asked()) != 1 {
+		t.Errorf("%v, asked %v", err, kds.Asked())
+	}
+	kds.Fault = func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(500); return true }
+	_, err = verify(t.Context(), lab(t, chip.Authority, asking(serve(t, kds))), old)
+	refused(t, err, snp.ErrEndorsementMissing)
+	if !strings.Contains(err.Error(), "has ended") {
+		t.Error(err)
+	}
+}

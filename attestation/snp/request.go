@@ -122,6 +122,22 @@ func (v *Verifier) crl(ctx context.Context, t Trust, r *Report, certificate, car
 	return v.ask(ctx, crlRequest(product, r.signer, t.Roots))
 }
 
+// renewed is the list that the source has in place of a carried one that has ended.
+// Without a source, and for a list with another fault, it is nil.
+func (v *Verifier) renewed(ctx context.Context, t Trust, r *Report, certificate, carried []byte) ([]byte, error) {
+	now := v.now()
+	old, err := parseCRL(carried)
+	if v.endorsements == nil || err != nil || !now.After(old.NextUpdate) {
+		return nil, nil
+	}
+	list, err := v.crl(ctx, t, r, certificate, nil)
+	if err != nil {
+		err = fmt.Errorf("%w (the carried one has ended on %s, this machine's clock says %s)", err,
+			old.NextUpdate.Format(time.RFC3339), now.Format(time.RFC3339))
+	}
+	return list, err
+}
+
 func (v *Verifier) ask(ctx context.Context, r endorsement.Request) ([]byte, error) {
 	if v.endorsements == nil {
 		return nil, fmt.Errorf("%w: %s is not carried, and nobody is configured to be asked", ErrEndorsementMissing, r.Name)

@@ -47,7 +47,7 @@ var (
 	ErrTCB                = refusal("certificate is of another TCB")
 	ErrSignature          = refusal("report signature does not verify")
 	ErrReportData         = refusal("report does not cover this connection")
-	ErrEndorsementMissing = refusal("endorsement is neither carried nor to be had")
+	ErrEndorsementMissing = fmt.Errorf("%w: endorsement is neither carried nor to be had", attestation.ErrUnendorsed)
 )
 
 // ErrConfiguration says that a verifier was asked to work without trust roots:

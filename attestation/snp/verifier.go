@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/sha512"
+	"errors"
 	"fmt"
 	"time"
 
@@ -105,6 +106,14 @@ func (v *Verifier) VerifyReport(ctx context.Context, ev *attestv1.SNPEvidence, r
 		return none, err
 	}
 	k, err := v.vouch(t, r.signer, r.Product, der, crl)
+	if errors.Is(err, ErrCRL) && len(ev.GetCrl()) > 0 {
+		switch newer, askErr := v.renewed(ctx, t, r, der, ev.GetCrl()); {
+		case askErr != nil:
+			err = askErr
+		case newer != nil:
+			k, err = v.vouch(t, r.signer, r.Product, der, newer)
+		}
+	}
 	if err != nil {
 		return none, err
 	}

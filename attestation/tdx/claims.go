@@ -8,18 +8,22 @@ import (
 )
 
 // tdAttributes are the bits of a TD's ATTRIBUTES that have a name in the facts
-// (Intel TDX Module ABI, "TD attributes").
+// (Intel TDX Module ABI, "TD attributes"), besides those of debugging.
 var tdAttributes = []struct {
 	bit  int
 	name string
 }{
-	{0, "debug"},
 	{28, "sept_ve_disable"},
 	{29, "migratable"},
 	{30, "pks"},
 	{31, "key_locker"},
 	{63, "perfmon"},
 }
+
+// debugAttributes is how many bytes of ATTRIBUTES belong to a TD under debug or
+// profiling. Bit 0 is DEBUG, bits 4 to 6 are profiling by the host; whichever is
+// set, also one that has no name yet, the TD is not to be trusted.
+const debugAttributes = 2
 
 // Registers of a TD, as claims and policies name them.
 const registerMRTD = "mrtd"
@@ -53,6 +57,7 @@ func (q *Quote) Claims() attestation.Claims {
 	for i, v := range b.rtmr {
 		c.Measurements[Register(i)] = attestation.Measurement{Value: v}
 	}
+	c.Facts["debug"] = !zero(b.tdAttributes[:debugAttributes])
 	for _, a := range tdAttributes {
 		c.Facts[a.name] = b.tdAttributes[a.bit/8]>>(a.bit%8)&1 == 1
 	}

@@ -293,6 +293,48 @@ func TestCarriedCollateralNeedsNobody(t *testing.T) {
 	}
 }
 
+// TestAMirrorsLieDoesNotStay: attack 35. What a mirror made up, with a date far
+// away, or mixed up, is not kept in the document's place.
+func TestAMirrorsLieDoesNotStay(t *testing.T) {
+	foreign := must[*intel.World](t)(intel.New(time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC)))
+	at := map[string]int{intel.TCBInfo: docTCBInfo, intel.QEIdentity: docQEIdentity, intel.PCKCRL: docPCKCRL, intel.RootCRL: docRootCRL}
+	for name, lie := range map[string]struct {
+		key string
+		doc func(s *scene) endorsement.Document
+	}{
+		"TCB info that nobody signed": {intel.TCBInfo, func(*scene) endorsement.Document {
+			return endorsement.Document{Body: []byte(`{"tcbInfo":{"nextUpdate":"9999-01-01T00:00:00Z"}}`)}
+		}},
+		"TCB info of another platform": {intel.TCBInfo, func(s *scene) endorsement.Document { return s.w.TCBInfo("00906ED50000", nil) }},
+		"TCB info for the QE identity": {intel.QEIdentity, func(s *scene) endorsement.Document { return s.w.TCBInfo(s.m.Platform.FMSPC, nil) }},
+		"a QE identity of another":     {intel.QEIdentity, func(*scene) endorsement.Document { return foreign.QEIdentity(nil) }},
+		"the list of the other CA":     {intel.PCKCRL, func(s *scene) endorsement.Document { return s.w.PCKCRL("processor") }},
+		"another root's list":          {intel.RootCRL, func(*scene) endorsement.Document { return endorsement.Document{Body: foreign.CRL(foreign.Root)} }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newScene(t)
+			s.ev.Collateral = nil
+			pcs := &intel.PCS{World: s.w}
+			pcs.Replace(lie.key, lie.doc(s))
+			cache := must[*endorsement.Cache](t)(endorsement.NewCache(endorsement.CacheOptions{
+				Dir: t.TempDir(), Source: pcs, Negative: time.Second, Now: func() time.Time { return s.now }}))
+			defer cache.Close()
+			s.source = cache
+			v := s.verifier()
+			if _, err := verifyWith(v, s.ev); !errors.Is(err, endorsement.ErrUnavailable) {
+				t.Error(err)
+			}
+			honest := &intel.PCS{World: s.w}
+			d := must[endorsement.Document](t)(honest.Get(t.Context(), must[*pck](t)(parsePCK(s.m.Chain())).requests(nil)[at[lie.key]]))
+			pcs.Replace(lie.key, d)
+			s.now = s.now.Add(time.Minute)
+			if _, err := verifyWith(v, s.ev); err != nil {
+				t.Errorf("after the mirror was mended: %v", err)
+			}
+		})
+	}
+}
+
 // nobody is a source that has an outage.
 type nobody struct{ err error }
 

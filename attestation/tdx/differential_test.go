@@ -52,7 +52,7 @@ func (s *scene) library() error {
 	if err != nil {
 		return err
 	}
-	requests := p.requests()
+	requests := p.requests(nil)
 	for i, d := range documents(c) {
 		getter.Responses[requests[i].URL] = testcases.HTTPResponse{Header: header(requests[i].ChainHeader, d.Chain), Body: d.Body}
 	}

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/google/go-tdx-guest/pcs"
@@ -40,11 +41,13 @@ func EndorsementRequests(quote []byte) ([]endorsement.Request, error) {
 	if err != nil {
 		return nil, err
 	}
-	return p.requests(), nil
+	return p.requests(nil), nil
 }
 
-func (p *pck) requests() []endorsement.Request {
-	return []endorsement.Request{
+// requests are for one platform. root, if there is one, keeps something else from
+// being stored in a document's place, where it would stand until its own date.
+func (p *pck) requests(root *x509.Certificate) []endorsement.Request {
+	requests := []endorsement.Request{
 		docTCBInfo: {Name: "tdx-tcb-" + p.FMSPC, URL: pcs.TcbInfoURL(p.FMSPC),
 			ChainHeader: pcs.TcbInfoIssuerChainPhrase, Fresh: freshJSON},
 		docQEIdentity: {Name: "tdx-qe", URL: pcs.QeIdentityURL(),
@@ -53,6 +56,36 @@ func (p *pck) requests() []endorsement.Request {
 			ChainHeader: pcs.SgxPckCrlIssuerChainPhrase, Fresh: freshCRL},
 		docRootCRL: {Name: "tdx-rootcrl", URL: rootCRLURL, Fresh: freshCRL},
 	}
+	if root == nil {
+		return requests
+	}
+	for i := range requests {
+		dates := requests[i].Fresh
+		requests[i].Fresh = func(d endorsement.Document, now time.Time) bool { return dates(d, now) && p.signed(root, i, d, now) }
+	}
+	return requests
+}
+
+// signed reports whether a document is what its name says, by its own signature.
+func (p *pck) signed(root *x509.Certificate, doc int, d endorsement.Document, now time.Time) bool {
+	var e endorsed
+	var err error
+	switch doc {
+	case docTCBInfo:
+		var info struct{ Fmspc string }
+		var signed []byte
+		if signed, err = e.verifyJSON(root, docNames[doc], tcbInfoPart, d, now); err == nil {
+			err = json.Unmarshal(signed, &info)
+		}
+		return err == nil && strings.EqualFold(info.Fmspc, p.FMSPC)
+	case docQEIdentity:
+		_, err = e.verifyJSON(root, docNames[doc], qeIdentityPart, d, now)
+	case docPCKCRL:
+		_, err = e.verifyCRL(docNames[doc], d.Body, p.issuer, now)
+	default:
+		_, err = e.verifyCRL(docNames[doc], d.Body, root, now)
+	}
+	return err == nil
 }
 
 // Collateral puts the answers to [EndorsementRequests], in the same order, into
@@ -80,9 +113,9 @@ func documents(c *attestv1.TDXCollateral) []endorsement.Document {
 }
 
 // complete asks the source for each document that is missing or past its time.
-func complete(ctx context.Context, source endorsement.Source, p *pck, carried []endorsement.Document, now time.Time) ([]endorsement.Document, error) {
+func complete(ctx context.Context, source endorsement.Source, root *x509.Certificate, p *pck, carried []endorsement.Document, now time.Time) ([]endorsement.Document, error) {
 	out := make([]endorsement.Document, len(carried))
-	for i, r := range p.requests() {
+	for i, r := range p.requests(root) {
 		out[i] = carried[i]
 		if len(carried[i].Body) > 0 && r.Fresh(carried[i], now) {
 			continue
@@ -96,8 +129,7 @@ func complete(ctx context.Context, source endorsement.Source, p *pck, carried []
 	return out, nil
 }
 
-// freshJSON and freshCRL look at the dates alone. What they let pass is verified
-// like everything else.
+// freshJSON and freshCRL look at the dates alone.
 func freshJSON(d endorsement.Document, now time.Time) bool {
 	var dates struct{ NextUpdate time.Time }
 	var body map[string]json.RawMessage

@@ -99,7 +99,7 @@ func FuzzCollateral(f *testing.F) {
 	want := must[*endorsed](f)(verifyCollateral(root, p, documents(c), s.now))
 	f.Fuzz(func(t *testing.T, tcb, tcbChain, qe, qeChain, pckCRL, rootCRL []byte) {
 		docs := []endorsement.Document{{Body: tcb, Chain: tcbChain}, {Body: qe, Chain: qeChain}, {Body: pckCRL}, {Body: rootCRL}}
-		for i, r := range p.requests() {
+		for i, r := range p.requests(nil) {
 			r.Fresh(docs[i], s.now)
 		}
 		e, err := verifyCollateral(root, p, docs, s.now)

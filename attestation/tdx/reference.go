@@ -30,7 +30,7 @@ func UnverifiedClaims(ev *attestv1.TDXEvidence) (attestation.Claims, error) {
 	p.addFacts(c.Facts)
 	c.Facts["qe_svn"] = uint64(q.qe.svn)
 	c.Facts["event_log"] = len(ev.GetEventLog()) > 0
-	if len(ev.GetCollateral().GetTcbInfo()) == 0 {
+	if len(ev.GetCollateral().GetTcbInfo()) == 0 || len(ev.GetCollateral().GetQeIdentity()) == 0 {
 		return c, nil
 	}
 	s, err := unverifiedStanding(ev.GetCollateral(), p, q)
@@ -42,6 +42,9 @@ func UnverifiedClaims(ev *attestv1.TDXEvidence) (attestation.Claims, error) {
 }
 
 func unverifiedStanding(from *attestv1.TDXCollateral, p *pck, q *Quote) (*standing, error) {
+	if len(from.GetTcbInfo()) > maxJSON || len(from.GetQeIdentity()) > maxJSON {
+		return nil, fmt.Errorf("%w: documents of %d and %d bytes", ErrCollateral, len(from.GetTcbInfo()), len(from.GetQeIdentity()))
+	}
 	var info pcs.TdxTcbInfo
 	var identity pcs.QeIdentity
 	if err := json.Unmarshal(from.GetTcbInfo(), &info); err != nil {
@@ -51,6 +54,9 @@ func unverifiedStanding(from *attestv1.TDXCollateral, p *pck, q *Quote) (*standi
 		return nil, fmt.Errorf("%w: QE identity: %w", ErrCollateral, err)
 	}
 	e := &endorsed{tcb: info.TcbInfo, qe: identity.EnclaveIdentity}
+	if err := e.checkForm(); err != nil {
+		return nil, err
+	}
 	qe, err := qeLevel(&e.qe, q.qe)
 	if err != nil {
 		return nil, err

@@ -59,7 +59,7 @@ var (
 	ErrCRL                = refusal("revocation list is refused")
 	ErrCollateral         = refusal("collateral is refused")
 	ErrCollateralExpired  = refusal("collateral is outside its validity")
-	ErrEndorsementMissing = refusal("collateral is missing")
+	ErrEndorsementMissing = fmt.Errorf("%w: collateral is missing", attestation.ErrUnendorsed)
 	ErrQE                 = refusal("quoting enclave is not Intel's")
 	ErrModule             = refusal("TDX module is not Intel's")
 	ErrTCB                = refusal("TCB info does not describe this platform")

@@ -219,7 +219,7 @@ func (v *Verifier) endorse(ctx context.Context, root *x509.Certificate, p *pck, 
 	if v.source == nil {
 		return nil, refused
 	}
-	docs, err := complete(ctx, v.source, p, docs, now)
+	docs, err := complete(ctx, v.source, root, p, docs, now)
 	if err != nil {
 		return nil, fmt.Errorf("%w, and Intel's service was asked in vain: %w", refused, err)
 	}

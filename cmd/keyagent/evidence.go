@@ -231,7 +231,7 @@ type fetched struct {
 func fetchAll(ctx context.Context, source endorsement.Source, files []string, product string) (*fetched, error) {
 	out := &fetched{}
 	for _, path := range files {
-		s, err := readSaved(path)
+		s, err := readEvidence(path)
 		if err != nil {
 			return nil, err
 		}
@@ -252,13 +252,10 @@ func fetchAll(ctx context.Context, source endorsement.Source, files []string, pr
 	return out, nil
 }
 
-func readSaved(path string) (*attestv1.Saved, error) {
-	s, err := saved.Read(path)
-	switch {
-	case errors.Is(err, saved.ErrMalformed):
+func parseSaved(path string, data []byte) (*attestv1.Saved, error) {
+	s, err := saved.Parse(data)
+	if err != nil {
 		return nil, failure.New(failure.Usage, fmt.Errorf("%s is not a file of evidence: %w", path, err), "keyagent evidence --file FILE makes one")
-	case err != nil:
-		return nil, failure.New(failure.Usage, err, "keyagent evidence --file FILE makes one")
 	}
 	return s, nil
 }

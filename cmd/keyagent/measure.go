@@ -123,8 +123,13 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 	if err != nil {
 		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
 	}
-	if p.SNP != nil && len(p.SNP.Products) == 0 && m.product != "" {
-		p.SNP.Products = []string{m.product} // a report of version 2 does not say
+	if p.SNP != nil && len(p.SNP.Products) == 0 {
+		// A report of version 2 does not say.
+		if !slices.Contains(policy.Products(), m.product) {
+			return nil, failure.Newf(failure.Usage, "--product Milan, or "+strings.Join(policy.Products()[1:], " or "),
+				"the report does not name its product line, and --product is %q", m.product)
+		}
+		p.SNP.Products = []string{m.product}
 	}
 	if p.TPM != nil {
 		p.TPM.PCRs = slices.DeleteFunc(p.TPM.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })

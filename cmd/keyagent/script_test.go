@@ -283,9 +283,14 @@ func (l *laboratory) writeHardware(dir string) error {
 	if err != nil {
 		return err
 	}
+	report.Version = 2
+	old, err := l.chip.Evidence(report)
+	if err != nil {
+		return err
+	}
 	bare := proto.CloneOf(whole)
 	bare.Certificate, bare.Crl = nil, nil
-	for name, e := range map[string]proto.Message{"snp.json": whole, "snp-other.json": other, "snp-bare.json": bare} {
+	for name, e := range map[string]proto.Message{"snp.json": whole, "snp-other.json": other, "snp-bare.json": bare, "snp-old.json": old} {
 		data, err := proto.Marshal(e)
 		if err != nil {
 			return err
@@ -300,7 +305,7 @@ func (l *laboratory) writeHardware(dir string) error {
 	}
 	for name, data := range map[string][]byte{
 		"genoa.bin": genoa,
-		"snp.bin":   whole.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
+		"snp.bin":   whole.Report, "snp-old.bin": old.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
 		"milan.bin": sevdata.AttestationBytes, "tdx.bin": bytes.TrimSuffix(tdxdata.RawQuote, []byte("\nextra bytes(only for testing purpose)\n")),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {

@@ -88,7 +88,7 @@ func readEvidence(path string) (*attestv1.Saved, error) {
 		return nil, err
 	}
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")) {
-		return readSaved(path)
+		return parseSaved(path, data)
 	}
 	s, err := setup.Import(data)
 	if err != nil {

@@ -395,12 +395,14 @@ func classify(err error) error {
 	case errors.As(err, &refusal):
 		class := failure.EvidenceRefused
 		if refusal.Class != string(failure.EvidenceRefused) && refusal.Class != "malformed exchange" {
-			class = failure.Unreachable // the verifier's own fault: try again
+			class = failure.Unreachable // the verifier's own fault, or a vendor's outage: try again
 		}
 		return &failure.Error{Class: class, CorrelationID: refusal.CorrelationID, Err: err,
 			Hint: "the key service's log has the details under this correlation id"}
 	case errors.Is(err, atls.ErrCertificateTime):
 		return failure.New(failure.ServerUntrusted, fmt.Errorf("%w; this machine's clock says %s", err, time.Now().UTC().Format(time.RFC3339)), "check the clock, then the server's certificate")
+	case errors.Is(err, attestation.ErrUnendorsed):
+		return failure.New(failure.Unreachable, err, "what its vendor says of the server's hardware cannot be had now; see endorsements in the configuration")
 	case errors.Is(err, atls.ErrServerUntrusted), errors.Is(err, attestation.ErrRefused), errors.Is(err, atls.ErrPeerUnattested):
 		return failure.New(failure.ServerUntrusted, err, "is this the right server? see servers in the configuration")
 	case errors.Is(err, attestation.ErrNoDevice), errors.Is(err, attestation.ErrLocal):

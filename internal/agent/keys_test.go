@@ -46,6 +46,8 @@ func TestOnlyWhatAnotherTryCanChangeIsTriedAgain(t *testing.T) {
 		{"a verifier's own fault", &atls.Refusal{Class: "verifier's fault"}, true, failure.Unreachable},
 		{"a certificate that is not valid yet, as a wrong clock sees it", fmt.Errorf("x: %w", atls.ErrCertificateTime), true, failure.ServerUntrusted},
 		{"evidence that was refused", &atls.Refusal{Class: "evidence refused", CorrelationID: "ID"}, false, failure.EvidenceRefused},
+		{"evidence that lacks what a vendor says", &atls.Refusal{Class: "endorsements missing"}, true, failure.Unreachable},
+		{"a server whose vendor has an outage", fmt.Errorf("x: %w", attestation.ErrUnendorsed), true, failure.Unreachable},
 		{"a denied volume", failure.New(failure.PolicyDenied, errors.New("no"), ""), false, failure.PolicyDenied},
 		{"a server with another key", atls.ErrServerUntrusted, false, failure.ServerUntrusted},
 		{"a server that cannot attest itself", atls.ErrPeerUnattested, false, failure.ServerUntrusted},
