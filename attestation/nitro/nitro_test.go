@@ -2,12 +2,15 @@ package nitro_test
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
+	"math/big"
 	"os"
 	"strings"
 	"testing"
@@ -82,6 +85,13 @@ func TestADocumentIsAccepted(t *testing.T) {
 	}
 }
 
+// rsaCertificate is what anybody can make.
+func rsaCertificate(t testing.TB) []byte {
+	key := must[*rsa.PrivateKey](t)(rsa.GenerateKey(rand.Reader, 2048))
+	c := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	return must[[]byte](t)(x509.CreateCertificate(rand.Reader, c, c, key.Public(), key))
+}
+
 func TestADocumentOfAnotherSourceIsRefused(t *testing.T) {
 	a, other, now := newAWS(t), newAWS(t), time.Now()
 	leaf := func(edit func(*x509.Certificate)) []byte {
@@ -120,6 +130,7 @@ func TestADocumentOfAnotherSourceIsRefused(t *testing.T) {
 		"garbage as certificate":          {with(map[string]any{"certificate": []byte("garbage")}), nitro.ErrMalformed},
 		"too large a certificate":         {with(map[string]any{"certificate": make([]byte, 2049)}), nitro.ErrMalformed},
 		"garbage in the bundle":           {with(map[string]any{"cabundle": [][]byte{[]byte("garbage")}}), nitro.ErrMalformed},
+		"an RSA key in the bundle":        {with(map[string]any{"cabundle": [][]byte{a.Root.Raw, a.Middle.Raw, rsaCertificate(t)}}), nitro.ErrCertificate},
 		"a bundle of nine":                {with(map[string]any{"cabundle": make([][]byte, 9)}), nitro.ErrMalformed},
 		"another nonce":                   {must[[]byte](t)(a.Document(now, make([]byte, 64))), nitro.ErrNonce},
 		"a nonce that is shorter":         {must[[]byte](t)(a.Document(now, testBinder[:32])), nitro.ErrNonce},

@@ -3,6 +3,7 @@ package nitro
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -119,6 +120,10 @@ func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) 
 		c, err := parseCertificate(der)
 		if err != nil {
 			return "", err
+		}
+		// All of AWS's keys are. One of RSA could be only work for a verifier.
+		if _, ok := c.PublicKey.(*ecdsa.PublicKey); !ok {
+			return "", fmt.Errorf("%w: %q in the bundle has no key on a curve", ErrCertificate, c.Subject.CommonName)
 		}
 		middles.AddCert(c)
 	}

@@ -362,6 +362,7 @@ func TestHardwareProfilesAreReadStrictly(t *testing.T) {
 		{"      min_svn: {tee_tcb: \"" + tee + "\", qe: 3, pce: 13, tcb_evaluation: 17}\n", "", "every version"},
 		{", tcb_evaluation: 17", "", "number from 0"},
 		{"      platforms: [" + piid + "]\n", "", "any_platform: true"},
+		{"  - name: google\n", "  - name: google\n    azure: {any_vm: true}\n", "must be optional"},
 		{"azure: {vms: [vm-1]}", "azure: {}", "any_vm: true"},
 		{"azure: {vms: [vm-1]}", "azure: {any_vm: true, token: required}", "trust.azure"},
 		{"azure: {vms: [vm-1]}", "azure: {any_vm: true, allow: [everything]}", "not known"},

@@ -60,7 +60,7 @@ var tdxWeaknesses = []weakness{
 
 func (*TDXProfile) kind() attestation.Kind { return attestation.TDX }
 
-func (t *TDXProfile) check(c *checker, _ *Profile, at path) {
+func (t *TDXProfile) check(c *checker, pr *Profile, at path) {
 	c.vouchers(t.Trust, namesOf("root:", c.file.Trust.TDX.Roots), at.to("trust"))
 	c.demand(len(t.TCBStatus) > 0, "empty: no status would be accepted", at.to("tcb_status")...)
 	c.oneOf(t.TCBStatus, tdxStatuses, at.to("tcb_status"))
@@ -69,6 +69,7 @@ func (t *TDXProfile) check(c *checker, _ *Profile, at path) {
 	t.MRSEAM.check(c, 48, at.to("mr_seam"))
 	c.demand(!t.MRSEAM.WarnOnly, "must not be warn_only: the module is what keeps the host out", at.to("mr_seam")...)
 	c.demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.to("event_log")...)
+	c.demand(pr.Azure == nil || t.EventLog != "required", "must be optional: on Azure the vTPM's log is the only one", at.to("event_log")...)
 	t.checkRTMRs(c, at.to("rtmrs"))
 	c.demand(len(t.XFAM) > 0, "empty: no value would be accepted", at.to("xfam")...)
 	c.hexes(t.XFAM, 8, at.to("xfam"))

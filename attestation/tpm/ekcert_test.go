@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -126,11 +127,21 @@ func TestAnEKCertificateThatDoesNotFitIsRefused(t *testing.T) {
 		"for any use":               {cert(root, ek, usage(x509.ExtKeyUsageAny)), ErrEKCertificate},
 		"expired": {cert(root, ek, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }),
 			ErrEKExpired},
-		"not yet valid":      {cert(root, ek, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), ErrEKExpired},
-		"not a certificate":  {func(o *attestv1.TPMOffer) { o.EkCertificate = []byte("certificate") }, ErrMalformed},
-		"a byte behind it":   {func(o *attestv1.TPMOffer) { o.EkCertificate = append(root.certify(ek, nil), 0) }, ErrMalformed},
-		"of a megabyte":      {func(o *attestv1.TPMOffer) { o.EkCertificate = make([]byte, 1<<20) }, ErrMalformed},
-		"an endless chain":   {func(o *attestv1.TPMOffer) { cert(root, ek, nil)(o); o.EkIntermediates = make([][]byte, 5) }, ErrMalformed},
+		"not yet valid":     {cert(root, ek, func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Minute) }), ErrEKExpired},
+		"not a certificate": {func(o *attestv1.TPMOffer) { o.EkCertificate = []byte("certificate") }, ErrMalformed},
+		"a byte behind it":  {func(o *attestv1.TPMOffer) { o.EkCertificate = append(root.certify(ek, nil), 0) }, ErrMalformed},
+		"of a megabyte":     {func(o *attestv1.TPMOffer) { o.EkCertificate = make([]byte, 1<<20) }, ErrMalformed},
+		"an endless chain":  {func(o *attestv1.TPMOffer) { cert(root, ek, nil)(o); o.EkIntermediates = make([][]byte, 5) }, ErrMalformed},
+		"an office with a key that is only work": {func(o *attestv1.TPMOffer) {
+			huge := &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), 4096, 1), E: 65537}
+			cert(root, ek, nil)(o)
+			o.EkIntermediates = [][]byte{root.certify(huge, nil)}
+		}, ErrMalformed},
+		"an office with an exponent that is only work": {func(o *attestv1.TPMOffer) {
+			huge := &rsa.PublicKey{N: new(big.Int).SetBit(big.NewInt(1), 2047, 1), E: 1<<31 - 1}
+			cert(root, ek, nil)(o)
+			o.EkIntermediates = [][]byte{root.certify(huge, nil)}
+		}, ErrMalformed},
 		"a broken office":    {func(o *attestv1.TPMOffer) { cert(root, ek, nil)(o); o.EkIntermediates = [][]byte{{1}} }, ErrMalformed},
 		"a signature broken": {func(o *attestv1.TPMOffer) { c := root.certify(ek, nil); o.EkCertificate = flip(c, len(c)-1) }, ErrEKUntrusted},
 		"an office that may sign TPMs, but is a TPM": {func(o *attestv1.TPMOffer) {

@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -123,6 +124,10 @@ func hasDirectoryName(c *x509.Certificate) bool {
 	return false
 }
 
+// maxRSAExponent and maxRSABits bound the work of one signature by a certificate
+// that a stranger sends: he can make a chain of which each takes a tenth of a second.
+const maxRSAExponent = 65537
+
 // chain verifies leaf against each root by itself, so that the result names the
 // root that vouched.
 //
@@ -139,6 +144,9 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		c, err := x509.ParseCertificate(der)
 		if err != nil {
 			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
+		}
+		if key, ok := c.PublicKey.(*rsa.PublicKey); ok && (key.N.BitLen() > maxRSABits || key.E > maxRSAExponent) {
+			return "", fmt.Errorf("%w: intermediate certificate with a key of %d bits and exponent %d", ErrMalformed, key.N.BitLen(), key.E)
 		}
 		carried.AddCert(c)
 	}

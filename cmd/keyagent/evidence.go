@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,7 +54,14 @@ func (e *endorsementFlags) add(cmd *cobra.Command) {
 }
 
 func (e *endorsementFlags) open(ask ...string) (*endorsement.Cache, error) {
-	source, err := e.cfg.Open(ask...)
+	cfg := e.cfg
+	if cfg.Cache != "" {
+		var err error
+		if cfg.Cache, err = filepath.Abs(cfg.Cache); err != nil {
+			return nil, failure.New(failure.Usage, err, "")
+		}
+	}
+	source, err := cfg.Open(ask...)
 	if err != nil {
 		return nil, failure.New(failure.Usage, err, "")
 	}

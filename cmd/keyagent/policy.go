@@ -68,7 +68,11 @@ func summarize(p *policy.Policy) policySummary {
 
 func (s policySummary) print(w io.Writer) {
 	fmt.Fprintf(w, "the policy is good (sha256 %s)\n", s.SHA256)
-	fmt.Fprintf(w, "profiles: %s; PCRs quoted: %v; a verdict holds for %s\n", strings.Join(s.Profiles, ", "), s.PCRs, s.Lifetime)
+	quoted := ""
+	if len(s.PCRs) > 0 {
+		quoted = fmt.Sprintf("PCRs quoted: %v; ", s.PCRs)
+	}
+	fmt.Fprintf(w, "profiles: %s; %sa verdict holds for %s\n", strings.Join(s.Profiles, ", "), quoted, s.Lifetime)
 	for _, g := range s.Grants {
 		ops := make([]string, len(g.Operations))
 		for i, o := range g.Operations {

@@ -133,7 +133,13 @@ func kindName(k attestation.Kind) string {
 }
 
 func verifySaved(ctx context.Context, opts setup.VerifierOptions, s *attestv1.Saved, now time.Time) (*verdict, error) {
-	refused := func(err error) error { return failure.New(failure.EvidenceRefused, err, "") }
+	refused := func(err error) error {
+		hint := ""
+		if errors.Is(err, attestation.ErrUnendorsed) {
+			hint = "--fetch asks the vendors, --cache names a folder that keyagent endorsements fetch filled"
+		}
+		return failure.New(failure.EvidenceRefused, err, hint)
+	}
 	if err := saved.Check(s); err != nil {
 		return nil, refused(err)
 	}
