@@ -104,6 +104,8 @@ type Peers struct {
 	Verifiers []attestation.Verifier
 	// Demand chooses from the kinds that a peer offers those that it must give
 	// evidence of. Nil demands all of Verifiers' kinds. An error refuses the peer.
+	// Evidence of a chosen kind that is refused counts as not offered: Appraiser
+	// sees the rest.
 	Demand func(offered []attestation.Kind) ([]attestation.Kind, error)
 	// Appraiser decides after all of them accepted.
 	Appraiser Appraiser
@@ -198,6 +200,7 @@ type Outcome struct {
 	CorrelationID string
 	Remote        string
 	Peer          *attestation.Verified // nil if the evidence did not verify
+	Dropped       []error               // of kinds that were refused, and not needed
 	Err           error                 // nil if accepted
 	Ended         bool                  // the connection ended before there was a verdict
 }

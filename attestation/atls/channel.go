@@ -48,6 +48,7 @@ type peerState struct {
 	expires  time.Time
 	id       string
 	refused  bool // a renewal was: what was accepted before no longer counts
+	dropped  []error
 }
 
 // ownKey is an HPKE key that this side's evidence covered.
@@ -255,7 +256,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	}
 	// First here and then to the peer: whoever asks for a correlation ID finds it.
 	if c.observe != nil {
-		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Err: err, Ended: err != nil && isTransport(err)})
+		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Dropped: state.dropped, Err: err, Ended: err != nil && isTransport(err)})
 	}
 	if err != nil && !isTransport(err) {
 		// Best effort: the refusal stands whether or not the peer hears of it.
@@ -289,21 +290,11 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	}
 	challenge := &attestv1.Challenge{Nonce: make([]byte, nonceSize)}
 	rand.Read(challenge.Nonce)
-	verifiers, err := c.peers.demanded(kindsOf(hello.GetOffers()))
+	asked, err := c.peers.ask(ctx, hello.GetOffers())
 	if err != nil {
 		return state, 0, err
 	}
-	questions := make([]attestation.Question, len(verifiers))
-	for n, v := range verifiers {
-		offer, ok := findItem(hello.GetOffers(), v.Kind())
-		if !ok {
-			return state, 0, fmt.Errorf("%w: %w: no %s evidence on offer", attestation.ErrRefused, ErrPeerUnattested, v.Kind())
-		}
-		if questions[n], err = v.Begin(ctx, offer); err != nil {
-			return state, 0, err
-		}
-		challenge.Asks = append(challenge.Asks, &attestv1.Item{Kind: string(v.Kind()), Data: questions[n].Ask()})
-	}
+	challenge.Asks = asked.items()
 	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Challenge{Challenge: challenge}}); err != nil {
 		return state, 0, err
 	}
@@ -315,21 +306,11 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	if err != nil {
 		return state, 0, err
 	}
-	if len(evidence.GetItems()) != len(questions) {
-		return state, 0, fmt.Errorf("%w: %d items of evidence for %d asks", ErrFrame, len(evidence.GetItems()), len(questions))
+	claims, err := asked.prove(ctx, evidence.GetItems(), binder)
+	if err != nil {
+		return state, 0, err
 	}
-	var claims []attestation.Claims
-	for n, q := range questions {
-		item := evidence.GetItems()[n]
-		if kind := verifiers[n].Kind(); item.GetKind() != string(kind) {
-			return state, 0, fmt.Errorf("%w: %q evidence where %s was asked for", ErrFrame, item.GetKind(), kind)
-		}
-		proved, err := q.Verify(ctx, item.GetData(), binder)
-		if err != nil {
-			return state, 0, err
-		}
-		claims = append(claims, proved...)
-	}
+	state.dropped = asked.refused
 	if state.verified, err = attestation.NewVerified(binder, c.now(), claims...); err != nil {
 		return state, 0, err
 	}
@@ -338,7 +319,7 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	}
 	lifetime, err := c.peers.Appraiser.Appraise(ctx, state.verified)
 	if err != nil {
-		return state, 0, err
+		return state, 0, asked.because(err)
 	}
 	if lifetime < time.Second {
 		return state, 0, fmt.Errorf("%w: a verdict's lifetime of %s", ErrConfiguration, lifetime)

@@ -339,6 +339,8 @@ func TestHardwareProfilesAreReadStrictly(t *testing.T) {
 		{"      products: [Milan]\n", "", "no product"},
 		{"[Milan]", "[Naples]", "not known"},
 		{"      signers: [vcek]\n", "", "neither vcek nor vlek"},
+		{"signers: [vcek]", "signers: [vlek]", "name the clouds"},
+		{"signers: [vcek]", "signers: [vcek]\n      csps: [aws]", "name the clouds"},
 		{"measurement: {accept: [" + launch + "]}", "measurement: {accept: []}", "no value"},
 		{"measurement: {accept: [" + launch + "]}", "measurement: {accept: [" + hexOf("00", 48) + "]}", "never measured"},
 		{"measurement: {accept: [" + launch + "]}", "measurement: {accept: [" + launch + "], warn_only: true}", "warn_only"},

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"encoding/hex"
 	"fmt"
 	"slices"
@@ -102,6 +103,9 @@ func snpReference(c attestation.Claims, source string) *SNPProfile {
 		MinTCB:      &SNPTCB{Bootloader: least("bootloader"), TEE: least("tee"), SNP: least("snp"), Microcode: least("microcode")},
 		AnyChip:     true, HostData: nonzero(c, "host_data"), IDKeys: nonzero(c, "id_key_digest"), AuthorKeys: nonzero(c, "author_key_digest"),
 		Allow: seen(c, snpWeaknesses),
+	}
+	if text(c, "signer") == "vlek" {
+		s.CSPs = []string{cmp.Or(text(c, "csp_id"), "CSP")}
 	}
 	if text(c, "product") == "Turin" {
 		s.MinTCB.FMC = least("fmc")

@@ -3,6 +3,7 @@ package policy
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
 )
@@ -95,6 +96,33 @@ func (pr *Profile) WarnOnly() []string {
 		for _, r := range pr.TDX.RTMRs {
 			add(r.WarnOnly, "tdx.rtmr%d", *r.RTMR)
 		}
+	}
+	return out
+}
+
+// Allowed says in sentences which weaknesses the profile accepts by name, and
+// whose machines it does not tell apart.
+func (pr *Profile) Allowed() []string {
+	var out []string
+	add := func(section, anything string, open bool, allow []string) {
+		if open {
+			out = append(out, fmt.Sprintf("profile %q accepts %s (%s)", pr.Name, anything, section))
+		}
+		if len(allow) > 0 {
+			out = append(out, fmt.Sprintf("profile %q accepts by name: %s (%s)", pr.Name, strings.Join(allow, ", "), section))
+		}
+	}
+	if pr.SNP != nil {
+		add("snp", "every chip", pr.SNP.AnyChip, pr.SNP.Allow)
+	}
+	if pr.TDX != nil {
+		add("tdx", "every platform", pr.TDX.AnyPlatform, pr.TDX.Allow)
+	}
+	if pr.Azure != nil {
+		add("azure", "every VM", pr.Azure.AnyVM, pr.Azure.Allow)
+	}
+	if pr.Nitro != nil {
+		add("nitro", "every instance", pr.Nitro.AnyInstance, nil)
 	}
 	return out
 }

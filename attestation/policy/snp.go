@@ -17,6 +17,7 @@ type SNPProfile struct {
 	Measurement Values   `yaml:"measurement"`
 	MinTCB      *SNPTCB  `yaml:"min_tcb"`
 	VMPL        []uint64 `yaml:"vmpl,omitempty"` // empty: 0 alone
+	CSPs        []string `yaml:"csps,omitempty"` // whose VLEKs, as their certificates name the cloud
 	Chips       []string `yaml:"chips,omitempty"`
 	AnyChip     bool     `yaml:"any_chip,omitempty"`
 	HostData    []string `yaml:"host_data,omitempty"`
@@ -56,6 +57,7 @@ func (s *SNPProfile) check(c *checker, _ *Profile, at path) {
 	c.oneOf(s.Products, products, at.to("products"))
 	c.demand(len(s.Signers) > 0, "empty: neither vcek nor vlek would be accepted", at.to("signers")...)
 	c.oneOf(s.Signers, []string{"vcek", "vlek"}, at.to("signers"))
+	c.demand(slices.Contains(s.Signers, "vlek") == (len(s.CSPs) > 0), "must name the clouds whose VLEKs are accepted, and only with vlek among the signers", at.to("csps")...)
 	s.Measurement.check(c, 48, at.to("measurement"))
 	c.demand(!s.Measurement.WarnOnly, "must not be warn_only: nothing else says what runs", at.to("measurement")...)
 	if s.MinTCB == nil {
@@ -86,6 +88,9 @@ func (s *SNPProfile) compare(d *differences, claims attestation.Claims) {
 	d.trust("snp.trust", s.Trust)
 	d.text("snp.product", "product", s.Products)
 	d.text("snp.signer", "signer", s.Signers)
+	if signer, _ := claims.Facts["signer"].(string); signer == "vlek" && slices.Contains(s.Signers, signer) {
+		d.text("snp.csp", "csp_id", s.CSPs)
+	}
 	d.values("snp.measurement", "measurement", s.Measurement, nil)
 	// The reported version is what the certificate stands for; a committed one
 	// that is lower could be gone back to, and a launch under a lower one

@@ -2,7 +2,6 @@ package setup
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -155,13 +154,11 @@ func Issuers(ctx context.Context, o IssuerOptions) ([]attestation.Issuer, []Find
 		return pinned(all, o.Kinds)
 	}
 	findings := make([]Finding, len(all))
-	var missing []error
 	for n, b := range all {
 		how, err := b.detect(ctx)
 		findings[n] = Finding{Kind: b.kind, Found: err == nil, Why: how}
 		if err != nil {
 			findings[n].Why = err.Error()
-			missing = append(missing, err)
 		}
 	}
 	choose(findings)
@@ -177,7 +174,7 @@ func Issuers(ctx context.Context, o IssuerOptions) ([]attestation.Issuer, []Find
 		issuers = append(issuers, i)
 	}
 	if len(issuers) == 0 {
-		return nil, findings, fmt.Errorf("%w: %w", attestation.ErrNoDevice, errors.Join(missing...))
+		return nil, findings, fmt.Errorf("%w: looked for %s", attestation.ErrNoDevice, strings.Join(kindNames(all), ", "))
 	}
 	return issuers, findings, nil
 }

@@ -38,6 +38,9 @@ func genuine(t *testing.T) map[string][]attestation.Claims {
 		if c.Facts["product"] == "" {
 			c.Facts["product"] = "Milan" // a report of version 2 does not say, its certificate does
 		}
+		if c.Facts["signer"] == "vlek" {
+			c.Facts["csp_id"] = "CN=cc-us-east-2.amazonaws.com"
+		}
 		all[filepath.Base(path)] = []attestation.Claims{c}
 	}
 	extra := []byte("\nextra bytes(only for testing purpose)\n")
@@ -74,7 +77,7 @@ grants:
 
 // undecided are facts that no rule of a policy looks at; expressions may.
 var undecided = []string{
-	"report_version", "guest_svn", "family_id", "image_id", "report_id", "report_id_ma", "csp_id", "chip_id", "abi_major", "abi_minor",
+	"report_version", "guest_svn", "family_id", "image_id", "report_id", "report_id_ma", "chip_id", "abi_major", "abi_minor",
 	"aes256_xts_required", "rapl_must_be_off", "ciphertext_hiding_required", "page_swap_disabled", "author_key_enabled", "mask_chip_key",
 	"platform_smt", "platform_tsme", "platform_ecc", "version_current", "version_committed",
 	"quote_version", "tee_tcb_svn_2", "pks", "fmspc", "ppid", "piid", "pce_id", "cpu_svn", "qe_tcb_status", "module_tcb_status", "tcb_date",
@@ -108,7 +111,7 @@ func TestARealMachineFitsItsOwnReferenceValuesAndNoOthers(t *testing.T) {
 			decided := 0
 			for fact, value := range claims[0].Facts {
 				other, changes := worse(value)
-				if !changes || slices.Contains(undecided, fact) || better(fact, value) {
+				if !changes || slices.Contains(undecided, fact) || better(fact, value) || (fact == "csp_id" && value == "") {
 					continue
 				}
 				decided++

@@ -50,6 +50,7 @@ type policySummary struct {
 	PCRs     []uint32       `json:"pcrs"`
 	Profiles []string       `json:"profiles"`
 	WarnOnly []string       `json:"warn_only,omitempty"`
+	Allowed  []string       `json:"allowed,omitempty"` // what profiles leave open or accept by name
 	AnyTPM   []string       `json:"any_tpm,omitempty"` // profiles that a whole root vouches for
 	Grants   []policy.Grant `json:"grants"`
 }
@@ -59,6 +60,7 @@ func summarize(p *policy.Policy) policySummary {
 	for _, pr := range p.Profiles() {
 		s.Profiles = append(s.Profiles, pr.Name)
 		s.WarnOnly = append(s.WarnOnly, pr.WarnOnly()...)
+		s.Allowed = append(s.Allowed, pr.Allowed()...)
 		if pr.TPM != nil && slices.ContainsFunc(pr.TPM.Trust, func(t string) bool { return strings.HasPrefix(t, "root:") }) {
 			s.AnyTPM = append(s.AnyTPM, pr.Name)
 		}
@@ -86,6 +88,9 @@ func (s policySummary) print(w io.Writer) {
 	}
 	for _, p := range s.AnyTPM {
 		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; whoever has one to himself can imitate a machine (docs/LIMITATIONS.md)\n", p)
+	}
+	for _, a := range s.Allowed {
+		fmt.Fprintf(w, "NOTE: %s\n", a)
 	}
 	for _, f := range s.WarnOnly {
 		fmt.Fprintf(w, "WARNING: %s is warn_only: a machine that differs there still gets keys\n", f)

@@ -403,6 +403,9 @@ func (s *Server) observe(o atls.Outcome) {
 	if o.Peer != nil {
 		entry.Identity, entry.Evidence = o.Peer.Identity(), evidenceDigest(o.Peer)
 	}
+	for _, dropped := range o.Dropped {
+		s.log.Warn("evidence of one kind was refused, and left out", "correlation_id", o.CorrelationID, "remote", o.Remote, "error", dropped)
+	}
 	if o.Err == nil {
 		s.log.Info("attested", "correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity)
 		return // the request that follows is the decision
