@@ -158,7 +158,7 @@ func Issuers(ctx context.Context, o IssuerOptions) ([]attestation.Issuer, []Find
 		how, err := b.detect(ctx)
 		findings[n] = Finding{Kind: b.kind, Found: err == nil, Why: how}
 		if err != nil {
-			findings[n].Why = err.Error()
+			findings[n].Why = strings.TrimPrefix(err.Error(), attestation.ErrNoDevice.Error()+": ")
 		}
 	}
 	choose(findings)

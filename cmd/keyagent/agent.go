@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -58,7 +60,7 @@ reached is tried again within the configured budget; a refusal is final.`,
 				return nil
 			}
 			notify := systemd.NewNotifier()
-			m, closer, err := newManager(cmd.Context(), cfg, log, notify.Waiting)
+			m, closer, err := newManager(cfg, log, notify.Waiting)
 			if err != nil {
 				return err
 			}
@@ -89,12 +91,12 @@ func tpmOptions(cfg *agent.Config) tpm.IssuerOptions {
 }
 
 // newManager wires the node's parts. The closer ends its connections.
-func newManager(ctx context.Context, cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Manager, io.Closer, error) {
+func newManager(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Manager, io.Closer, error) {
 	source, err := cfg.Endorsements.Open("amd", "intel")
 	if err != nil {
 		return nil, nil, failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
 	}
-	issuers, err := nodeIssuers(ctx, cfg, source, log)
+	issuers, err := nodeIssuers(cfg, source, log)
 	if err != nil {
 		return nil, nil, errors.Join(err, source.Close())
 	}
@@ -122,34 +124,53 @@ func (c closers) Close() error {
 	return err
 }
 
-// nodeIssuers chooses this machine's evidence and says which and why.
-func nodeIssuers(ctx context.Context, cfg *agent.Config, source endorsement.Source, log *slog.Logger) ([]attestation.Issuer, error) {
+// nodeIssuers chooses this machine's evidence for each connection, and says which
+// and why whenever that is news.
+func nodeIssuers(cfg *agent.Config, source endorsement.Source, log *slog.Logger) (func(context.Context) ([]attestation.Issuer, error), error) {
 	kinds, err := setup.ParseKinds(cfg.Evidence)
 	if err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}
-	issuers, findings, err := setup.Issuers(ctx, setup.IssuerOptions{
+	if _, err := tpm.NewIssuer(tpmOptions(cfg)); err != nil {
+		return nil, failure.New(failure.Configuration, err, "")
+	}
+	opts := setup.IssuerOptions{
 		Kinds:        kinds,
 		TPM:          tpmOptions(cfg),
 		Metadata:     cfg.Azure.Metadata,
 		Attestation:  cfg.Azure.Attestation,
 		Endorsements: source,
 		Log:          func(msg string, err error) { log.Warn(msg, "error", err) },
-	})
-	for _, f := range findings {
-		log.Info("evidence", "kind", f.Kind, "found", f.Found, "used", f.Used, "why", f.Why)
 	}
-	if errors.Is(err, attestation.ErrNoDevice) {
-		// Drivers may be late, and not every verb needs evidence: the TPM is looked
-		// for again whenever evidence is asked for, and its error says what to do.
-		log.Warn("no attestation hardware yet, a TPM is tried at each attempt", "error", err)
-		i, err := tpm.NewIssuer(tpmOptions(cfg))
-		return []attestation.Issuer{i}, err
+	news := newsOf(log)
+	return func(ctx context.Context) ([]attestation.Issuer, error) {
+		issuers, findings, err := setup.Issuers(ctx, opts)
+		news(findings)
+		switch {
+		case errors.Is(err, attestation.ErrNoDevice):
+			return nil, failure.New(failure.NoDevice, err, "keyagent evidence shows what this machine has and what it lacks")
+		case err != nil:
+			return nil, failure.New(failure.Configuration, err, "")
+		}
+		return issuers, nil
+	}, nil
+}
+
+// newsOf logs findings that are not those of the time before.
+func newsOf(log *slog.Logger) func([]setup.Finding) {
+	var mu sync.Mutex
+	var before []setup.Finding
+	return func(now []setup.Finding) {
+		mu.Lock()
+		defer mu.Unlock()
+		if slices.Equal(before, now) {
+			return
+		}
+		before = now
+		for _, f := range now {
+			log.Info("evidence", "kind", f.Kind, "found", f.Found, "used", f.Used, "why", f.Why)
+		}
 	}
-	if err != nil {
-		return nil, failure.New(failure.Configuration, err, "")
-	}
-	return issuers, nil
 }
 
 // serverDemands is what the key service must prove, if anything.

@@ -64,7 +64,7 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	m, closer, err := newManager(cmd.Context(), cfg, log, nil)
+	m, closer, err := newManager(cfg, log, nil)
 	if err != nil {
 		return nil, nil, err
 	}

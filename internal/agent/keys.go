@@ -64,6 +64,7 @@ type Client struct {
 type endpoint struct {
 	address string
 	cfg     *atls.ClientConfig
+	issuers func(context.Context) ([]attestation.Issuer, error)
 	log     *slog.Logger
 
 	mu      sync.Mutex
@@ -80,8 +81,10 @@ type session struct {
 
 // ClientOptions configure [NewClient].
 type ClientOptions struct {
-	Config   *Config
-	Issuers  []attestation.Issuer
+	Config *Config
+	// Issuers returns this machine's evidence, for each connection anew: a driver
+	// may come late, and a connection shows what is there then. Required.
+	Issuers  func(context.Context) ([]attestation.Issuer, error)
 	Server   *atls.Peers // nil unless the service must attest itself
 	Log      *slog.Logger
 	Progress Progress
@@ -99,9 +102,9 @@ func NewClient(opts ClientOptions) (*Client, error) {
 	c := &Client{retry: opts.Config.Retry, log: opts.Log, progress: opts.Progress, wait: wait}
 	for i := range opts.Config.Servers {
 		s := &opts.Config.Servers[i]
-		c.endpoints = append(c.endpoints, &endpoint{address: s.Address, log: opts.Log, cfg: &atls.ClientConfig{
+		c.endpoints = append(c.endpoints, &endpoint{address: s.Address, log: opts.Log, issuers: opts.Issuers, cfg: &atls.ClientConfig{
 			ServerName: s.Name, RootCAs: s.roots, PinnedSPKI: s.pins,
-			Identity: id, Issuers: opts.Issuers, Server: opts.Server, Timeout: opts.Timeout,
+			Identity: id, Server: opts.Server, Timeout: opts.Timeout,
 		}})
 	}
 	return c, nil
@@ -143,7 +146,11 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 		return nil, failure.New(failure.Unreachable, err, "is the key service running, and does this network reach it?")
 	}
 	started := time.Now()
-	conn, err := atls.Client(ctx, raw, e.cfg)
+	cfg := *e.cfg
+	if cfg.Issuers, err = e.issuers(ctx); err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	conn, err := atls.Client(ctx, raw, &cfg)
 	if err != nil {
 		return nil, err
 	}

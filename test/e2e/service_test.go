@@ -188,7 +188,7 @@ func newClient(t *testing.T, dir string) *agent.Client {
 	must(t, err)
 	issuer, err := tpm.NewIssuer(tpm.IssuerOptions{Device: cfg.TPM.Device, EventLog: cfg.TPM.EventLog})
 	must(t, err)
-	client, err := agent.NewClient(agent.ClientOptions{Config: cfg, Issuers: []attestation.Issuer{issuer}, Log: slog.New(slog.DiscardHandler)})
+	client, err := agent.NewClient(agent.ClientOptions{Config: cfg, Issuers: func(context.Context) ([]attestation.Issuer, error) { return []attestation.Issuer{issuer}, nil }, Log: slog.New(slog.DiscardHandler)})
 	must(t, err)
 	return client
 }
