@@ -43,6 +43,8 @@ func TestScripts(t *testing.T) {
 			"zeros":    zeros,
 			"digestof": digestOf,
 			"sumof":    sumOf,
+			"kmscall":  kmsCall,
+			"mkmaster": mkMaster,
 		},
 	})
 }
