@@ -3,8 +3,12 @@ package kubekms
 import (
 	"bytes"
 	"errors"
+	"log/slog"
 	"strings"
 	"testing"
+
+	"google.golang.org/protobuf/proto"
+	"k8s.io/kms/apis/v2"
 )
 
 func TestAnEnvelopeOpensOnlyAsItWasSealed(t *testing.T) {
@@ -162,6 +166,33 @@ func FuzzLegacy(f *testing.F) {
 		}
 		if err == nil && (len(plain) >= len(blob)-len(legacyPrefix)-16 || !isLegacy(blob)) {
 			t.Errorf("%d bytes give %d", len(blob), len(plain))
+		}
+	})
+}
+
+// FuzzAnnotations decodes requests as they come in.
+func FuzzAnnotations(f *testing.F) {
+	r := ringOf(f, AESGCM, kekA)
+	good, id, err := r.encrypt(purposeV2, []byte(kekB))
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := &serviceV2{requests: &requests{ring: r, log: slog.New(slog.DiscardHandler)}}
+	for _, annotations := range []map[string][]byte{nil, {"": nil}, {"a.example": []byte("x")}} {
+		wire, err := proto.Marshal(&v2.DecryptRequest{Ciphertext: good, KeyId: id, Uid: "u", Annotations: annotations})
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(wire)
+	}
+	f.Fuzz(func(t *testing.T, wire []byte) {
+		var req v2.DecryptRequest
+		if proto.Unmarshal(wire, &req) != nil {
+			return
+		}
+		resp, err := s.Decrypt(t.Context(), &req)
+		if err == nil && (len(req.GetAnnotations()) != 0 || req.GetKeyId() != id || string(resp.GetPlaintext()) != kekB) {
+			t.Errorf("%v is answered", &req)
 		}
 	})
 }

@@ -360,4 +360,3 @@ func TestMetricsAreForThisMachine(t *testing.T) {
 		}
 	}
 }
-
