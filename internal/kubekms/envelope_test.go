@@ -144,7 +144,8 @@ func FuzzEnvelope(f *testing.F) {
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, blob []byte) {
 		plain, err := k.open(purposeV2, blob)
-		if err == nil && !bytes.Equal(blob, good) {
+		// Each process of the fuzzer seals anew.
+		if err == nil && string(plain) != "0123456789abcdef0123456789abcdef" {
 			t.Errorf("a forged envelope opens: %x", plain)
 		}
 		if err != nil && !errors.Is(err, ErrDecrypt) {
