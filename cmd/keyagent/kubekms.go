@@ -83,7 +83,7 @@ that systemd hands over. Ciphertexts of the daemon of 2018 are read always.`,
 	fl.UintSliceVar(&f.uids, "allow-uid", nil, "user that may call; may be repeated (default: root and this process's)")
 	fl.StringVar(&f.metrics, "metrics", "", "loopback address of /metrics, /healthz and /readyz (default: none)")
 	f.logs.add(cmd)
-	cmd.AddCommand(newKubeKMSRotate(), newKubeKMSForget())
+	cmd.AddCommand(newKubeKMSRotate(), newKubeKMSForget(), newKubeKMSDoctor(), newKubeKMSPlan())
 	return cmd
 }
 

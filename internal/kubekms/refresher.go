@@ -50,7 +50,8 @@ type Options struct {
 	Metrics      *Metrics      // default none
 }
 
-func (o *Options) complete() error {
+// Check sets the defaults, and refuses what makes no sense.
+func (o *Options) Check() error {
 	if o.Mode == "" {
 		o.Mode = AESGCM
 	}
@@ -112,7 +113,7 @@ type result struct {
 
 // NewRefresher fetches for the first time, which must succeed.
 func NewRefresher(ctx context.Context, source Source, opts Options) (*Refresher, error) {
-	if err := opts.complete(); err != nil {
+	if err := opts.Check(); err != nil {
 		return nil, err
 	}
 	r := &Refresher{opts: opts, source: source, ring: newRing(opts.Mode, opts.Observations, opts.KeepOld),
