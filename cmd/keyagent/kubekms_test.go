@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"go.yaml.in/yaml/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"k8s.io/kms/apis/v1beta1"
@@ -103,5 +104,29 @@ func TestV1beta1GetsASemanticVersion(t *testing.T) {
 		if got := semantic(in); got != want {
 			t.Errorf("%s: %s", in, got)
 		}
+	}
+}
+
+// TestTheStaticPodStartsWhatThereIs holds deploy/kubernetes and the flags together.
+func TestTheStaticPodStartsWhatThereIs(t *testing.T) {
+	data, err := os.ReadFile("../../deploy/kubernetes/keyagent-kubekms.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pod struct {
+		Spec struct {
+			Containers []struct{ Command []string }
+		}
+	}
+	if err := yaml.Unmarshal(data, &pod); err != nil || len(pod.Spec.Containers) != 1 {
+		t.Fatalf("%+v, %v", pod, err)
+	}
+	command := pod.Spec.Containers[0].Command
+	found, args, err := newRoot().Find(command[1:])
+	if err != nil || found.Name() != "kubekms" {
+		t.Fatalf("%v, %v", found, err)
+	}
+	if err := found.ParseFlags(args); err != nil {
+		t.Error(err)
 	}
 }
