@@ -53,6 +53,9 @@ func Diagnose(f *File) []Finding {
 	return out
 }
 
+// unreachable are resources of the API server's own.
+var unreachable = []string{"apiserveripinfo", "serviceipallocations", "servicenodeportallocations"}
+
 // resources checks the names of one list. seen are those of the lists before.
 func (f *findings) resources(at string, r Resources, seen map[string]string) {
 	at += ".resources"
@@ -78,6 +81,8 @@ func (f *findings) resources(at string, r Resources, seen map[string]string) {
 			f.add(Refused, here, "%.128q and another name of this list overlap", name)
 		case group == "*" && resource != "*":
 			f.add(Refused, here, "%.128q: one resource of every group cannot be named", name)
+		case slices.Contains(unreachable, name):
+			f.add(Refused, here, "%.128q has no API, and cannot be encrypted", name)
 		case group == "extensions" || group == "events.k8s.io":
 			f.add(Refused, here, "%.128q: there are no objects under this group in etcd", name)
 		}
