@@ -1,5 +1,7 @@
 package main
 
+//lint:file-ignore SA1019 v1beta1 is deprecated as a whole, and clusters of 2018 speak it.
+
 import (
 	"context"
 	"net"

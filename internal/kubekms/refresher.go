@@ -146,7 +146,7 @@ func (r *Refresher) Run(ctx context.Context) error {
 	late := time.NewTimer(0)
 	late.Stop()
 	defer late.Stop()
-	fetching, cancel := context.WithCancel(ctx)
+	cancel := func() {} // of the fetch under way
 	defer func() { cancel() }()
 	for {
 		r.setExpiry(expiry)
@@ -161,6 +161,7 @@ func (r *Refresher) Run(ctx context.Context) error {
 			}
 			cancel()
 			late.Reset(r.limit() + Interval(r.opts.Timeout)/20)
+			var fetching context.Context
 			fetching, cancel = context.WithTimeout(ctx, r.limit())
 			r.inFlight, r.abandoned = true, false
 			go r.fetch(fetching)

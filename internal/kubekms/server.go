@@ -14,7 +14,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
-	"k8s.io/kms/apis/v1beta1"
 	"k8s.io/kms/apis/v2"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -45,6 +44,7 @@ type Server struct {
 	opts   ServerOptions
 	grpc   *grpc.Server
 	health *health.Server
+	names  []string // of the services, for health
 }
 
 // NewServer returns a server that does not listen yet.
@@ -58,7 +58,7 @@ func NewServer(opts ServerOptions) *Server {
 	)
 	q := &requests{opts.Ring, opts.Log, opts.Metrics}
 	v2.RegisterKeyManagementServiceServer(s.grpc, &serviceV2{requests: q})
-	v1beta1.RegisterKeyManagementServiceServer(s.grpc, &serviceV1{requests: q, version: opts.Version})
+	s.names = []string{"", v2.KeyManagementService_ServiceDesc.ServiceName, registerV1(s.grpc, q, opts.Version)}
 	healthv1.RegisterHealthServer(s.grpc, s.health)
 	s.showHealth()
 	return s
@@ -79,7 +79,7 @@ func (s *Server) showHealth() {
 	if s.opts.Ring.Health().OK() {
 		st = healthv1.HealthCheckResponse_SERVING
 	}
-	for _, name := range []string{"", v2.KeyManagementService_ServiceDesc.ServiceName, v1beta1.KeyManagementService_ServiceDesc.ServiceName} {
+	for _, name := range s.names {
 		s.health.SetServingStatus(name, st)
 	}
 }
