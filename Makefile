@@ -43,7 +43,7 @@ test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
 	@./test/cloud/run $(TOOL) gotestsum --format pkgname --
 
 bench: deps ## figures and ratios, see docs/BENCHMARKS.md
-	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret ./internal/kubekms
 	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/uml
 
 FUZZTIME ?= 30s

@@ -284,6 +284,20 @@ func TestOldKEKsAreWipedByTheirLease(t *testing.T) {
 	})
 }
 
+func TestARingHasABound(t *testing.T) {
+	r := newRing(AESGCM, 4, time.Hour)
+	give(t, r, kekA)
+	for i := range 3 * maxKeys {
+		give(t, r, kekA, fmt.Sprintf("%032d", i))
+	}
+	if h := r.Health(); h.Keys != maxKeys || h.KeyID != idOf(t, kekA) {
+		t.Errorf("%+v", h)
+	}
+	if err := r.purge(errStuck); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 	for name, o := range map[string]Options{
 		"a short timeout":      {Timeout: time.Minute - 1},

@@ -90,6 +90,7 @@ func (r *Ring) accept(k *Keys, now time.Time) (promoted bool, err error) {
 			delete(r.entries, id)
 		}
 	}
+	wipe = append(wipe, r.surplus()...)
 	if !unsettled {
 		r.publish(Serving, nil)
 	} else {
@@ -98,6 +99,25 @@ func (r *Ring) accept(k *Keys, now time.Time) (promoted bool, err error) {
 		err = failure.New(failure.State, ErrUnsettled, "every run of the source must give the same KEK")
 	}
 	return promoted, errors.Join(err, closeAll(wipe))
+}
+
+// maxKeys bounds a ring: a source that changes its mind often must not fill memory,
+// nor make the format of 2018, which tries every KEK, slow.
+const maxKeys = 64
+
+// surplus takes the KEKs out that were seen longest ago.
+func (r *Ring) surplus() (out []*key) {
+	for len(r.entries) > maxKeys {
+		var oldest string
+		for id, e := range r.entries {
+			if id != r.current && (oldest == "" || e.seen.Before(r.entries[oldest].seen)) {
+				oldest = id
+			}
+		}
+		out = append(out, r.entries[oldest].key)
+		delete(r.entries, oldest)
+	}
+	return out
 }
 
 // pendingKey returns the key_id that waits for its promotion.

@@ -78,17 +78,24 @@ type requests struct {
 func (q *requests) done(api, operation, uid string, began time.Time, err *error) {
 	took := time.Since(began)
 	q.metrics.request(api, operation, *err, took)
-	log := q.log.With("api", api, "operation", operation, "uid", bounded(uid), "took", took)
-	if *err == nil {
-		// kube-apiserver asks for Status each minute, and for the rest seldom in v2.
-		level := slog.LevelInfo
-		if uid == "" {
-			level = slog.LevelDebug
+	ctx, level, message := context.Background(), slog.LevelInfo, "answered"
+	switch {
+	case *err != nil:
+		level, message = slog.LevelWarn, "refused"
+	case uid == "":
+		// kube-apiserver asks for Status each minute, and for all of v1beta1 often.
+		level = slog.LevelDebug
+	}
+	if q.log.Enabled(ctx, level) {
+		attrs := []slog.Attr{slog.String("api", api), slog.String("operation", operation), slog.String("uid", bounded(uid)), slog.Duration("took", took)}
+		if *err != nil {
+			attrs = append(attrs, slog.String("class", class(*err)), slog.Any("error", *err))
 		}
-		log.Log(context.Background(), level, "answered")
+		q.log.LogAttrs(ctx, level, message, attrs...)
+	}
+	if *err == nil {
 		return
 	}
-	log.Warn("refused", "class", failure.Of(*err).Class, "error", *err)
 	*err = toStatus(*err)
 }
 
