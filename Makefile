@@ -34,15 +34,17 @@ lint:
 	$(GO) vet -tags cloud ./kms/... ./storage/...
 	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(TOOL) staticcheck ./...
+	cd test/kubernetes && $(GO) vet ./...
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 ./...
+	cd test/kubernetes && $(GO) test ./...
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
 	@./test/cloud/run $(TOOL) gotestsum --format pkgname --
 
 bench: deps ## figures and ratios, see docs/BENCHMARKS.md
-	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret
+	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret ./internal/kubekms
 	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/uml
 
 FUZZTIME ?= 30s

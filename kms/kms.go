@@ -35,6 +35,8 @@ type Purpose string
 const (
 	VolumeDEK Purpose = "volume-dek" // passphrase of a LUKS2 keyslot
 	RecordMAC Purpose = "record-mac" // authenticates the key service's records
+	// KubernetesKEK is what keyagent kubekms encrypts with.
+	KubernetesKEK Purpose = "kubernetes-kek"
 )
 
 var (
@@ -152,7 +154,7 @@ func (b Binding) Validate() error {
 	switch {
 	case !idPattern.MatchString(b.VolumeID) || strings.Contains(b.VolumeID, ".."):
 		return fmt.Errorf("%w: volume ID", ErrBinding)
-	case b.Purpose != VolumeDEK && b.Purpose != RecordMAC:
+	case b.Purpose != VolumeDEK && b.Purpose != RecordMAC && b.Purpose != KubernetesKEK:
 		return fmt.Errorf("%w: purpose", ErrBinding)
 	case b.Version == 0:
 		return fmt.Errorf("%w: version 0", ErrBinding)

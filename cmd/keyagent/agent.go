@@ -92,6 +92,15 @@ func tpmOptions(cfg *agent.Config) tpm.IssuerOptions {
 
 // newManager wires the node's parts. The closer ends its connections.
 func newManager(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Manager, io.Closer, error) {
+	client, closer, err := newKeyClient(cfg, log, progress)
+	if err != nil {
+		return nil, nil, err
+	}
+	return agent.NewManager(cfg, client, log, progress), closer, nil
+}
+
+// newKeyClient is what of the node's parts gets keys.
+func newKeyClient(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*agent.Client, io.Closer, error) {
 	source, err := cfg.Endorsements.Open("amd", "intel")
 	if err != nil {
 		return nil, nil, failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
@@ -110,7 +119,7 @@ func newManager(cfg *agent.Config, log *slog.Logger, progress agent.Progress) (*
 	if err != nil {
 		return nil, nil, failure.New(failure.Configuration, errors.Join(err, source.Close()), "")
 	}
-	return agent.NewManager(cfg, client, log, progress), closers{client, source}, nil
+	return client, closers{client, source}, nil
 }
 
 // closers are closed in order.

@@ -53,6 +53,8 @@ func TestScripts(t *testing.T) {
 			"zeros":    zeros,
 			"digestof": digestOf,
 			"sumof":    sumOf,
+			"kmscall":  kmsCall,
+			"mkmaster": mkMaster,
 		},
 	})
 }

@@ -29,6 +29,7 @@ type Key struct {
 	KeyVersion    uint32
 	HeaderMAC     luks.MAC // zero while pending
 	CorrelationID string
+	Expires       time.Time // of the verdict under which it was released
 }
 
 // Close wipes the DEK.
@@ -262,6 +263,7 @@ func openKey(ch *atls.Channel, volume string, op keyservicev1.Operation, resp *k
 		Pending:    resp.GetState() == keyservicev1.VolumeState_VOLUME_STATE_PENDING,
 		Identity:   luks.Identity{Volume: volume, UUID: resp.GetLuksUuid(), Generation: resp.GetGeneration()},
 		KeyVersion: resp.GetKeyVersion(), CorrelationID: resp.GetCorrelationId(),
+		Expires: ch.Verdict().Expires,
 	}
 	switch {
 	case k.Pending && op == keyservicev1.Operation_OPERATION_FORMAT && len(resp.GetHeaderMac()) == 0:

@@ -2,22 +2,19 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
-	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 
 	nodev1 "github.com/keyagent/keyagent/api/keyagent/node/v1"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/unixsocket"
 )
 
 // node serves the local API.
@@ -30,7 +27,7 @@ type node struct {
 
 func newNodeServer(m *Manager, callers []Caller, log *slog.Logger) *grpc.Server {
 	s := grpc.NewServer(
-		grpc.Creds(peerCredentials{}),
+		grpc.Creds(unixsocket.Credentials(nil)),
 		grpc.MaxRecvMsgSize(64<<10),
 		grpc.MaxConcurrentStreams(16),
 		grpc.ConnectionTimeout(10*time.Second),
@@ -41,7 +38,7 @@ func newNodeServer(m *Manager, callers []Caller, log *slog.Logger) *grpc.Server 
 
 // allow decides by the kernel's word on the caller.
 func (n *node) allow(ctx context.Context, operation, volume string) error {
-	p, ok := peerOf(ctx)
+	p, ok := unixsocket.PeerOf(ctx)
 	if !ok {
 		return n.answer(ctx, failure.Newf(failure.PolicyDenied, "", "the caller is unknown"))
 	}
@@ -113,39 +110,11 @@ func Message(v Volume) *nodev1.Volume {
 	}
 }
 
-// listenUnix makes the socket. A stale one, which nobody listens on, is taken
-// over; whatever else stands at the path is left alone and refused.
+// listenUnix makes the socket. Who may call is decided by SO_PEERCRED, so that a
+// refusal can be logged.
 func listenUnix(path string) (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	st, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, err
-	case st.Mode().Type() != fs.ModeSocket:
-		return nil, failure.Newf(failure.Configuration, "choose another socket, or remove what is there", "%s exists and is not a socket", path)
-	default:
-		c, err := net.DialTimeout("unix", path, time.Second)
-		if err == nil {
-			_ = c.Close()
-			return nil, failure.Newf(failure.Configuration, "stop the other agent, or choose another socket", "another process listens on %s", path)
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, fmt.Errorf("socket %s: %w", path, err)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	// Who may call is decided by SO_PEERCRED, so that a refusal can be logged.
-	if err := os.Chmod(path, 0o666); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
+	return unixsocket.Listen(path, unixsocket.Options{Mode: 0o666, UID: -1, GID: -1})
 }
+
+// LocalCredentials are what a caller of the local API dials with.
+func LocalCredentials() credentials.TransportCredentials { return unixsocket.Credentials(nil) }

@@ -1,4 +1,4 @@
-package agent
+package unixsocket
 
 import (
 	"context"
@@ -24,11 +24,13 @@ type Peer struct {
 func (Peer) AuthType() string { return "peercred" }
 
 // peerCredentials are gRPC credentials by SO_PEERCRED.
-type peerCredentials struct{}
+type peerCredentials struct {
+	admit func(Peer) error
+}
 
 var errNotUnix = errors.New("not a unix socket")
 
-func (peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+func (k peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	u, ok := c.(*net.UnixConn)
 	if !ok {
 		return nil, nil, errNotUnix
@@ -44,7 +46,13 @@ func (peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthIn
 	}); err != nil || credErr != nil {
 		return nil, nil, fmt.Errorf("peer credentials: %w", errors.Join(err, credErr))
 	}
-	return c, Peer{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Pid, cred.Uid, cred.Gid}, nil
+	p := Peer{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Pid, cred.Uid, cred.Gid}
+	if k.admit != nil {
+		if err := k.admit(p); err != nil {
+			return nil, nil, err
+		}
+	}
+	return c, p, nil
 }
 
 func (peerCredentials) ClientHandshake(_ context.Context, _ string, c net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -62,7 +70,8 @@ func (p peerCredentials) Clone() credentials.TransportCredentials { return p }
 
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
-func peerOf(ctx context.Context) (Peer, bool) {
+// PeerOf returns the caller of a request.
+func PeerOf(ctx context.Context) (Peer, bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return Peer{}, false
@@ -71,5 +80,9 @@ func peerOf(ctx context.Context) (Peer, bool) {
 	return c, ok
 }
 
-// LocalCredentials are what a caller of the local API dials with.
-func LocalCredentials() credentials.TransportCredentials { return peerCredentials{} }
+// Credentials are those of both sides: the server's handlers find the caller with
+// [PeerOf], and connections of callers that admit returns an error for are closed
+// before a byte of them is read. A nil admit admits everybody.
+func Credentials(admit func(Peer) error) credentials.TransportCredentials {
+	return peerCredentials{admit}
+}

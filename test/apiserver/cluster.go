@@ -1,6 +1,6 @@
-// Package kubernetes runs a real kube-apiserver on the plugin, with a real etcd,
+// Package apiserver runs a real kube-apiserver on the plugin, with a real etcd,
 // for tests of what Kubernetes itself makes of it.
-package kubernetes
+package apiserver
 
 import (
 	"bytes"

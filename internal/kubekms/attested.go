@@ -1,0 +1,99 @@
+package kubekms
+
+import (
+	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
+	"errors"
+
+	"github.com/keyagent/keyagent/internal/agent"
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/luks"
+)
+
+const (
+	domainAttested  = "keyagent kubekms attested KEK v1"
+	domainConfirmed = "keyagent kubekms attested KEK confirmation v1"
+)
+
+// Attested is a KEK that the key service releases to this machine, on the strength
+// of its evidence. The key service treats it as a volume without a disk: its record
+// is confirmed by a MAC that is derived from the key.
+//
+// A KEK is leased: it is wiped when the verdict on this machine ends, unless the key
+// service has released it again.
+type Attested struct {
+	Keys   agent.KeySource
+	Volume string
+}
+
+// Init has the key service make the key, unless it is there.
+func (a *Attested) Init(ctx context.Context) error {
+	k, err := a.Keys.GetKey(ctx, a.Volume, true)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	mac, err := confirmation(k.DEK)
+	switch {
+	case err != nil:
+		return err
+	case k.Pending:
+		return a.Keys.Confirm(ctx, k, mac)
+	}
+	return checkConfirmation(k, mac)
+}
+
+// Fetch implements Source.
+func (a *Attested) Fetch(ctx context.Context) (*Keys, error) {
+	k, err := a.Keys.GetKey(ctx, a.Volume, false)
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	mac, err := confirmation(k.DEK)
+	if err == nil {
+		err = checkConfirmation(k, mac)
+	}
+	if err != nil {
+		return nil, err
+	}
+	kek, err := derive(k.DEK, domainAttested)
+	if err != nil {
+		return nil, err
+	}
+	return &Keys{Current: kek, Expires: k.Expires}, nil
+}
+
+// checkConfirmation tells the record of a KEK from that of a volume with a disk, and
+// a key from another one.
+func checkConfirmation(k *agent.Key, mac luks.MAC) error {
+	if k.Pending || k.HeaderMAC != mac {
+		return failure.Newf(failure.WrongKey, "choose a volume ID that no disk has", "the key service's record of %q is not that of this KEK", k.Identity.Volume)
+	}
+	return nil
+}
+
+// confirmation is what the record keeps in the place of a header's MAC.
+func confirmation(dek *secret.Bytes) (mac luks.MAC, err error) {
+	s, err := derive(dek, domainConfirmed)
+	if err != nil {
+		return mac, err
+	}
+	err = s.Use(func(b []byte) error { copy(mac[:], b); return nil })
+	return mac, errors.Join(err, s.Close())
+}
+
+func derive(dek *secret.Bytes, domain string) (out *secret.Bytes, err error) {
+	err = dek.Use(func(b []byte) (err error) {
+		secret.Do(func() {
+			var sum []byte
+			if sum, err = hkdf.Key(sha256.New, b, nil, domain, kekLength); err == nil {
+				out, err = secret.From(sum)
+			}
+		})
+		return err
+	})
+	return out, err
+}
