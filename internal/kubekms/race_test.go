@@ -11,7 +11,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
-var raceFor = flag.Duration("purge-race", 2*time.Second, "how long the purge races with requests")
+var raceFor = flag.Duration("purge-race", 30*time.Second, "how long the purge races with requests")
 
 // TestAPurgeRacesWithRequests: the daemon of 2018 zeroed the KEK under a reader, which
 // then encrypted under zeros (case 44). Whatever the schedule, a ciphertext opens

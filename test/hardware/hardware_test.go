@@ -53,7 +53,7 @@ exec /run/programs/hardware.test -test.v -test.run '^TestGuest'`, dir},
 	if result.ExitCode != 0 {
 		t.Fatalf("exit code %d", result.ExitCode)
 	}
-	for _, shape := range []string{"SNPAlone", "TDXAlone", "Azure", "Google", "SVSM"} {
+	for _, shape := range []string{"SNPAlone", "TDXAlone", "Azure", "Google", "SVSM", "ControlPlane"} {
 		if !strings.Contains(result.Output, "--- PASS: TestGuest"+shape+" ") {
 			t.Errorf("TestGuest%s did not pass", shape)
 		}
