@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -161,4 +162,47 @@ func BenchmarkEnvelope(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkAfterARestart is what an API server asks that has restarted and whose
+// objects have 10 000 seeds: each decrypted once, 64 at a time, by a plugin that has
+// just begun as well.
+func BenchmarkAfterARestart(b *testing.B) {
+	const distinct, parallel = 10_000, 64
+	ring := ringOf(b, AESGCM, kekA)
+	before := NewServer(ServerOptions{Ring: ring, UIDs: []uint32{self()}, Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()}).grpc
+	l, client := benchSocket(b)
+	go func() { _ = before.Serve(l) }()
+	b.Cleanup(before.Stop)
+	requests := make([]*v2.DecryptRequest, distinct)
+	for n := range requests {
+		plain := fmt.Sprintf("%032d", n)
+		enc, err := client.Encrypt(b.Context(), &v2.EncryptRequest{Plaintext: []byte(plain), Uid: "u"})
+		if err != nil {
+			b.Fatal(err)
+		}
+		requests[n] = &v2.DecryptRequest{Ciphertext: enc.GetCiphertext(), KeyId: enc.GetKeyId(), Annotations: enc.GetAnnotations(), Uid: "u"}
+	}
+	for b.Loop() {
+		l, client := benchSocket(b)
+		s := NewServer(ServerOptions{Ring: ringOf(b, AESGCM, kekA), UIDs: []uint32{self()}, Log: slog.New(slog.DiscardHandler), Metrics: NewMetrics()}).grpc
+		go func() { _ = s.Serve(l) }()
+		var group sync.WaitGroup
+		for first := range parallel {
+			group.Go(func() {
+				for n := first; n < distinct; n += parallel {
+					rsp, err := client.Decrypt(b.Context(), requests[n])
+					if err != nil || string(rsp.GetPlaintext()) != fmt.Sprintf("%032d", n) {
+						b.Errorf("%d: %v", n, err)
+						return
+					}
+				}
+			})
+		}
+		group.Wait()
+		s.Stop()
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	b.ReportMetric(float64(m.Sys)/(1<<20), "MiB-of-both-sides")
 }
