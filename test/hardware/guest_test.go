@@ -202,7 +202,7 @@ func (m *machine) disk() {
 state_dir: %s/state
 socket: %s/agent.sock
 callers: [{uid: 0, operations: [open, format, close, status, list], volumes: ["*"]}]
-retry: {budget: 2s, first: 50ms, max: 500ms}
+retry: {budget: 30s, first: 50ms, max: 500ms}
 %svolumes: [{id: data, device: %s, format: true, filesystem: ext4, mount: %s/data}]
 `, m.port, m.dir, m.dir, m.agent, m.device, m.dir))
 	m.mustRun("agent", "--config", "agent.yaml", "--check")
