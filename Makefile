@@ -37,7 +37,7 @@ lint:
 	cd test/kubernetes && $(GO) vet ./...
 
 # What fills the machine by itself, and would make others' deadlines pass beside it.
-ALONE := ./test/apiserver ./test/hardware
+ALONE := ./test/apiserver ./test/e2e ./test/hardware ./test/uml
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/kubernetes && $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname -- ./...

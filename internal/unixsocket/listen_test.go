@@ -60,7 +60,7 @@ func TestARestartOverAStaleSocket(t *testing.T) {
 
 func TestAForeignSocketIsLeftAlone(t *testing.T) {
 	if os.Getuid() != 0 {
-		t.Skip("only root can give a socket away")
+		t.Fatal("only root can give a socket away (hint: the tests run as root, see the README)")
 	}
 	path := filepath.Join(folder(t), "s")
 	stale(t, path)
