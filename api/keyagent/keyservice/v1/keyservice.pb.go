@@ -80,6 +80,7 @@ const (
 	VolumeState_VOLUME_STATE_UNSPECIFIED VolumeState = 0
 	VolumeState_VOLUME_STATE_PENDING     VolumeState = 1
 	VolumeState_VOLUME_STATE_ACTIVE      VolumeState = 2
+	VolumeState_VOLUME_STATE_FORMATTED   VolumeState = 3 // the header stands, the filesystem may not
 )
 
 // Enum value maps for VolumeState.
@@ -88,11 +89,13 @@ var (
 		0: "VOLUME_STATE_UNSPECIFIED",
 		1: "VOLUME_STATE_PENDING",
 		2: "VOLUME_STATE_ACTIVE",
+		3: "VOLUME_STATE_FORMATTED",
 	}
 	VolumeState_value = map[string]int32{
 		"VOLUME_STATE_UNSPECIFIED": 0,
 		"VOLUME_STATE_PENDING":     1,
 		"VOLUME_STATE_ACTIVE":      2,
+		"VOLUME_STATE_FORMATTED":   3,
 	}
 )
 
@@ -123,10 +126,67 @@ func (VolumeState) EnumDescriptor() ([]byte, []int) {
 	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{1}
 }
 
+// Writers is who may write a volume, by the policy's grant.
+type Writers int32
+
+const (
+	Writers_WRITERS_UNSPECIFIED Writers = 0 // a service that knows no leases
+	Writers_WRITERS_ONE         Writers = 1 // the holder of the lease
+	Writers_WRITERS_MANY        Writers = 2 // any number of nodes; there is no lease
+	Writers_WRITERS_NONE        Writers = 3 // readers only; there is no lease
+)
+
+// Enum value maps for Writers.
+var (
+	Writers_name = map[int32]string{
+		0: "WRITERS_UNSPECIFIED",
+		1: "WRITERS_ONE",
+		2: "WRITERS_MANY",
+		3: "WRITERS_NONE",
+	}
+	Writers_value = map[string]int32{
+		"WRITERS_UNSPECIFIED": 0,
+		"WRITERS_ONE":         1,
+		"WRITERS_MANY":        2,
+		"WRITERS_NONE":        3,
+	}
+)
+
+func (x Writers) Enum() *Writers {
+	p := new(Writers)
+	*p = x
+	return p
+}
+
+func (x Writers) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Writers) Descriptor() protoreflect.EnumDescriptor {
+	return file_keyagent_keyservice_v1_keyservice_proto_enumTypes[2].Descriptor()
+}
+
+func (Writers) Type() protoreflect.EnumType {
+	return &file_keyagent_keyservice_v1_keyservice_proto_enumTypes[2]
+}
+
+func (x Writers) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Writers.Descriptor instead.
+func (Writers) EnumDescriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+}
+
 type GetKeyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	Operation     Operation              `protobuf:"varint,2,opt,name=operation,proto3,enum=keyagent.keyservice.v1.Operation" json:"operation,omitempty"`
+	Protocol      uint32                 `protobuf:"varint,3,opt,name=protocol,proto3" json:"protocol,omitempty"`                 // 2: the caller knows attempts and leases
+	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // the caller maps the volume read-only
+	Node          string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"`                          // what people call the caller, for messages only; at most 64 bytes
+	LeaseId       []byte                 `protobuf:"bytes,6,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`     // of a lease that the caller held before it was restarted
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -175,6 +235,34 @@ func (x *GetKeyRequest) GetOperation() Operation {
 	return Operation_OPERATION_UNSPECIFIED
 }
 
+func (x *GetKeyRequest) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *GetKeyRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *GetKeyRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *GetKeyRequest) GetLeaseId() []byte {
+	if x != nil {
+		return x.LeaseId
+	}
+	return nil
+}
+
 type GetKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// HPKE ciphertext of the DEK; its info is the encoding of everything below,
@@ -184,8 +272,13 @@ type GetKeyResponse struct {
 	Generation    uint64      `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
 	KeyVersion    uint32      `protobuf:"varint,4,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
 	LuksUuid      string      `protobuf:"bytes,5,opt,name=luks_uuid,json=luksUuid,proto3" json:"luks_uuid,omitempty"`
-	HeaderMac     []byte      `protobuf:"bytes,6,opt,name=header_mac,json=headerMac,proto3" json:"header_mac,omitempty"` // 32 bytes once active, else empty
+	HeaderMac     []byte      `protobuf:"bytes,6,opt,name=header_mac,json=headerMac,proto3" json:"header_mac,omitempty"` // 32 bytes once formatted, else empty
 	CorrelationId string      `protobuf:"bytes,7,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	Protocol      uint32      `protobuf:"varint,8,opt,name=protocol,proto3" json:"protocol,omitempty"`                // 2: the fields below are set
+	CopyMacs      [][]byte    `protobuf:"bytes,9,rep,name=copy_macs,json=copyMacs,proto3" json:"copy_macs,omitempty"` // of each copy of the header; empty for headers of version 1
+	Writers       Writers     `protobuf:"varint,10,opt,name=writers,proto3,enum=keyagent.keyservice.v1.Writers" json:"writers,omitempty"`
+	Lease         *Lease      `protobuf:"bytes,11,opt,name=lease,proto3" json:"lease,omitempty"`     // unset where there is none
+	Attempt       []byte      `protobuf:"bytes,12,opt,name=attempt,proto3" json:"attempt,omitempty"` // of a volume that is formatted, else empty
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -269,19 +362,396 @@ func (x *GetKeyResponse) GetCorrelationId() string {
 	return ""
 }
 
+func (x *GetKeyResponse) GetProtocol() uint32 {
+	if x != nil {
+		return x.Protocol
+	}
+	return 0
+}
+
+func (x *GetKeyResponse) GetCopyMacs() [][]byte {
+	if x != nil {
+		return x.CopyMacs
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetWriters() Writers {
+	if x != nil {
+		return x.Writers
+	}
+	return Writers_WRITERS_UNSPECIFIED
+}
+
+func (x *GetKeyResponse) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetAttempt() []byte {
+	if x != nil {
+		return x.Attempt
+	}
+	return nil
+}
+
+// Lease is the right to write a volume.
+type Lease struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            []byte                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                        // 16 bytes; who has it can renew the lease
+	TermMs        uint64                 `protobuf:"varint,2,opt,name=term_ms,json=termMs,proto3" json:"term_ms,omitempty"` // from the moment at which the request was sent
+	Bound         bool                   `protobuf:"varint,3,opt,name=bound,proto3" json:"bound,omitempty"`                 // suspend the mapping before the term ends without a renewal
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lease) Reset() {
+	*x = Lease{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lease) ProtoMessage() {}
+
+func (x *Lease) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lease.ProtoReflect.Descriptor instead.
+func (*Lease) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Lease) GetId() []byte {
+	if x != nil {
+		return x.Id
+	}
+	return nil
+}
+
+func (x *Lease) GetTermMs() uint64 {
+	if x != nil {
+		return x.TermMs
+	}
+	return 0
+}
+
+func (x *Lease) GetBound() bool {
+	if x != nil {
+		return x.Bound
+	}
+	return false
+}
+
+type BeginFormatRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	KeyVersion    uint32                 `protobuf:"varint,3,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	Attempt       []byte                 `protobuf:"bytes,4,opt,name=attempt,proto3" json:"attempt,omitempty"`                      // 16 random bytes
+	HeaderMac     []byte                 `protobuf:"bytes,5,opt,name=header_mac,json=headerMac,proto3" json:"header_mac,omitempty"` // of the header that will be written
+	CopyMacs      [][]byte               `protobuf:"bytes,6,rep,name=copy_macs,json=copyMacs,proto3" json:"copy_macs,omitempty"`
+	Proof         []byte                 `protobuf:"bytes,7,opt,name=proof,proto3" json:"proof,omitempty"` // of the DEK, see docs/spec/volume-record.md
+	Node          string                 `protobuf:"bytes,8,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginFormatRequest) Reset() {
+	*x = BeginFormatRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginFormatRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginFormatRequest) ProtoMessage() {}
+
+func (x *BeginFormatRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginFormatRequest.ProtoReflect.Descriptor instead.
+func (*BeginFormatRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *BeginFormatRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *BeginFormatRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *BeginFormatRequest) GetKeyVersion() uint32 {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return 0
+}
+
+func (x *BeginFormatRequest) GetAttempt() []byte {
+	if x != nil {
+		return x.Attempt
+	}
+	return nil
+}
+
+func (x *BeginFormatRequest) GetHeaderMac() []byte {
+	if x != nil {
+		return x.HeaderMac
+	}
+	return nil
+}
+
+func (x *BeginFormatRequest) GetCopyMacs() [][]byte {
+	if x != nil {
+		return x.CopyMacs
+	}
+	return nil
+}
+
+func (x *BeginFormatRequest) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+func (x *BeginFormatRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type BeginFormatResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TermMs        uint64                 `protobuf:"varint,1,opt,name=term_ms,json=termMs,proto3" json:"term_ms,omitempty"` // how long the caller may write, from the moment at which the request was sent
+	CorrelationId string                 `protobuf:"bytes,2,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginFormatResponse) Reset() {
+	*x = BeginFormatResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginFormatResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginFormatResponse) ProtoMessage() {}
+
+func (x *BeginFormatResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginFormatResponse.ProtoReflect.Descriptor instead.
+func (*BeginFormatResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *BeginFormatResponse) GetTermMs() uint64 {
+	if x != nil {
+		return x.TermMs
+	}
+	return 0
+}
+
+func (x *BeginFormatResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
+type HeaderStandsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Attempt       []byte                 `protobuf:"bytes,2,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Proof         []byte                 `protobuf:"bytes,3,opt,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeaderStandsRequest) Reset() {
+	*x = HeaderStandsRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeaderStandsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeaderStandsRequest) ProtoMessage() {}
+
+func (x *HeaderStandsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeaderStandsRequest.ProtoReflect.Descriptor instead.
+func (*HeaderStandsRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HeaderStandsRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *HeaderStandsRequest) GetAttempt() []byte {
+	if x != nil {
+		return x.Attempt
+	}
+	return nil
+}
+
+func (x *HeaderStandsRequest) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+type HeaderStandsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         VolumeState            `protobuf:"varint,1,opt,name=state,proto3,enum=keyagent.keyservice.v1.VolumeState" json:"state,omitempty"`
+	Writers       Writers                `protobuf:"varint,2,opt,name=writers,proto3,enum=keyagent.keyservice.v1.Writers" json:"writers,omitempty"`
+	Lease         *Lease                 `protobuf:"bytes,3,opt,name=lease,proto3" json:"lease,omitempty"`
+	CorrelationId string                 `protobuf:"bytes,4,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeaderStandsResponse) Reset() {
+	*x = HeaderStandsResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeaderStandsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeaderStandsResponse) ProtoMessage() {}
+
+func (x *HeaderStandsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeaderStandsResponse.ProtoReflect.Descriptor instead.
+func (*HeaderStandsResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HeaderStandsResponse) GetState() VolumeState {
+	if x != nil {
+		return x.State
+	}
+	return VolumeState_VOLUME_STATE_UNSPECIFIED
+}
+
+func (x *HeaderStandsResponse) GetWriters() Writers {
+	if x != nil {
+		return x.Writers
+	}
+	return Writers_WRITERS_UNSPECIFIED
+}
+
+func (x *HeaderStandsResponse) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *HeaderStandsResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
 type ConfirmVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
 	KeyVersion    uint32                 `protobuf:"varint,3,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
 	HeaderMac     []byte                 `protobuf:"bytes,4,opt,name=header_mac,json=headerMac,proto3" json:"header_mac,omitempty"`
+	Attempt       []byte                 `protobuf:"bytes,5,opt,name=attempt,proto3" json:"attempt,omitempty"` // empty: a node that knows no attempts
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ConfirmVolumeRequest) Reset() {
 	*x = ConfirmVolumeRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -293,7 +763,7 @@ func (x *ConfirmVolumeRequest) String() string {
 func (*ConfirmVolumeRequest) ProtoMessage() {}
 
 func (x *ConfirmVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -306,7 +776,7 @@ func (x *ConfirmVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ConfirmVolumeRequest) GetVolumeId() string {
@@ -337,6 +807,13 @@ func (x *ConfirmVolumeRequest) GetHeaderMac() []byte {
 	return nil
 }
 
+func (x *ConfirmVolumeRequest) GetAttempt() []byte {
+	if x != nil {
+		return x.Attempt
+	}
+	return nil
+}
+
 type ConfirmVolumeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	State         VolumeState            `protobuf:"varint,1,opt,name=state,proto3,enum=keyagent.keyservice.v1.VolumeState" json:"state,omitempty"`
@@ -348,7 +825,7 @@ type ConfirmVolumeResponse struct {
 
 func (x *ConfirmVolumeResponse) Reset() {
 	*x = ConfirmVolumeResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -360,7 +837,7 @@ func (x *ConfirmVolumeResponse) String() string {
 func (*ConfirmVolumeResponse) ProtoMessage() {}
 
 func (x *ConfirmVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -373,7 +850,7 @@ func (x *ConfirmVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ConfirmVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{3}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ConfirmVolumeResponse) GetState() VolumeState {
@@ -397,14 +874,226 @@ func (x *ConfirmVolumeResponse) GetCorrelationId() string {
 	return ""
 }
 
+type RenewLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	LeaseId       []byte                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewLeaseRequest) Reset() {
+	*x = RenewLeaseRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewLeaseRequest) ProtoMessage() {}
+
+func (x *RenewLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewLeaseRequest.ProtoReflect.Descriptor instead.
+func (*RenewLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RenewLeaseRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *RenewLeaseRequest) GetLeaseId() []byte {
+	if x != nil {
+		return x.LeaseId
+	}
+	return nil
+}
+
+func (x *RenewLeaseRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+type RenewLeaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	CorrelationId string                 `protobuf:"bytes,2,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenewLeaseResponse) Reset() {
+	*x = RenewLeaseResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenewLeaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenewLeaseResponse) ProtoMessage() {}
+
+func (x *RenewLeaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenewLeaseResponse.ProtoReflect.Descriptor instead.
+func (*RenewLeaseResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RenewLeaseResponse) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *RenewLeaseResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
+type ReleaseLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	LeaseId       []byte                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLeaseRequest) Reset() {
+	*x = ReleaseLeaseRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLeaseRequest) ProtoMessage() {}
+
+func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReleaseLeaseRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *ReleaseLeaseRequest) GetLeaseId() []byte {
+	if x != nil {
+		return x.LeaseId
+	}
+	return nil
+}
+
+type ReleaseLeaseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CorrelationId string                 `protobuf:"bytes,1,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseLeaseResponse) Reset() {
+	*x = ReleaseLeaseResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseLeaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseLeaseResponse) ProtoMessage() {}
+
+func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseLeaseResponse.ProtoReflect.Descriptor instead.
+func (*ReleaseLeaseResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ReleaseLeaseResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
 var File_keyagent_keyservice_v1_keyservice_proto protoreflect.FileDescriptor
 
 const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
-	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"m\n" +
+	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xd5\x01\n" +
 	"\rGetKeyRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12?\n" +
-	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\"\x8e\x02\n" +
+	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\x12\x1a\n" +
+	"\bprotocol\x18\x03 \x01(\rR\bprotocol\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x12\n" +
+	"\x04node\x18\x05 \x01(\tR\x04node\x12\x19\n" +
+	"\blease_id\x18\x06 \x01(\fR\aleaseId\"\xd1\x03\n" +
 	"\x0eGetKeyResponse\x12\x1d\n" +
 	"\n" +
 	"sealed_dek\x18\x01 \x01(\fR\tsealedDek\x129\n" +
@@ -417,7 +1106,42 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\tluks_uuid\x18\x05 \x01(\tR\bluksUuid\x12\x1d\n" +
 	"\n" +
 	"header_mac\x18\x06 \x01(\fR\theaderMac\x12%\n" +
-	"\x0ecorrelation_id\x18\a \x01(\tR\rcorrelationId\"\x93\x01\n" +
+	"\x0ecorrelation_id\x18\a \x01(\tR\rcorrelationId\x12\x1a\n" +
+	"\bprotocol\x18\b \x01(\rR\bprotocol\x12\x1b\n" +
+	"\tcopy_macs\x18\t \x03(\fR\bcopyMacs\x129\n" +
+	"\awriters\x18\n" +
+	" \x01(\x0e2\x1f.keyagent.keyservice.v1.WritersR\awriters\x123\n" +
+	"\x05lease\x18\v \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12\x18\n" +
+	"\aattempt\x18\f \x01(\fR\aattempt\"F\n" +
+	"\x05Lease\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\fR\x02id\x12\x17\n" +
+	"\aterm_ms\x18\x02 \x01(\x04R\x06termMs\x12\x14\n" +
+	"\x05bound\x18\x03 \x01(\bR\x05bound\"\xf2\x01\n" +
+	"\x12BeginFormatRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x12\x1f\n" +
+	"\vkey_version\x18\x03 \x01(\rR\n" +
+	"keyVersion\x12\x18\n" +
+	"\aattempt\x18\x04 \x01(\fR\aattempt\x12\x1d\n" +
+	"\n" +
+	"header_mac\x18\x05 \x01(\fR\theaderMac\x12\x1b\n" +
+	"\tcopy_macs\x18\x06 \x03(\fR\bcopyMacs\x12\x14\n" +
+	"\x05proof\x18\a \x01(\fR\x05proof\x12\x12\n" +
+	"\x04node\x18\b \x01(\tR\x04node\"U\n" +
+	"\x13BeginFormatResponse\x12\x17\n" +
+	"\aterm_ms\x18\x01 \x01(\x04R\x06termMs\x12%\n" +
+	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\"b\n" +
+	"\x13HeaderStandsRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x18\n" +
+	"\aattempt\x18\x02 \x01(\fR\aattempt\x12\x14\n" +
+	"\x05proof\x18\x03 \x01(\fR\x05proof\"\xe8\x01\n" +
+	"\x14HeaderStandsResponse\x129\n" +
+	"\x05state\x18\x01 \x01(\x0e2#.keyagent.keyservice.v1.VolumeStateR\x05state\x129\n" +
+	"\awriters\x18\x02 \x01(\x0e2\x1f.keyagent.keyservice.v1.WritersR\awriters\x123\n" +
+	"\x05lease\x18\x03 \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12%\n" +
+	"\x0ecorrelation_id\x18\x04 \x01(\tR\rcorrelationId\"\xad\x01\n" +
 	"\x14ConfirmVolumeRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x1e\n" +
 	"\n" +
@@ -426,25 +1150,49 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\vkey_version\x18\x03 \x01(\rR\n" +
 	"keyVersion\x12\x1d\n" +
 	"\n" +
-	"header_mac\x18\x04 \x01(\fR\theaderMac\"\x99\x01\n" +
+	"header_mac\x18\x04 \x01(\fR\theaderMac\x12\x18\n" +
+	"\aattempt\x18\x05 \x01(\fR\aattempt\"\x99\x01\n" +
 	"\x15ConfirmVolumeResponse\x129\n" +
 	"\x05state\x18\x01 \x01(\x0e2#.keyagent.keyservice.v1.VolumeStateR\x05state\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
 	"generation\x12%\n" +
-	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId*P\n" +
+	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\"_\n" +
+	"\x11RenewLeaseRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\fR\aleaseId\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\"p\n" +
+	"\x12RenewLeaseResponse\x123\n" +
+	"\x05lease\x18\x01 \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12%\n" +
+	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\"M\n" +
+	"\x13ReleaseLeaseRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\fR\aleaseId\"=\n" +
+	"\x14ReleaseLeaseResponse\x12%\n" +
+	"\x0ecorrelation_id\x18\x01 \x01(\tR\rcorrelationId*P\n" +
 	"\tOperation\x12\x19\n" +
 	"\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eOPERATION_OPEN\x10\x01\x12\x14\n" +
-	"\x10OPERATION_FORMAT\x10\x02*^\n" +
+	"\x10OPERATION_FORMAT\x10\x02*z\n" +
 	"\vVolumeState\x12\x1c\n" +
 	"\x18VOLUME_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14VOLUME_STATE_PENDING\x10\x01\x12\x17\n" +
-	"\x13VOLUME_STATE_ACTIVE\x10\x022\x99\x02\n" +
+	"\x13VOLUME_STATE_ACTIVE\x10\x02\x12\x1a\n" +
+	"\x16VOLUME_STATE_FORMATTED\x10\x03*W\n" +
+	"\aWriters\x12\x17\n" +
+	"\x13WRITERS_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vWRITERS_ONE\x10\x01\x12\x10\n" +
+	"\fWRITERS_MANY\x10\x02\x12\x10\n" +
+	"\fWRITERS_NONE\x10\x032\xbc\x05\n" +
 	"\n" +
 	"KeyService\x12W\n" +
-	"\x06GetKey\x12%.keyagent.keyservice.v1.GetKeyRequest\x1a&.keyagent.keyservice.v1.GetKeyResponse\x12l\n" +
-	"\rConfirmVolume\x12,.keyagent.keyservice.v1.ConfirmVolumeRequest\x1a-.keyagent.keyservice.v1.ConfirmVolumeResponse\x12D\n" +
+	"\x06GetKey\x12%.keyagent.keyservice.v1.GetKeyRequest\x1a&.keyagent.keyservice.v1.GetKeyResponse\x12f\n" +
+	"\vBeginFormat\x12*.keyagent.keyservice.v1.BeginFormatRequest\x1a+.keyagent.keyservice.v1.BeginFormatResponse\x12i\n" +
+	"\fHeaderStands\x12+.keyagent.keyservice.v1.HeaderStandsRequest\x1a,.keyagent.keyservice.v1.HeaderStandsResponse\x12l\n" +
+	"\rConfirmVolume\x12,.keyagent.keyservice.v1.ConfirmVolumeRequest\x1a-.keyagent.keyservice.v1.ConfirmVolumeResponse\x12c\n" +
+	"\n" +
+	"RenewLease\x12).keyagent.keyservice.v1.RenewLeaseRequest\x1a*.keyagent.keyservice.v1.RenewLeaseResponse\x12i\n" +
+	"\fReleaseLease\x12+.keyagent.keyservice.v1.ReleaseLeaseRequest\x1a,.keyagent.keyservice.v1.ReleaseLeaseResponse\x12D\n" +
 	"\bReattest\x12\x19.keyagent.attest.v1.Frame\x1a\x19.keyagent.attest.v1.Frame(\x010\x01BFZDgithub.com/keyagent/keyagent/api/keyagent/keyservice/v1;keyservicev1b\x06proto3"
 
 var (
@@ -459,32 +1207,56 @@ func file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP() []byte {
 	return file_keyagent_keyservice_v1_keyservice_proto_rawDescData
 }
 
-var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(Operation)(0),                // 0: keyagent.keyservice.v1.Operation
 	(VolumeState)(0),              // 1: keyagent.keyservice.v1.VolumeState
-	(*GetKeyRequest)(nil),         // 2: keyagent.keyservice.v1.GetKeyRequest
-	(*GetKeyResponse)(nil),        // 3: keyagent.keyservice.v1.GetKeyResponse
-	(*ConfirmVolumeRequest)(nil),  // 4: keyagent.keyservice.v1.ConfirmVolumeRequest
-	(*ConfirmVolumeResponse)(nil), // 5: keyagent.keyservice.v1.ConfirmVolumeResponse
-	(*v1.Frame)(nil),              // 6: keyagent.attest.v1.Frame
+	(Writers)(0),                  // 2: keyagent.keyservice.v1.Writers
+	(*GetKeyRequest)(nil),         // 3: keyagent.keyservice.v1.GetKeyRequest
+	(*GetKeyResponse)(nil),        // 4: keyagent.keyservice.v1.GetKeyResponse
+	(*Lease)(nil),                 // 5: keyagent.keyservice.v1.Lease
+	(*BeginFormatRequest)(nil),    // 6: keyagent.keyservice.v1.BeginFormatRequest
+	(*BeginFormatResponse)(nil),   // 7: keyagent.keyservice.v1.BeginFormatResponse
+	(*HeaderStandsRequest)(nil),   // 8: keyagent.keyservice.v1.HeaderStandsRequest
+	(*HeaderStandsResponse)(nil),  // 9: keyagent.keyservice.v1.HeaderStandsResponse
+	(*ConfirmVolumeRequest)(nil),  // 10: keyagent.keyservice.v1.ConfirmVolumeRequest
+	(*ConfirmVolumeResponse)(nil), // 11: keyagent.keyservice.v1.ConfirmVolumeResponse
+	(*RenewLeaseRequest)(nil),     // 12: keyagent.keyservice.v1.RenewLeaseRequest
+	(*RenewLeaseResponse)(nil),    // 13: keyagent.keyservice.v1.RenewLeaseResponse
+	(*ReleaseLeaseRequest)(nil),   // 14: keyagent.keyservice.v1.ReleaseLeaseRequest
+	(*ReleaseLeaseResponse)(nil),  // 15: keyagent.keyservice.v1.ReleaseLeaseResponse
+	(*v1.Frame)(nil),              // 16: keyagent.attest.v1.Frame
 }
 var file_keyagent_keyservice_v1_keyservice_proto_depIdxs = []int32{
-	0, // 0: keyagent.keyservice.v1.GetKeyRequest.operation:type_name -> keyagent.keyservice.v1.Operation
-	1, // 1: keyagent.keyservice.v1.GetKeyResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	1, // 2: keyagent.keyservice.v1.ConfirmVolumeResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	2, // 3: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
-	4, // 4: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
-	6, // 5: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
-	3, // 6: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
-	5, // 7: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
-	6, // 8: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
-	6, // [6:9] is the sub-list for method output_type
-	3, // [3:6] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	0,  // 0: keyagent.keyservice.v1.GetKeyRequest.operation:type_name -> keyagent.keyservice.v1.Operation
+	1,  // 1: keyagent.keyservice.v1.GetKeyResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	2,  // 2: keyagent.keyservice.v1.GetKeyResponse.writers:type_name -> keyagent.keyservice.v1.Writers
+	5,  // 3: keyagent.keyservice.v1.GetKeyResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	1,  // 4: keyagent.keyservice.v1.HeaderStandsResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	2,  // 5: keyagent.keyservice.v1.HeaderStandsResponse.writers:type_name -> keyagent.keyservice.v1.Writers
+	5,  // 6: keyagent.keyservice.v1.HeaderStandsResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	1,  // 7: keyagent.keyservice.v1.ConfirmVolumeResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	5,  // 8: keyagent.keyservice.v1.RenewLeaseResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	3,  // 9: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
+	6,  // 10: keyagent.keyservice.v1.KeyService.BeginFormat:input_type -> keyagent.keyservice.v1.BeginFormatRequest
+	8,  // 11: keyagent.keyservice.v1.KeyService.HeaderStands:input_type -> keyagent.keyservice.v1.HeaderStandsRequest
+	10, // 12: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
+	12, // 13: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
+	14, // 14: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
+	16, // 15: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
+	4,  // 16: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
+	7,  // 17: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
+	9,  // 18: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
+	11, // 19: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
+	13, // 20: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
+	15, // 21: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
+	16, // 22: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
+	16, // [16:23] is the sub-list for method output_type
+	9,  // [9:16] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_keyservice_v1_keyservice_proto_init() }
@@ -497,8 +1269,8 @@ func file_keyagent_keyservice_v1_keyservice_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_keyservice_v1_keyservice_proto_rawDesc), len(file_keyagent_keyservice_v1_keyservice_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   4,
+			NumEnums:      3,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

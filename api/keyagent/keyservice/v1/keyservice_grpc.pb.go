@@ -24,7 +24,11 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	KeyService_GetKey_FullMethodName        = "/keyagent.keyservice.v1.KeyService/GetKey"
+	KeyService_BeginFormat_FullMethodName   = "/keyagent.keyservice.v1.KeyService/BeginFormat"
+	KeyService_HeaderStands_FullMethodName  = "/keyagent.keyservice.v1.KeyService/HeaderStands"
 	KeyService_ConfirmVolume_FullMethodName = "/keyagent.keyservice.v1.KeyService/ConfirmVolume"
+	KeyService_RenewLease_FullMethodName    = "/keyagent.keyservice.v1.KeyService/RenewLease"
+	KeyService_ReleaseLease_FullMethodName  = "/keyagent.keyservice.v1.KeyService/ReleaseLease"
 	KeyService_Reattest_FullMethodName      = "/keyagent.keyservice.v1.KeyService/Reattest"
 )
 
@@ -32,10 +36,21 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type KeyServiceClient interface {
-	// GetKey releases the DEK of one volume to the attested caller.
+	// GetKey releases the DEK of one volume to the attested caller. Of an active
+	// volume that one node may write, it also takes the writer's lease.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*GetKeyResponse, error)
-	// ConfirmVolume makes a pending volume active: its header is written.
+	// BeginFormat says which header the caller is about to write, before it
+	// writes anything. One attempt at a time has the volume.
+	BeginFormat(ctx context.Context, in *BeginFormatRequest, opts ...grpc.CallOption) (*BeginFormatResponse, error)
+	// HeaderStands says that the header of the attempt is on the disk. From here
+	// on the caller holds the writer's lease, and may write data.
+	HeaderStands(ctx context.Context, in *HeaderStandsRequest, opts ...grpc.CallOption) (*HeaderStandsResponse, error)
+	// ConfirmVolume makes a volume active: header and filesystem are written.
 	ConfirmVolume(ctx context.Context, in *ConfirmVolumeRequest, opts ...grpc.CallOption) (*ConfirmVolumeResponse, error)
+	// RenewLease extends the writer's lease.
+	RenewLease(ctx context.Context, in *RenewLeaseRequest, opts ...grpc.CallOption) (*RenewLeaseResponse, error)
+	// ReleaseLease gives the writer's lease back: the volume is closed.
+	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
 	Reattest(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[v1.Frame, v1.Frame], error)
 }
@@ -58,10 +73,50 @@ func (c *keyServiceClient) GetKey(ctx context.Context, in *GetKeyRequest, opts .
 	return out, nil
 }
 
+func (c *keyServiceClient) BeginFormat(ctx context.Context, in *BeginFormatRequest, opts ...grpc.CallOption) (*BeginFormatResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BeginFormatResponse)
+	err := c.cc.Invoke(ctx, KeyService_BeginFormat_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) HeaderStands(ctx context.Context, in *HeaderStandsRequest, opts ...grpc.CallOption) (*HeaderStandsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HeaderStandsResponse)
+	err := c.cc.Invoke(ctx, KeyService_HeaderStands_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *keyServiceClient) ConfirmVolume(ctx context.Context, in *ConfirmVolumeRequest, opts ...grpc.CallOption) (*ConfirmVolumeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ConfirmVolumeResponse)
 	err := c.cc.Invoke(ctx, KeyService_ConfirmVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) RenewLease(ctx context.Context, in *RenewLeaseRequest, opts ...grpc.CallOption) (*RenewLeaseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RenewLeaseResponse)
+	err := c.cc.Invoke(ctx, KeyService_RenewLease_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keyServiceClient) ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReleaseLeaseResponse)
+	err := c.cc.Invoke(ctx, KeyService_ReleaseLease_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -85,10 +140,21 @@ type KeyService_ReattestClient = grpc.BidiStreamingClient[v1.Frame, v1.Frame]
 // All implementations must embed UnimplementedKeyServiceServer
 // for forward compatibility.
 type KeyServiceServer interface {
-	// GetKey releases the DEK of one volume to the attested caller.
+	// GetKey releases the DEK of one volume to the attested caller. Of an active
+	// volume that one node may write, it also takes the writer's lease.
 	GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error)
-	// ConfirmVolume makes a pending volume active: its header is written.
+	// BeginFormat says which header the caller is about to write, before it
+	// writes anything. One attempt at a time has the volume.
+	BeginFormat(context.Context, *BeginFormatRequest) (*BeginFormatResponse, error)
+	// HeaderStands says that the header of the attempt is on the disk. From here
+	// on the caller holds the writer's lease, and may write data.
+	HeaderStands(context.Context, *HeaderStandsRequest) (*HeaderStandsResponse, error)
+	// ConfirmVolume makes a volume active: header and filesystem are written.
 	ConfirmVolume(context.Context, *ConfirmVolumeRequest) (*ConfirmVolumeResponse, error)
+	// RenewLease extends the writer's lease.
+	RenewLease(context.Context, *RenewLeaseRequest) (*RenewLeaseResponse, error)
+	// ReleaseLease gives the writer's lease back: the volume is closed.
+	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
 	Reattest(grpc.BidiStreamingServer[v1.Frame, v1.Frame]) error
 	mustEmbedUnimplementedKeyServiceServer()
@@ -104,8 +170,20 @@ type UnimplementedKeyServiceServer struct{}
 func (UnimplementedKeyServiceServer) GetKey(context.Context, *GetKeyRequest) (*GetKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetKey not implemented")
 }
+func (UnimplementedKeyServiceServer) BeginFormat(context.Context, *BeginFormatRequest) (*BeginFormatResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method BeginFormat not implemented")
+}
+func (UnimplementedKeyServiceServer) HeaderStands(context.Context, *HeaderStandsRequest) (*HeaderStandsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method HeaderStands not implemented")
+}
 func (UnimplementedKeyServiceServer) ConfirmVolume(context.Context, *ConfirmVolumeRequest) (*ConfirmVolumeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ConfirmVolume not implemented")
+}
+func (UnimplementedKeyServiceServer) RenewLease(context.Context, *RenewLeaseRequest) (*RenewLeaseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RenewLease not implemented")
+}
+func (UnimplementedKeyServiceServer) ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReleaseLease not implemented")
 }
 func (UnimplementedKeyServiceServer) Reattest(grpc.BidiStreamingServer[v1.Frame, v1.Frame]) error {
 	return status.Error(codes.Unimplemented, "method Reattest not implemented")
@@ -149,6 +227,42 @@ func _KeyService_GetKey_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyService_BeginFormat_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BeginFormatRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).BeginFormat(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_BeginFormat_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).BeginFormat(ctx, req.(*BeginFormatRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_HeaderStands_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HeaderStandsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).HeaderStands(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_HeaderStands_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).HeaderStands(ctx, req.(*HeaderStandsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KeyService_ConfirmVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ConfirmVolumeRequest)
 	if err := dec(in); err != nil {
@@ -163,6 +277,42 @@ func _KeyService_ConfirmVolume_Handler(srv interface{}, ctx context.Context, dec
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(KeyServiceServer).ConfirmVolume(ctx, req.(*ConfirmVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_RenewLease_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RenewLeaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).RenewLease(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_RenewLease_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).RenewLease(ctx, req.(*RenewLeaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _KeyService_ReleaseLease_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReleaseLeaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).ReleaseLease(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_ReleaseLease_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).ReleaseLease(ctx, req.(*ReleaseLeaseRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -186,8 +336,24 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _KeyService_GetKey_Handler,
 		},
 		{
+			MethodName: "BeginFormat",
+			Handler:    _KeyService_BeginFormat_Handler,
+		},
+		{
+			MethodName: "HeaderStands",
+			Handler:    _KeyService_HeaderStands_Handler,
+		},
+		{
 			MethodName: "ConfirmVolume",
 			Handler:    _KeyService_ConfirmVolume_Handler,
+		},
+		{
+			MethodName: "RenewLease",
+			Handler:    _KeyService_RenewLease_Handler,
+		},
+		{
+			MethodName: "ReleaseLease",
+			Handler:    _KeyService_ReleaseLease_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

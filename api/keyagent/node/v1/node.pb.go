@@ -25,17 +25,24 @@ const (
 )
 
 type Volume struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Device        string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
-	Mapped        string                 `protobuf:"bytes,3,opt,name=mapped,proto3" json:"mapped,omitempty"`                           // /dev/mapper/NAME, empty when closed
-	MountPoint    string                 `protobuf:"bytes,4,opt,name=mount_point,json=mountPoint,proto3" json:"mount_point,omitempty"` // empty when not mounted
-	State         string                 `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`                             // closed, open, mounted, failed
-	LuksUuid      string                 `protobuf:"bytes,6,opt,name=luks_uuid,json=luksUuid,proto3" json:"luks_uuid,omitempty"`
-	Generation    uint64                 `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
-	LastError     string                 `protobuf:"bytes,8,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	CorrelationId string                 `protobuf:"bytes,9,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"` // of the last exchange with the key service
-	Optional      bool                   `protobuf:"varint,10,opt,name=optional,proto3" json:"optional,omitempty"`                              // the node is ready without it
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Id         string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Device     string                 `protobuf:"bytes,2,opt,name=device,proto3" json:"device,omitempty"`
+	Mapped     string                 `protobuf:"bytes,3,opt,name=mapped,proto3" json:"mapped,omitempty"`                           // /dev/mapper/NAME, empty when closed
+	MountPoint string                 `protobuf:"bytes,4,opt,name=mount_point,json=mountPoint,proto3" json:"mount_point,omitempty"` // empty when not mounted
+	// absent, opening, provisioning, open, mounted, suspended, closing, failed
+	State         string   `protobuf:"bytes,5,opt,name=state,proto3" json:"state,omitempty"`
+	LuksUuid      string   `protobuf:"bytes,6,opt,name=luks_uuid,json=luksUuid,proto3" json:"luks_uuid,omitempty"`
+	Generation    uint64   `protobuf:"varint,7,opt,name=generation,proto3" json:"generation,omitempty"`
+	LastError     string   `protobuf:"bytes,8,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	CorrelationId string   `protobuf:"bytes,9,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"` // of the last exchange with the key service
+	Optional      bool     `protobuf:"varint,10,opt,name=optional,proto3" json:"optional,omitempty"`                              // the node is ready without it
+	Bytes         uint64   `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`                                    // of plaintext, 0 when closed
+	ReadOnly      bool     `protobuf:"varint,12,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Lease         string   `protobuf:"bytes,13,opt,name=lease,proto3" json:"lease,omitempty"`       // none, held, bound, lost
+	Warnings      []string `protobuf:"bytes,14,rep,name=warnings,proto3" json:"warnings,omitempty"` // what an administrator has to look at: a damaged header, an unclean filesystem
+	KeyVersion    uint32   `protobuf:"varint,15,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
+	Dynamic       bool     `protobuf:"varint,16,opt,name=dynamic,proto3" json:"dynamic,omitempty"` // the configuration does not name it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -140,10 +147,61 @@ func (x *Volume) GetOptional() bool {
 	return false
 }
 
+func (x *Volume) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Volume) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *Volume) GetLease() string {
+	if x != nil {
+		return x.Lease
+	}
+	return ""
+}
+
+func (x *Volume) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+func (x *Volume) GetKeyVersion() uint32 {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return 0
+}
+
+func (x *Volume) GetDynamic() bool {
+	if x != nil {
+		return x.Dynamic
+	}
+	return false
+}
+
 type OpenRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	Format        bool                   `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"` // explicit intent to create the volume if it does not exist
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Format bool                   `protobuf:"varint,2,opt,name=format,proto3" json:"format,omitempty"` // explicit intent to create the volume if it does not exist
+	// What follows describes a volume that the configuration does not name. It
+	// must be empty for one that it names.
+	Device        string   `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`         // absolute path, UUID=, PARTUUID=, LABEL= or PARTLABEL=
+	Name          string   `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`             // of the mapping; default the ID
+	Filesystem    string   `protobuf:"bytes,5,opt,name=filesystem,proto3" json:"filesystem,omitempty"` // ext4, xfs, btrfs or none
+	MountPoint    string   `protobuf:"bytes,6,opt,name=mount_point,json=mountPoint,proto3" json:"mount_point,omitempty"`
+	Options       []string `protobuf:"bytes,7,rep,name=options,proto3" json:"options,omitempty"`
+	ReadOnly      bool     `protobuf:"varint,8,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	Discards      bool     `protobuf:"varint,9,opt,name=discards,proto3" json:"discards,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -192,9 +250,59 @@ func (x *OpenRequest) GetFormat() bool {
 	return false
 }
 
+func (x *OpenRequest) GetDevice() string {
+	if x != nil {
+		return x.Device
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetFilesystem() string {
+	if x != nil {
+		return x.Filesystem
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetMountPoint() string {
+	if x != nil {
+		return x.MountPoint
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetOptions() []string {
+	if x != nil {
+		return x.Options
+	}
+	return nil
+}
+
+func (x *OpenRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *OpenRequest) GetDiscards() bool {
+	if x != nil {
+		return x.Discards
+	}
+	return false
+}
+
 type OpenResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	Created       bool                   `protobuf:"varint,2,opt,name=created,proto3" json:"created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -236,6 +344,73 @@ func (x *OpenResponse) GetVolume() *Volume {
 	return nil
 }
 
+func (x *OpenResponse) GetCreated() bool {
+	if x != nil {
+		return x.Created
+	}
+	return false
+}
+
+type OpenEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	TookMs        uint64                 `protobuf:"varint,2,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
+	Volume        *Volume                `protobuf:"bytes,3,opt,name=volume,proto3" json:"volume,omitempty"` // set in the last event alone
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenEvent) Reset() {
+	*x = OpenEvent{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenEvent) ProtoMessage() {}
+
+func (x *OpenEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenEvent.ProtoReflect.Descriptor instead.
+func (*OpenEvent) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OpenEvent) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *OpenEvent) GetTookMs() uint64 {
+	if x != nil {
+		return x.TookMs
+	}
+	return 0
+}
+
+func (x *OpenEvent) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
 type CloseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -245,7 +420,7 @@ type CloseRequest struct {
 
 func (x *CloseRequest) Reset() {
 	*x = CloseRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[3]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -257,7 +432,7 @@ func (x *CloseRequest) String() string {
 func (*CloseRequest) ProtoMessage() {}
 
 func (x *CloseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[3]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -270,7 +445,7 @@ func (x *CloseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseRequest.ProtoReflect.Descriptor instead.
 func (*CloseRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CloseRequest) GetId() string {
@@ -289,7 +464,7 @@ type CloseResponse struct {
 
 func (x *CloseResponse) Reset() {
 	*x = CloseResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[4]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -301,7 +476,7 @@ func (x *CloseResponse) String() string {
 func (*CloseResponse) ProtoMessage() {}
 
 func (x *CloseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[4]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -314,7 +489,7 @@ func (x *CloseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseResponse.ProtoReflect.Descriptor instead.
 func (*CloseResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CloseResponse) GetVolume() *Volume {
@@ -333,7 +508,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[5]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +520,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[5]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +533,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{5}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *StatusRequest) GetId() string {
@@ -377,7 +552,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[6]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +564,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[6]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +577,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{6}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *StatusResponse) GetVolume() *Volume {
@@ -414,13 +589,15 @@ func (x *StatusResponse) GetVolume() *Volume {
 
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	PageSize      uint32                 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"` // 0 means 100; at most 1000
+	PageToken     string                 `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[7]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +609,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[7]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,19 +622,34 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{7}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ListRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
 }
 
 type ListResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volumes       []*Volume              `protobuf:"bytes,1,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"` // empty on the last page
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[8]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -469,7 +661,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[8]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -482,7 +674,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{8}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListResponse) GetVolumes() []*Volume {
@@ -492,11 +684,466 @@ func (x *ListResponse) GetVolumes() []*Volume {
 	return nil
 }
 
+func (x *ListResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+type ResizeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeRequest) Reset() {
+	*x = ResizeRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeRequest) ProtoMessage() {}
+
+func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
+func (*ResizeRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ResizeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ResizeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeResponse) Reset() {
+	*x = ResizeResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeResponse) ProtoMessage() {}
+
+func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
+func (*ResizeResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ResizeResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+type SuspendRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SuspendRequest) Reset() {
+	*x = SuspendRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SuspendRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SuspendRequest) ProtoMessage() {}
+
+func (x *SuspendRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SuspendRequest.ProtoReflect.Descriptor instead.
+func (*SuspendRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SuspendRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type SuspendResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SuspendResponse) Reset() {
+	*x = SuspendResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SuspendResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SuspendResponse) ProtoMessage() {}
+
+func (x *SuspendResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SuspendResponse.ProtoReflect.Descriptor instead.
+func (*SuspendResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SuspendResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+type ResumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeRequest) Reset() {
+	*x = ResumeRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeRequest) ProtoMessage() {}
+
+func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
+func (*ResumeRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ResumeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ResumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeResponse) Reset() {
+	*x = ResumeResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeResponse) ProtoMessage() {}
+
+func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
+func (*ResumeResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ResumeResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+type BackupHeaderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupHeaderRequest) Reset() {
+	*x = BackupHeaderRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupHeaderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupHeaderRequest) ProtoMessage() {}
+
+func (x *BackupHeaderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupHeaderRequest.ProtoReflect.Descriptor instead.
+func (*BackupHeaderRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *BackupHeaderRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type BackupHeaderResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Header        []byte                 `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupHeaderResponse) Reset() {
+	*x = BackupHeaderResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupHeaderResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupHeaderResponse) ProtoMessage() {}
+
+func (x *BackupHeaderResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupHeaderResponse.ProtoReflect.Descriptor instead.
+func (*BackupHeaderResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *BackupHeaderResponse) GetHeader() []byte {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+type RestoreHeaderRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Header        []byte                 `protobuf:"bytes,2,opt,name=header,proto3" json:"header,omitempty"` // empty: rebuild the damaged copy from the good one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreHeaderRequest) Reset() {
+	*x = RestoreHeaderRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreHeaderRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreHeaderRequest) ProtoMessage() {}
+
+func (x *RestoreHeaderRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreHeaderRequest.ProtoReflect.Descriptor instead.
+func (*RestoreHeaderRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RestoreHeaderRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RestoreHeaderRequest) GetHeader() []byte {
+	if x != nil {
+		return x.Header
+	}
+	return nil
+}
+
+type RestoreHeaderResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreHeaderResponse) Reset() {
+	*x = RestoreHeaderResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreHeaderResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreHeaderResponse) ProtoMessage() {}
+
+func (x *RestoreHeaderResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreHeaderResponse.ProtoReflect.Descriptor instead.
+func (*RestoreHeaderResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RestoreHeaderResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
 var File_keyagent_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\x9e\x02\n" +
+	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\xbe\x03\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x16\n" +
@@ -512,12 +1159,34 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"last_error\x18\b \x01(\tR\tlastError\x12%\n" +
 	"\x0ecorrelation_id\x18\t \x01(\tR\rcorrelationId\x12\x1a\n" +
 	"\boptional\x18\n" +
-	" \x01(\bR\boptional\"5\n" +
+	" \x01(\bR\boptional\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12\x1b\n" +
+	"\tread_only\x18\f \x01(\bR\breadOnly\x12\x14\n" +
+	"\x05lease\x18\r \x01(\tR\x05lease\x12\x1a\n" +
+	"\bwarnings\x18\x0e \x03(\tR\bwarnings\x12\x1f\n" +
+	"\vkey_version\x18\x0f \x01(\rR\n" +
+	"keyVersion\x12\x18\n" +
+	"\adynamic\x18\x10 \x01(\bR\adynamic\"\xf5\x01\n" +
 	"\vOpenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06format\x18\x02 \x01(\bR\x06format\"@\n" +
+	"\x06format\x18\x02 \x01(\bR\x06format\x12\x16\n" +
+	"\x06device\x18\x03 \x01(\tR\x06device\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"filesystem\x18\x05 \x01(\tR\n" +
+	"filesystem\x12\x1f\n" +
+	"\vmount_point\x18\x06 \x01(\tR\n" +
+	"mountPoint\x12\x18\n" +
+	"\aoptions\x18\a \x03(\tR\aoptions\x12\x1b\n" +
+	"\tread_only\x18\b \x01(\bR\breadOnly\x12\x1a\n" +
+	"\bdiscards\x18\t \x01(\bR\bdiscards\"Z\n" +
 	"\fOpenResponse\x120\n" +
-	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1e\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\x12\x18\n" +
+	"\acreated\x18\x02 \x01(\bR\acreated\"j\n" +
+	"\tOpenEvent\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x17\n" +
+	"\atook_ms\x18\x02 \x01(\x04R\x06tookMs\x120\n" +
+	"\x06volume\x18\x03 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1e\n" +
 	"\fCloseRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"A\n" +
 	"\rCloseResponse\x120\n" +
@@ -525,15 +1194,46 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\rStatusRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
 	"\x0eStatusResponse\x120\n" +
-	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\r\n" +
-	"\vListRequest\"B\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"I\n" +
+	"\vListRequest\x12\x1b\n" +
+	"\tpage_size\x18\x01 \x01(\rR\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"j\n" +
 	"\fListResponse\x122\n" +
-	"\avolumes\x18\x01 \x03(\v2\x18.keyagent.node.v1.VolumeR\avolumes2\xab\x02\n" +
+	"\avolumes\x18\x01 \x03(\v2\x18.keyagent.node.v1.VolumeR\avolumes\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x1f\n" +
+	"\rResizeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
+	"\x0eResizeResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\" \n" +
+	"\x0eSuspendRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"C\n" +
+	"\x0fSuspendResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1f\n" +
+	"\rResumeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
+	"\x0eResumeResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"%\n" +
+	"\x13BackupHeaderRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\".\n" +
+	"\x14BackupHeaderResponse\x12\x16\n" +
+	"\x06header\x18\x01 \x01(\fR\x06header\">\n" +
+	"\x14RestoreHeaderRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06header\x18\x02 \x01(\fR\x06header\"I\n" +
+	"\x15RestoreHeaderResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume2\xa4\x06\n" +
 	"\x04Node\x12E\n" +
-	"\x04Open\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1e.keyagent.node.v1.OpenResponse\x12H\n" +
+	"\x04Open\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1e.keyagent.node.v1.OpenResponse\x12L\n" +
+	"\fOpenProgress\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1b.keyagent.node.v1.OpenEvent0\x01\x12H\n" +
 	"\x05Close\x12\x1e.keyagent.node.v1.CloseRequest\x1a\x1f.keyagent.node.v1.CloseResponse\x12K\n" +
 	"\x06Status\x12\x1f.keyagent.node.v1.StatusRequest\x1a .keyagent.node.v1.StatusResponse\x12E\n" +
-	"\x04List\x12\x1d.keyagent.node.v1.ListRequest\x1a\x1e.keyagent.node.v1.ListResponseB:Z8github.com/keyagent/keyagent/api/keyagent/node/v1;nodev1b\x06proto3"
+	"\x04List\x12\x1d.keyagent.node.v1.ListRequest\x1a\x1e.keyagent.node.v1.ListResponse\x12K\n" +
+	"\x06Resize\x12\x1f.keyagent.node.v1.ResizeRequest\x1a .keyagent.node.v1.ResizeResponse\x12N\n" +
+	"\aSuspend\x12 .keyagent.node.v1.SuspendRequest\x1a!.keyagent.node.v1.SuspendResponse\x12K\n" +
+	"\x06Resume\x12\x1f.keyagent.node.v1.ResumeRequest\x1a .keyagent.node.v1.ResumeResponse\x12]\n" +
+	"\fBackupHeader\x12%.keyagent.node.v1.BackupHeaderRequest\x1a&.keyagent.node.v1.BackupHeaderResponse\x12`\n" +
+	"\rRestoreHeader\x12&.keyagent.node.v1.RestoreHeaderRequest\x1a'.keyagent.node.v1.RestoreHeaderResponseB:Z8github.com/keyagent/keyagent/api/keyagent/node/v1;nodev1b\x06proto3"
 
 var (
 	file_keyagent_node_v1_node_proto_rawDescOnce sync.Once
@@ -547,36 +1247,64 @@ func file_keyagent_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_keyagent_node_v1_node_proto_rawDescData
 }
 
-var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_keyagent_node_v1_node_proto_goTypes = []any{
-	(*Volume)(nil),         // 0: keyagent.node.v1.Volume
-	(*OpenRequest)(nil),    // 1: keyagent.node.v1.OpenRequest
-	(*OpenResponse)(nil),   // 2: keyagent.node.v1.OpenResponse
-	(*CloseRequest)(nil),   // 3: keyagent.node.v1.CloseRequest
-	(*CloseResponse)(nil),  // 4: keyagent.node.v1.CloseResponse
-	(*StatusRequest)(nil),  // 5: keyagent.node.v1.StatusRequest
-	(*StatusResponse)(nil), // 6: keyagent.node.v1.StatusResponse
-	(*ListRequest)(nil),    // 7: keyagent.node.v1.ListRequest
-	(*ListResponse)(nil),   // 8: keyagent.node.v1.ListResponse
+	(*Volume)(nil),                // 0: keyagent.node.v1.Volume
+	(*OpenRequest)(nil),           // 1: keyagent.node.v1.OpenRequest
+	(*OpenResponse)(nil),          // 2: keyagent.node.v1.OpenResponse
+	(*OpenEvent)(nil),             // 3: keyagent.node.v1.OpenEvent
+	(*CloseRequest)(nil),          // 4: keyagent.node.v1.CloseRequest
+	(*CloseResponse)(nil),         // 5: keyagent.node.v1.CloseResponse
+	(*StatusRequest)(nil),         // 6: keyagent.node.v1.StatusRequest
+	(*StatusResponse)(nil),        // 7: keyagent.node.v1.StatusResponse
+	(*ListRequest)(nil),           // 8: keyagent.node.v1.ListRequest
+	(*ListResponse)(nil),          // 9: keyagent.node.v1.ListResponse
+	(*ResizeRequest)(nil),         // 10: keyagent.node.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 11: keyagent.node.v1.ResizeResponse
+	(*SuspendRequest)(nil),        // 12: keyagent.node.v1.SuspendRequest
+	(*SuspendResponse)(nil),       // 13: keyagent.node.v1.SuspendResponse
+	(*ResumeRequest)(nil),         // 14: keyagent.node.v1.ResumeRequest
+	(*ResumeResponse)(nil),        // 15: keyagent.node.v1.ResumeResponse
+	(*BackupHeaderRequest)(nil),   // 16: keyagent.node.v1.BackupHeaderRequest
+	(*BackupHeaderResponse)(nil),  // 17: keyagent.node.v1.BackupHeaderResponse
+	(*RestoreHeaderRequest)(nil),  // 18: keyagent.node.v1.RestoreHeaderRequest
+	(*RestoreHeaderResponse)(nil), // 19: keyagent.node.v1.RestoreHeaderResponse
 }
 var file_keyagent_node_v1_node_proto_depIdxs = []int32{
-	0, // 0: keyagent.node.v1.OpenResponse.volume:type_name -> keyagent.node.v1.Volume
-	0, // 1: keyagent.node.v1.CloseResponse.volume:type_name -> keyagent.node.v1.Volume
-	0, // 2: keyagent.node.v1.StatusResponse.volume:type_name -> keyagent.node.v1.Volume
-	0, // 3: keyagent.node.v1.ListResponse.volumes:type_name -> keyagent.node.v1.Volume
-	1, // 4: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
-	3, // 5: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
-	5, // 6: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
-	7, // 7: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
-	2, // 8: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
-	4, // 9: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
-	6, // 10: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
-	8, // 11: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
-	8, // [8:12] is the sub-list for method output_type
-	4, // [4:8] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	0,  // 0: keyagent.node.v1.OpenResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 1: keyagent.node.v1.OpenEvent.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 2: keyagent.node.v1.CloseResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 3: keyagent.node.v1.StatusResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 4: keyagent.node.v1.ListResponse.volumes:type_name -> keyagent.node.v1.Volume
+	0,  // 5: keyagent.node.v1.ResizeResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 6: keyagent.node.v1.SuspendResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 7: keyagent.node.v1.ResumeResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 8: keyagent.node.v1.RestoreHeaderResponse.volume:type_name -> keyagent.node.v1.Volume
+	1,  // 9: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
+	1,  // 10: keyagent.node.v1.Node.OpenProgress:input_type -> keyagent.node.v1.OpenRequest
+	4,  // 11: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
+	6,  // 12: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
+	8,  // 13: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
+	10, // 14: keyagent.node.v1.Node.Resize:input_type -> keyagent.node.v1.ResizeRequest
+	12, // 15: keyagent.node.v1.Node.Suspend:input_type -> keyagent.node.v1.SuspendRequest
+	14, // 16: keyagent.node.v1.Node.Resume:input_type -> keyagent.node.v1.ResumeRequest
+	16, // 17: keyagent.node.v1.Node.BackupHeader:input_type -> keyagent.node.v1.BackupHeaderRequest
+	18, // 18: keyagent.node.v1.Node.RestoreHeader:input_type -> keyagent.node.v1.RestoreHeaderRequest
+	2,  // 19: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
+	3,  // 20: keyagent.node.v1.Node.OpenProgress:output_type -> keyagent.node.v1.OpenEvent
+	5,  // 21: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
+	7,  // 22: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
+	9,  // 23: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
+	11, // 24: keyagent.node.v1.Node.Resize:output_type -> keyagent.node.v1.ResizeResponse
+	13, // 25: keyagent.node.v1.Node.Suspend:output_type -> keyagent.node.v1.SuspendResponse
+	15, // 26: keyagent.node.v1.Node.Resume:output_type -> keyagent.node.v1.ResumeResponse
+	17, // 27: keyagent.node.v1.Node.BackupHeader:output_type -> keyagent.node.v1.BackupHeaderResponse
+	19, // 28: keyagent.node.v1.Node.RestoreHeader:output_type -> keyagent.node.v1.RestoreHeaderResponse
+	19, // [19:29] is the sub-list for method output_type
+	9,  // [9:19] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_node_v1_node_proto_init() }
@@ -590,7 +1318,7 @@ func file_keyagent_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_node_v1_node_proto_rawDesc), len(file_keyagent_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

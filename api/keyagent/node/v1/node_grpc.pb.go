@@ -22,20 +22,45 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Node_Open_FullMethodName   = "/keyagent.node.v1.Node/Open"
-	Node_Close_FullMethodName  = "/keyagent.node.v1.Node/Close"
-	Node_Status_FullMethodName = "/keyagent.node.v1.Node/Status"
-	Node_List_FullMethodName   = "/keyagent.node.v1.Node/List"
+	Node_Open_FullMethodName          = "/keyagent.node.v1.Node/Open"
+	Node_OpenProgress_FullMethodName  = "/keyagent.node.v1.Node/OpenProgress"
+	Node_Close_FullMethodName         = "/keyagent.node.v1.Node/Close"
+	Node_Status_FullMethodName        = "/keyagent.node.v1.Node/Status"
+	Node_List_FullMethodName          = "/keyagent.node.v1.Node/List"
+	Node_Resize_FullMethodName        = "/keyagent.node.v1.Node/Resize"
+	Node_Suspend_FullMethodName       = "/keyagent.node.v1.Node/Suspend"
+	Node_Resume_FullMethodName        = "/keyagent.node.v1.Node/Resume"
+	Node_BackupHeader_FullMethodName  = "/keyagent.node.v1.Node/BackupHeader"
+	Node_RestoreHeader_FullMethodName = "/keyagent.node.v1.Node/RestoreHeader"
 )
 
 // NodeClient is the client API for Node service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type NodeClient interface {
+	// Open opens a volume, one that the configuration names or one that the
+	// caller describes and the configuration allows. Opening an open volume
+	// succeeds.
 	Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (*OpenResponse, error)
+	// OpenProgress is Open with a message for each step; the last one is the
+	// volume.
+	OpenProgress(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[OpenEvent], error)
+	// Close unmounts and closes a volume, also one that is not configured any
+	// more. Closing a closed volume succeeds.
 	Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
+	// List returns the volumes in the order of their IDs, a page at a time.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
+	// Resize grows an open volume and its filesystem to the size of its device.
+	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
+	// Suspend stops all I/O of an open volume and takes its key from the kernel;
+	// Resume asks the key service again.
+	Suspend(ctx context.Context, in *SuspendRequest, opts ...grpc.CallOption) (*SuspendResponse, error)
+	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error)
+	// BackupHeader returns the header of a volume, which is not secret.
+	BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error)
+	// RestoreHeader writes a header back that the volume's record vouches for.
+	RestoreHeader(ctx context.Context, in *RestoreHeaderRequest, opts ...grpc.CallOption) (*RestoreHeaderResponse, error)
 }
 
 type nodeClient struct {
@@ -55,6 +80,25 @@ func (c *nodeClient) Open(ctx context.Context, in *OpenRequest, opts ...grpc.Cal
 	}
 	return out, nil
 }
+
+func (c *nodeClient) OpenProgress(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[OpenEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Node_ServiceDesc.Streams[0], Node_OpenProgress_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[OpenRequest, OpenEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_OpenProgressClient = grpc.ServerStreamingClient[OpenEvent]
 
 func (c *nodeClient) Close(ctx context.Context, in *CloseRequest, opts ...grpc.CallOption) (*CloseResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -86,14 +130,83 @@ func (c *nodeClient) List(ctx context.Context, in *ListRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *nodeClient) Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResizeResponse)
+	err := c.cc.Invoke(ctx, Node_Resize_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) Suspend(ctx context.Context, in *SuspendRequest, opts ...grpc.CallOption) (*SuspendResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SuspendResponse)
+	err := c.cc.Invoke(ctx, Node_Suspend_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeResponse)
+	err := c.cc.Invoke(ctx, Node_Resume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(BackupHeaderResponse)
+	err := c.cc.Invoke(ctx, Node_BackupHeader_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) RestoreHeader(ctx context.Context, in *RestoreHeaderRequest, opts ...grpc.CallOption) (*RestoreHeaderResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestoreHeaderResponse)
+	err := c.cc.Invoke(ctx, Node_RestoreHeader_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
 type NodeServer interface {
+	// Open opens a volume, one that the configuration names or one that the
+	// caller describes and the configuration allows. Opening an open volume
+	// succeeds.
 	Open(context.Context, *OpenRequest) (*OpenResponse, error)
+	// OpenProgress is Open with a message for each step; the last one is the
+	// volume.
+	OpenProgress(*OpenRequest, grpc.ServerStreamingServer[OpenEvent]) error
+	// Close unmounts and closes a volume, also one that is not configured any
+	// more. Closing a closed volume succeeds.
 	Close(context.Context, *CloseRequest) (*CloseResponse, error)
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
+	// List returns the volumes in the order of their IDs, a page at a time.
 	List(context.Context, *ListRequest) (*ListResponse, error)
+	// Resize grows an open volume and its filesystem to the size of its device.
+	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
+	// Suspend stops all I/O of an open volume and takes its key from the kernel;
+	// Resume asks the key service again.
+	Suspend(context.Context, *SuspendRequest) (*SuspendResponse, error)
+	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
+	// BackupHeader returns the header of a volume, which is not secret.
+	BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error)
+	// RestoreHeader writes a header back that the volume's record vouches for.
+	RestoreHeader(context.Context, *RestoreHeaderRequest) (*RestoreHeaderResponse, error)
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -107,6 +220,9 @@ type UnimplementedNodeServer struct{}
 func (UnimplementedNodeServer) Open(context.Context, *OpenRequest) (*OpenResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Open not implemented")
 }
+func (UnimplementedNodeServer) OpenProgress(*OpenRequest, grpc.ServerStreamingServer[OpenEvent]) error {
+	return status.Error(codes.Unimplemented, "method OpenProgress not implemented")
+}
 func (UnimplementedNodeServer) Close(context.Context, *CloseRequest) (*CloseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Close not implemented")
 }
@@ -115,6 +231,21 @@ func (UnimplementedNodeServer) Status(context.Context, *StatusRequest) (*StatusR
 }
 func (UnimplementedNodeServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
+}
+func (UnimplementedNodeServer) Resize(context.Context, *ResizeRequest) (*ResizeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resize not implemented")
+}
+func (UnimplementedNodeServer) Suspend(context.Context, *SuspendRequest) (*SuspendResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Suspend not implemented")
+}
+func (UnimplementedNodeServer) Resume(context.Context, *ResumeRequest) (*ResumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resume not implemented")
+}
+func (UnimplementedNodeServer) BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method BackupHeader not implemented")
+}
+func (UnimplementedNodeServer) RestoreHeader(context.Context, *RestoreHeaderRequest) (*RestoreHeaderResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestoreHeader not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -154,6 +285,17 @@ func _Node_Open_Handler(srv interface{}, ctx context.Context, dec func(interface
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Node_OpenProgress_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(OpenRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(NodeServer).OpenProgress(m, &grpc.GenericServerStream[OpenRequest, OpenEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Node_OpenProgressServer = grpc.ServerStreamingServer[OpenEvent]
 
 func _Node_Close_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(CloseRequest)
@@ -209,6 +351,96 @@ func _Node_List_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_Resize_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResizeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Resize(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Resize_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Resize(ctx, req.(*ResizeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_Suspend_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SuspendRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Suspend(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Suspend_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Suspend(ctx, req.(*SuspendRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_Resume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Resume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Resume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Resume(ctx, req.(*ResumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_BackupHeader_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(BackupHeaderRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).BackupHeader(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_BackupHeader_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).BackupHeader(ctx, req.(*BackupHeaderRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_RestoreHeader_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestoreHeaderRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).RestoreHeader(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_RestoreHeader_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).RestoreHeader(ctx, req.(*RestoreHeaderRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -232,7 +464,33 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "List",
 			Handler:    _Node_List_Handler,
 		},
+		{
+			MethodName: "Resize",
+			Handler:    _Node_Resize_Handler,
+		},
+		{
+			MethodName: "Suspend",
+			Handler:    _Node_Suspend_Handler,
+		},
+		{
+			MethodName: "Resume",
+			Handler:    _Node_Resume_Handler,
+		},
+		{
+			MethodName: "BackupHeader",
+			Handler:    _Node_BackupHeader_Handler,
+		},
+		{
+			MethodName: "RestoreHeader",
+			Handler:    _Node_RestoreHeader_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "OpenProgress",
+			Handler:       _Node_OpenProgress_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "keyagent/node/v1/node.proto",
 }
