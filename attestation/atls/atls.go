@@ -74,10 +74,26 @@ var (
 	ErrSealed = errors.New("sealed message is not for this channel")
 )
 
+// RefusalClass is all that a refused peer learns of why. An appraiser's error may have
+// a class of its own, by a method RefusalClass() string.
+type RefusalClass string
+
+// The classes of this package. They are what stands on the wire.
+const (
+	// RefusedEvidence means that the evidence is not accepted.
+	RefusedEvidence RefusalClass = "evidence refused"
+	// RefusedUnendorsed means that what a vendor says of the hardware is missing now.
+	RefusedUnendorsed RefusalClass = "endorsements missing"
+	// RefusedExchange means that this side broke the rules of the exchange.
+	RefusedExchange RefusalClass = "malformed exchange"
+	// RefusedByFault means that the verifier failed, and not the evidence.
+	RefusedByFault RefusalClass = "verifier's fault"
+)
+
 // Refusal is the peer's verdict that this side's evidence is not accepted. It
 // carries no more than the peer's policy lets this side see.
 type Refusal struct {
-	Class         string // for example "evidence refused"
+	Class         RefusalClass
 	CorrelationID string // stands in the peer's log as well
 	Detail        string // often empty
 }

@@ -39,6 +39,9 @@ type Channel struct {
 	peer    peerState
 	own     []ownKey // newest first; one before stays for answers under way
 	verdict Verdict  // the peer's on this side
+	// first is the binder under which the client proved itself when the connection
+	// began.
+	first attestation.Binder
 }
 
 // peerState is what this side knows of its peer.
@@ -205,6 +208,7 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 		return err
 	}
 	c.own = c.own[:min(2, len(c.own))]
+	c.began(clientRole == c.self, binder)
 	c.verdict = Verdict{verdict.GetCorrelationId(), c.now().Add(time.Duration(verdict.GetLifetimeSeconds()) * time.Second)}
 	return nil
 }
@@ -240,7 +244,7 @@ func (c *Channel) recvChallenge(fr Frames) (*attestv1.Challenge, error) {
 }
 
 func refusalOf(v *attestv1.Verdict) error {
-	return &Refusal{Class: cut(v.GetRefusalClass(), 64), CorrelationID: cut(v.GetCorrelationId(), 64), Detail: cut(v.GetDetail(), 4096)}
+	return &Refusal{Class: RefusalClass(cut(v.GetRefusalClass(), 64)), CorrelationID: cut(v.GetCorrelationId(), 64), Detail: cut(v.GetDetail(), 4096)}
 }
 
 func cut(s string, n int) string { return s[:min(n, len(s))] }
@@ -261,7 +265,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	if err != nil && !isTransport(err) {
 		// Best effort: the refusal stands whether or not the peer hears of it.
 		_ = fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
-			CorrelationId: id, RefusalClass: classOf(err), Detail: peerDetail(err),
+			CorrelationId: id, RefusalClass: string(classOf(err)), Detail: peerDetail(err),
 		}}})
 	}
 	if err != nil {
@@ -270,6 +274,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	state.id = id
 	c.mu.Lock()
 	c.peer = state
+	c.began(serverRole == c.self, state.verified.Binder())
 	c.mu.Unlock()
 	return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
 		Accepted: true, CorrelationId: id, LifetimeSeconds: uint32(lifetime / time.Second),
@@ -388,6 +393,22 @@ func (c *Channel) accepted() (peerState, error) {
 	return p, nil
 }
 
+// began keeps the binder of the client's first evidence. The lock is held.
+func (c *Channel) began(client bool, b attestation.Binder) {
+	if client && c.first == (attestation.Binder{}) {
+		c.first = b
+	}
+}
+
+// Binder names the connection, by the binder of the evidence with which its client
+// began. Both sides have the same one, and it stays the same when the client attests
+// itself again. It is zero if the client did not attest itself.
+func (c *Channel) Binder() attestation.Binder {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.first
+}
+
 func (c *Channel) expired(at time.Time) error {
 	if !c.now().Before(at) {
 		return fmt.Errorf("%w at %s", ErrExpired, at.Format(time.RFC3339))
@@ -458,19 +479,19 @@ func sealInfo(b attestation.Binder, info []byte) []byte {
 func newCorrelationID() string { return rand.Text()[:16] }
 
 // classOf is all that a refused peer learns.
-func classOf(err error) string {
+func classOf(err error) RefusalClass {
 	var c interface{ RefusalClass() string }
 	switch {
 	case errors.As(err, &c):
-		return c.RefusalClass()
+		return RefusalClass(c.RefusalClass())
 	case errors.Is(err, attestation.ErrUnendorsed):
-		return "endorsements missing"
+		return RefusedUnendorsed
 	case errors.Is(err, attestation.ErrRefused):
-		return "evidence refused"
+		return RefusedEvidence
 	case errors.Is(err, ErrFrame):
-		return "malformed exchange"
+		return RefusedExchange
 	default:
-		return "verifier's fault"
+		return RefusedByFault
 	}
 }
 

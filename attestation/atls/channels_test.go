@@ -149,3 +149,30 @@ func change[B any](of func(*attestv1.Frame) (B, bool), f func(B)) func(*attestv1
 		return frame, nil
 	}
 }
+
+// Case 48: what is bound to a connection stays bound to it when the client attests
+// itself again, and fits no other connection.
+func TestAConnectionKeepsItsBinder(t *testing.T) {
+	w := newWorld(t)
+	w.mutual()
+	client, server := w.mustMeet(t)
+	first := server.Channel().Binder()
+	v, _, err := server.Channel().Peer()
+	if err != nil || first != v.Binder() || first != client.Channel().Binder() || first == (attestation.Binder{}) {
+		t.Fatalf("server %x, client %x, %v", first, client.Channel().Binder(), err)
+	}
+	if c, s := reattest(t, client, server); s != nil || c != nil {
+		t.Fatal(s, c)
+	}
+	v, _, err = server.Channel().Peer()
+	if err != nil || v.Binder() == first {
+		t.Errorf("a renewal has the same evidence: %v", err)
+	}
+	if server.Channel().Binder() != first || client.Channel().Binder() != first {
+		t.Error("a renewal changed the binder of the connection")
+	}
+	other, _ := w.mustMeet(t)
+	if other.Channel().Binder() == first {
+		t.Error("two connections have one binder")
+	}
+}

@@ -403,7 +403,7 @@ func classify(err error) error {
 		return err
 	case errors.As(err, &refusal):
 		class := failure.EvidenceRefused
-		if refusal.Class != string(failure.EvidenceRefused) && refusal.Class != "malformed exchange" {
+		if refusal.Class != atls.RefusedEvidence && refusal.Class != atls.RefusedExchange {
 			class = failure.Unreachable // the verifier's own fault, or a vendor's outage: try again
 		}
 		return &failure.Error{Class: class, CorrelationID: refusal.CorrelationID, Err: err,
