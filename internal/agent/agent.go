@@ -1,9 +1,10 @@
-// Package agent is the node: it opens the volumes of this machine and serves the
-// local API to those who may use it.
+// Package agent is the node: it opens, keeps and closes the volumes of this
+// machine, whatever names them, and serves the local API to those who may use it.
 //
-// A volume is opened in the order key, map, mount; a new one in the order key,
-// format, map, filesystem, confirm, mount. The key service's record is the only
-// authority on which of the two it is, and the DEK is wiped as soon as the
+// [Volumes] is the core. The configuration file, callers of the local API and the
+// command line are its front ends: each makes a node.Volume and says what it wants.
+// A volume's life is the table in life.go. The key service's record is the only
+// authority on whether a volume may be created, and the DEK is wiped as soon as the
 // kernel has the volume key.
 package agent
 
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/systemd"
 )
 
@@ -26,15 +28,15 @@ const stopTimeout = 10 * time.Second
 
 // Agent is the node daemon.
 type Agent struct {
-	cfg     *Config
-	manager *Manager
+	cfg     *node.Config
+	volumes *Volumes
 	log     *slog.Logger
 	notify  *systemd.Notifier
 }
 
 // New returns an agent. notify may be nil.
-func New(cfg *Config, m *Manager, log *slog.Logger, notify *systemd.Notifier) *Agent {
-	return &Agent{cfg: cfg, manager: m, log: log, notify: notify}
+func New(cfg *node.Config, v *Volumes, log *slog.Logger, notify *systemd.Notifier) *Agent {
+	return &Agent{cfg: cfg, volumes: v, log: log, notify: notify}
 }
 
 // Run opens the configured volumes, tells systemd that the node is ready, and
@@ -48,7 +50,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return failure.New(failure.Configuration, err, "")
 	}
-	server := newNodeServer(a.manager, a.cfg.Callers, a.log)
+	a.volumes.Recover(ctx)
+	server := newNodeServer(ctx, a.volumes, a.cfg, a.log)
 	stop := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
@@ -65,16 +68,23 @@ func (a *Agent) Run(ctx context.Context) error {
 		server.GracefulStop()
 		return nil
 	})
-	group.Go(func() error {
-		if err := a.manager.OpenAll(ctx); err != nil {
-			if stop.Err() != nil {
-				return nil // asked to stop while it waited
-			}
-			return err
-		}
-		a.log.Info("ready", "volumes", len(a.cfg.Volumes), "uptime_s", uptime())
-		a.notify.Ready(fmt.Sprintf("%d volumes are open", len(a.cfg.Volumes)))
-		return a.notify.Watch(ctx)
-	})
+	group.Go(func() error { a.volumes.KeepLeases(ctx); return nil })
+	group.Go(func() error { a.volumes.WatchHeaders(ctx, a.cfg.WatchEvery()); return nil })
+	group.Go(func() error { return a.boot(ctx, stop) })
 	return group.Wait()
+}
+
+// boot opens what the configuration names, and then what comes late.
+func (a *Agent) boot(ctx, stop context.Context) error {
+	_, err := a.volumes.OpenAll(ctx, a.cfg.Volumes)
+	if err != nil {
+		if stop.Err() != nil {
+			return nil // asked to stop while it waited
+		}
+		return err
+	}
+	a.log.Info("ready", "volumes", len(a.cfg.Volumes), "uptime_s", uptime())
+	a.notify.Ready(fmt.Sprintf("%d volumes are open", len(a.cfg.Volumes)))
+	go a.volumes.OpenLate(ctx, a.cfg.Volumes)
+	return a.notify.Watch(ctx)
 }

@@ -33,6 +33,7 @@ const (
 	NoDevice        Class = "no attestation device"
 	Tampered        Class = "record or log tampered"
 	State           Class = "wrong state"
+	NeedsRepair     Class = "filesystem needs repair"
 )
 
 // table is the one place that maps classes to numbers.
@@ -55,6 +56,7 @@ var table = map[Class]struct {
 	NoDevice:        {13, codes.FailedPrecondition},
 	Tampered:        {14, codes.DataLoss},
 	State:           {15, codes.FailedPrecondition},
+	NeedsRepair:     {16, codes.DataLoss},
 }
 
 // ExitCode returns the exit code of a class.

@@ -8,6 +8,7 @@ package keyservice
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -20,6 +21,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/policysource"
 	"github.com/keyagent/keyagent/internal/record"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
@@ -28,7 +30,7 @@ import (
 
 // Options configure [New]. All are required but Now.
 type Options struct {
-	Policy  *PolicySource
+	Policy  *policysource.Source
 	KMS     kms.KMS
 	Storage storage.Storage
 	Audit   *audit.Log
@@ -49,7 +51,7 @@ type Options struct {
 // Service implements the gRPC service. Create it with New.
 type Service struct {
 	keyservicev1.UnimplementedKeyServiceServer
-	policy  *PolicySource
+	policy  *policysource.Source
 	kms     kms.KMS
 	records *records
 	audit   *audit.Log
@@ -379,6 +381,9 @@ func (s *Service) recordFor(ctx context.Context, d *decision, req *keyservicev1.
 	}
 	return nil, fmt.Errorf("%w: it is %s", errNotActive, rec.State)
 }
+
+// newID returns a correlation ID.
+func newID() string { return rand.Text()[:16] }
 
 func evidenceDigest(v *attestation.Verified) string {
 	out := ""

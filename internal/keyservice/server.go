@@ -29,6 +29,7 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/policysource"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
@@ -218,7 +219,7 @@ func (c *Config) timeout() (time.Duration, error) {
 type Server struct {
 	cfg      *Config
 	log      *slog.Logger
-	policy   *PolicySource
+	policy   *policysource.Source
 	service  *Service
 	metrics  *Metrics
 	gate     *atls.Gate
@@ -238,7 +239,7 @@ func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, e
 			err = errors.Join(err, s.close())
 		}
 	}()
-	if s.policy, err = NewPolicySource(cfg.Policy, log); err != nil {
+	if s.policy, err = policysource.New(cfg.Policy, log); err != nil {
 		return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 	}
 	if err = s.loadCertificate(); err != nil {

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"syscall"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 )
@@ -31,20 +31,13 @@ type peerCredentials struct {
 var errNotUnix = errors.New("not a unix socket")
 
 func (k peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
+	u, ok := c.(syscall.Conn)
+	if _, unixAddr := c.LocalAddr().(*net.UnixAddr); !ok || !unixAddr {
 		return nil, nil, errNotUnix
 	}
-	raw, err := u.SyscallConn()
+	cred, err := credOf(u)
 	if err != nil {
-		return nil, nil, err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil || credErr != nil {
-		return nil, nil, fmt.Errorf("peer credentials: %w", errors.Join(err, credErr))
+		return nil, nil, fmt.Errorf("peer credentials: %w", err)
 	}
 	p := Peer{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Pid, cred.Uid, cred.Gid}
 	if k.admit != nil {

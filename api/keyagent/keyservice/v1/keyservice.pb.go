@@ -187,6 +187,7 @@ type GetKeyRequest struct {
 	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // the caller maps the volume read-only
 	Node          string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"`                          // what people call the caller, for messages only; at most 64 bytes
 	LeaseId       []byte                 `protobuf:"bytes,6,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`     // of a lease that the caller held before it was restarted
+	Diskless      bool                   `protobuf:"varint,7,opt,name=diskless,proto3" json:"diskless,omitempty"`                 // the key opens no disk, so there is nothing to lease
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -261,6 +262,13 @@ func (x *GetKeyRequest) GetLeaseId() []byte {
 		return x.LeaseId
 	}
 	return nil
+}
+
+func (x *GetKeyRequest) GetDiskless() bool {
+	if x != nil {
+		return x.Diskless
+	}
+	return false
 }
 
 type GetKeyResponse struct {
@@ -1086,14 +1094,15 @@ var File_keyagent_keyservice_v1_keyservice_proto protoreflect.FileDescriptor
 
 const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
-	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xd5\x01\n" +
+	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xf1\x01\n" +
 	"\rGetKeyRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12?\n" +
 	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\x12\x1a\n" +
 	"\bprotocol\x18\x03 \x01(\rR\bprotocol\x12\x1b\n" +
 	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x12\n" +
 	"\x04node\x18\x05 \x01(\tR\x04node\x12\x19\n" +
-	"\blease_id\x18\x06 \x01(\fR\aleaseId\"\xd1\x03\n" +
+	"\blease_id\x18\x06 \x01(\fR\aleaseId\x12\x1a\n" +
+	"\bdiskless\x18\a \x01(\bR\bdiskless\"\xd1\x03\n" +
 	"\x0eGetKeyResponse\x12\x1d\n" +
 	"\n" +
 	"sealed_dek\x18\x01 \x01(\fR\tsealedDek\x129\n" +

@@ -1,27 +1,26 @@
-package agent
+package node
 
 import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/keyagent/keyagent/attestation/policy"
 	hardware "github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 )
 
-// Config is the configuration file of keyagent agent and of the verbs that run
-// without it. docs/configuration.md explains each field.
+// Config is the configuration file of a node. docs/configuration.md explains each
+// field. A node without volumes is a good node: a control plane that only wants a
+// KEK has none, and so has one whose volumes all come from a CSI driver.
 type Config struct {
 	Servers      []ServerConfig `yaml:"servers"`
 	ServerPolicy string         `yaml:"server_policy,omitempty"`
@@ -33,9 +32,17 @@ type Config struct {
 	Azure        AzureConfig                `yaml:"azure,omitempty"`
 	Socket       string                     `yaml:"socket,omitempty"`
 	StateDir     string                     `yaml:"state_dir,omitempty"`
-	Callers      []Caller                   `yaml:"callers"`
+	Callers      []Caller                   `yaml:"callers,omitempty"`
+	Dynamic      []Dynamic                  `yaml:"dynamic,omitempty"`
 	Retry        RetryConfig                `yaml:"retry,omitempty"`
-	Volumes      []VolumeConfig             `yaml:"volumes"`
+	Volumes      []Volume                   `yaml:"volumes,omitempty"`
+	// Watch is how often the headers of open volumes are compared with their disks.
+	// Default 5m, off for never.
+	Watch string `yaml:"watch,omitempty"`
+	// DeviceTimeout is how long a disk may take to answer. Default 30s.
+	DeviceTimeout string `yaml:"device_timeout,omitempty"`
+
+	watch, deviceTimeout time.Duration
 }
 
 // ServerConfig is one endpoint of the key service.
@@ -73,7 +80,7 @@ type RetryConfig struct {
 	First  string `yaml:"first,omitempty"`
 	Max    string `yaml:"max,omitempty"`
 
-	budget, first, max time.Duration
+	retry keyclient.Retry
 }
 
 // Caller is who may use the local API.
@@ -83,35 +90,19 @@ type Caller struct {
 	Volumes    []string `yaml:"volumes"`
 }
 
-// VolumeConfig is one volume of this node.
-type VolumeConfig struct {
-	ID         string   `yaml:"id"`
-	Device     string   `yaml:"device"`
-	Name       string   `yaml:"name,omitempty"`       // of the mapping; default the ID
-	Format     bool     `yaml:"format,omitempty"`     // explicit intent: create it if it does not exist
-	Filesystem string   `yaml:"filesystem,omitempty"` // ext4, or none
-	Mount      string   `yaml:"mount,omitempty"`
-	Options    []string `yaml:"options,omitempty"` // of the mount; default nosuid, nodev
-	Optional   bool     `yaml:"optional,omitempty"`
-	Discards   bool     `yaml:"discards,omitempty"`
-}
-
 // The defaults of fields that are left out.
 const (
-	DefaultSocket   = "/run/keyagent/agent.sock"
-	defaultStateDir = "/run/keyagent/volumes"
-	defaultBudget   = 5 * time.Minute
-	defaultFirst    = 500 * time.Millisecond
-	defaultMax      = 15 * time.Second
+	DefaultSocket        = "/run/keyagent/agent.sock"
+	defaultStateDir      = "/run/keyagent/volumes"
+	defaultWatch         = 5 * time.Minute
+	defaultDeviceTimeout = 30 * time.Second
 )
 
-// localOperations are what a caller may be allowed.
-var localOperations = []string{"open", "format", "close", "status", "list"}
+// Operations are what a caller may be allowed.
+var Operations = []string{"open", "format", "close", "status", "list", "resize", "suspend", "resume", "backup-header", "restore-header"}
 
-var mappingName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$`)
-
-// LoadConfig reads and checks a configuration file.
-func LoadConfig(path string) (*Config, error) {
+// Load reads and checks a configuration file.
+func Load(path string) (*Config, error) {
 	c := &Config{}
 	doc, _, err := config.ReadFile(path, c)
 	if err != nil {
@@ -147,35 +138,54 @@ func (c *Config) check(doc *config.Document, dir string) error {
 	if err := c.Endorsements.Check(); err != nil {
 		return doc.Errorf([]any{"endorsements"}, "%w", err)
 	}
-	if err := c.Retry.check(doc); err != nil {
+	if err := c.durations(doc); err != nil {
 		return err
-	}
-	if len(c.Volumes) == 0 {
-		return doc.Errorf([]any{"volumes"}, "empty: there is nothing to open")
-	}
-	ids, names, mounts := map[string]bool{}, map[string]bool{}, map[string]bool{}
-	for i := range c.Volumes {
-		v := &c.Volumes[i]
-		if err := v.check(doc, i); err != nil {
-			return err
-		}
-		for _, u := range []struct {
-			seen  map[string]bool
-			value string
-			field string
-		}{{ids, v.ID, "id"}, {names, v.Name, "name"}, {mounts, v.Mount, "mount"}} {
-			if u.value != "" && u.seen[u.value] {
-				return doc.Errorf([]any{"volumes", i, u.field}, "%q is used twice", u.value)
-			}
-			u.seen[u.value] = true
-		}
 	}
 	for i := range c.Callers {
 		if err := c.Callers[i].check(doc, i); err != nil {
 			return err
 		}
 	}
+	for i := range c.Dynamic {
+		if err := c.Dynamic[i].check(); err != nil {
+			return doc.Errorf(place("dynamic", i, err), "%w", bare(err))
+		}
+	}
+	return c.checkVolumes(doc)
+}
+
+func (c *Config) checkVolumes(doc *config.Document) error {
+	for i := range c.Volumes {
+		if err := c.Volumes[i].Validate(); err != nil {
+			return doc.Errorf(place("volumes", i, err), "%w", bare(err))
+		}
+	}
+	if i, err := CheckVolumes(c.Volumes); err != nil {
+		return doc.Errorf(place("volumes", i, err), "%w", bare(err))
+	}
 	return nil
+}
+
+// place is where in the file the field of an error stands.
+func place(list string, i int, err error) []any {
+	path := []any{list, i}
+	var f *FieldError
+	if errors.As(err, &f) {
+		path = append(path, f.Field)
+		if f.Index >= 0 {
+			path = append(path, f.Index)
+		}
+	}
+	return path
+}
+
+// bare is an error without the name of its field, which the place says.
+func bare(err error) error {
+	var f *FieldError
+	if errors.As(err, &f) {
+		return f.Err
+	}
+	return err
 }
 
 func (s *ServerConfig) check(doc *config.Document, dir string, i int) error {
@@ -215,29 +225,47 @@ func (s *ServerConfig) check(doc *config.Document, dir string, i int) error {
 	return nil
 }
 
-func (r *RetryConfig) check(doc *config.Document) error {
+// durations parses what is a time.
+func (c *Config) durations(doc *config.Document) error {
+	r := &c.Retry
+	r.retry = keyclient.DefaultRetry
+	c.watch, c.deviceTimeout = defaultWatch, defaultDeviceTimeout
+	watch := c.Watch
+	if watch == "off" {
+		c.watch, watch = 0, ""
+	}
 	for _, f := range []struct {
-		field string
-		text  string
-		to    *time.Duration
-		unset time.Duration
+		path []any
+		text string
+		to   *time.Duration
+		min  time.Duration
 	}{
-		{"budget", r.Budget, &r.budget, defaultBudget},
-		{"first", r.First, &r.first, defaultFirst},
-		{"max", r.Max, &r.max, defaultMax},
+		{[]any{"retry", "budget"}, r.Budget, &r.retry.Budget, time.Nanosecond},
+		{[]any{"retry", "first"}, r.First, &r.retry.First, time.Nanosecond},
+		{[]any{"retry", "max"}, r.Max, &r.retry.Max, time.Nanosecond},
+		{[]any{"watch"}, watch, &c.watch, time.Second},
+		{[]any{"device_timeout"}, c.DeviceTimeout, &c.deviceTimeout, time.Second},
 	} {
-		*f.to = f.unset
 		if f.text == "" {
 			continue
 		}
 		d, err := time.ParseDuration(f.text)
-		if err != nil || d <= 0 || d > 24*time.Hour {
-			return doc.Errorf([]any{"retry", f.field}, "must be a duration of at most 24h, such as 30s")
+		if err != nil || d < f.min || d > 24*time.Hour {
+			return doc.Errorf(f.path, "must be a duration of at most 24h, such as 30s")
 		}
 		*f.to = d
 	}
 	return nil
 }
+
+// RetryPolicy bounds how long the key service is tried.
+func (c *Config) RetryPolicy() keyclient.Retry { return c.Retry.retry }
+
+// WatchEvery is how often headers are compared, 0 for never.
+func (c *Config) WatchEvery() time.Duration { return c.watch }
+
+// DeviceWait is how long a disk may take to answer.
+func (c *Config) DeviceWait() time.Duration { return c.deviceTimeout }
 
 func (c *Caller) check(doc *config.Document, i int) error {
 	at := func(more ...any) []any { return append([]any{"callers", i}, more...) }
@@ -248,51 +276,12 @@ func (c *Caller) check(doc *config.Document, i int) error {
 		return doc.Errorf(at("operations"), "empty: the caller may do nothing")
 	}
 	for n, op := range c.Operations {
-		if !slices.Contains(localOperations, op) {
-			return doc.Errorf(at("operations", n), "%q is not one of %s", op, strings.Join(localOperations, ", "))
+		if !slices.Contains(Operations, op) {
+			return doc.Errorf(at("operations", n), "%q is not one of %s", op, strings.Join(Operations, ", "))
 		}
 	}
 	if len(c.Volumes) == 0 {
 		return doc.Errorf(at("volumes"), "empty: the caller may touch no volume")
-	}
-	return nil
-}
-
-func (v *VolumeConfig) check(doc *config.Document, i int) error {
-	at := func(field string) []any { return []any{"volumes", i, field} }
-	if !policy.ValidVolume(v.ID) {
-		return doc.Errorf(at("id"), "must be 1 to 128 letters, digits, dots, dashes or underscores")
-	}
-	if v.Name == "" {
-		v.Name = v.ID
-	}
-	if !mappingName.MatchString(v.Name) {
-		return doc.Errorf(at("name"), "must be 1 to 127 letters, digits, dots, dashes or underscores")
-	}
-	if !filepath.IsAbs(v.Device) {
-		return doc.Errorf(at("device"), "must be an absolute path")
-	}
-	switch v.Filesystem {
-	case "", "none":
-		v.Filesystem = "none"
-	case "ext4":
-	default:
-		return doc.Errorf(at("filesystem"), "%q is not supported: ext4, or none", v.Filesystem)
-	}
-	if v.Mount != "" {
-		if !filepath.IsAbs(v.Mount) || filepath.Clean(v.Mount) == "/" {
-			return doc.Errorf(at("mount"), "must be an absolute path other than /")
-		}
-		if v.Filesystem == "none" {
-			return doc.Errorf(at("mount"), "needs filesystem: ext4")
-		}
-		v.Mount = filepath.Clean(v.Mount)
-	}
-	if v.Options == nil {
-		v.Options = []string{"nosuid", "nodev"}
-	}
-	if _, err := mountFlags(v.Options); err != nil {
-		return doc.Errorf(at("options"), "%w", err)
 	}
 	return nil
 }
@@ -306,14 +295,26 @@ func (c *Config) CheckServing() error {
 	return nil
 }
 
-// volume returns the configuration of one volume.
-func (c *Config) volume(id string) (*VolumeConfig, error) {
-	for i := range c.Volumes {
-		if c.Volumes[i].ID == id {
-			return &c.Volumes[i], nil
-		}
+// Volume returns one configured volume.
+func (c *Config) Volume(id string) (Volume, bool) {
+	i := slices.IndexFunc(c.Volumes, func(v Volume) bool { return v.ID == id })
+	if i < 0 {
+		return Volume{}, false
 	}
-	return nil, failure.New(failure.NotFound, fmt.Errorf("%w: %q", errUnknownVolume, id), "the agent's configuration lists its volumes")
+	return c.Volumes[i], true
 }
 
-var errUnknownVolume = errors.New("volume is not configured here")
+// Knows reports whether a rule names the user at all: one whom none names is not
+// let in.
+func (c *Config) Knows(uid uint32) bool {
+	return slices.ContainsFunc(c.Callers, func(one Caller) bool { return *one.UID == uid })
+}
+
+// ErrUnknownVolume means that neither the configuration nor an earlier caller
+// described a volume.
+var ErrUnknownVolume = errors.New("volume is not configured here")
+
+// UnknownVolume is that error with its class.
+func UnknownVolume(id string) error {
+	return failure.Newf(failure.NotFound, "the agent's configuration lists its volumes", "%w: %.128q", ErrUnknownVolume, id)
+}

@@ -1,8 +1,9 @@
-package keyservice
+// Package policysource keeps the policy that is in force: a file that is replaced as
+// a whole, or not at all, while verifiers use it.
+package policysource
 
 import (
 	"context"
-	"crypto/rand"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -14,22 +15,22 @@ import (
 	hardware "github.com/keyagent/keyagent/attestation/setup"
 )
 
-// PolicySource is the policy in force. A reload replaces it as a whole, or not
+// Source is the policy in force. A reload replaces it as a whole, or not
 // at all.
-type PolicySource struct {
+type Source struct {
 	path    string
 	log     *slog.Logger
 	current atomic.Pointer[policy.Policy]
 }
 
-// NewPolicySource loads the policy at path.
-func NewPolicySource(path string, log *slog.Logger) (*PolicySource, error) {
-	s := &PolicySource{path: path, log: log}
+// New loads the policy at path.
+func New(path string, log *slog.Logger) (*Source, error) {
+	s := &Source{path: path, log: log}
 	return s, s.Reload()
 }
 
 // Reload reads the file again. An error leaves the policy in force as it is.
-func (s *PolicySource) Reload() error {
+func (s *Source) Reload() error {
 	p, err := policy.Load(s.path)
 	if err != nil {
 		return err
@@ -40,10 +41,10 @@ func (s *PolicySource) Reload() error {
 }
 
 // Current returns the policy in force.
-func (s *PolicySource) Current() *policy.Policy { return s.current.Load() }
+func (s *Source) Current() *policy.Policy { return s.current.Load() }
 
 // Appraise implements atls.Appraiser.
-func (s *PolicySource) Appraise(_ context.Context, v *attestation.Verified) (time.Duration, error) {
+func (s *Source) Appraise(_ context.Context, v *attestation.Verified) (time.Duration, error) {
 	p := s.Current()
 	if _, err := p.Appraise(v); err != nil {
 		return 0, err
@@ -53,7 +54,7 @@ func (s *PolicySource) Appraise(_ context.Context, v *attestation.Verified) (tim
 
 // Peers is what a peer must prove under the policy in force: the evidence of some
 // profile. Endorsements that it does not carry come from source, which may be nil.
-func (s *PolicySource) Peers(source endorsement.Source) (*atls.Peers, error) {
+func (s *Source) Peers(source endorsement.Source) (*atls.Peers, error) {
 	verifiers, err := hardware.Verifiers(hardware.VerifierOptions{Policy: s.Current, Endorsements: source})
 	if err != nil {
 		return nil, err
@@ -61,6 +62,3 @@ func (s *PolicySource) Peers(source endorsement.Source) (*atls.Peers, error) {
 	demand := func(offered []attestation.Kind) ([]attestation.Kind, error) { return s.Current().Demand(offered) }
 	return &atls.Peers{Verifiers: verifiers, Demand: demand, Appraiser: s}, nil
 }
-
-// newID returns a correlation ID.
-func newID() string { return rand.Text()[:16] }

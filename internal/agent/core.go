@@ -1,0 +1,250 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/node"
+	"github.com/keyagent/keyagent/luks"
+)
+
+// Getter is where keys come from.
+type Getter interface {
+	// GetKey returns the key of a volume. The caller closes it, within a Hold.
+	GetKey(ctx context.Context, r keyclient.Request) (*keyclient.Key, error)
+	// Hold keeps the session on which keys travel until release is called.
+	Hold() (release func())
+}
+
+// Creator carries a first format, see docs/spec/volume-record.md.
+type Creator interface {
+	BeginFormat(ctx context.Context, k *keyclient.Key, m keyclient.MACs) (until time.Duration, err error)
+	HeaderStands(ctx context.Context, k *keyclient.Key) error
+	Confirm(ctx context.Context, k *keyclient.Key) error
+}
+
+// Leaser keeps the right to write.
+type Leaser interface {
+	Renew(ctx context.Context, volume string, lease []byte) (*keyclient.Lease, error)
+	Release(ctx context.Context, volume string, lease []byte) error
+}
+
+// Keys is all that a node asks the key service for.
+type Keys interface {
+	Getter
+	Creator
+	Leaser
+}
+
+// Options configure [New].
+type Options struct {
+	Keys Keys
+	Log  *slog.Logger
+	// StateDir is a folder in memory. What the node knows of its own mappings
+	// outlives a restart there, and not a power cycle.
+	StateDir string
+	// DeviceWait is how long a disk may take to answer, or to appear.
+	DeviceWait time.Duration
+	// AppearWait is how long a disk that is not optional may take to appear.
+	AppearWait time.Duration
+	Progress   keyclient.Progress
+}
+
+// Volumes is the core of the node: it opens, keeps and closes volumes, whatever
+// names them. Work on one volume waits for other work on the same volume alone.
+type Volumes struct {
+	Options
+
+	mu      sync.Mutex
+	entries map[string]*entry
+}
+
+// entry is what is known of one volume. Its fields are guarded by Volumes.mu,
+// and changed by whoever has its turn.
+type entry struct {
+	turn chan struct{}
+
+	spec      node.Volume
+	dynamic   bool
+	condition condition
+	known     remembered
+	header    *luks.Header // nil until this process has seen it
+	lease     *lease
+	lastErr   error
+	lastID    string
+	warnings  map[string]string // by kind
+	created   bool
+}
+
+// NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
+func NewVolumes(o Options) *Volumes {
+	if o.Progress == nil {
+		o.Progress = func(string, time.Duration) {}
+	}
+	if o.DeviceWait == 0 {
+		o.DeviceWait = 30 * time.Second
+	}
+	if o.AppearWait == 0 {
+		o.AppearWait = time.Minute
+	}
+	return &Volumes{Options: o, entries: map[string]*entry{}}
+}
+
+// entryOf returns the entry of a volume, which it makes if there is none.
+func (c *Volumes) entryOf(id string) *entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.entryLocked(id)
+}
+
+func (c *Volumes) entryLocked(id string) *entry {
+	e, ok := c.entries[id]
+	if !ok {
+		e = &entry{turn: make(chan struct{}, 1), condition: condition{state: Absent}, warnings: map[string]string{}}
+		c.entries[id] = e
+	}
+	return e
+}
+
+// find returns the entry of a volume that is known, or nil.
+func (c *Volumes) find(id string) *entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.entries[id]
+}
+
+// Know tells the core of a volume that it does not open yet, so that status shows
+// it.
+func (c *Volumes) Know(v node.Volume) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entryLocked(v.ID)
+	e.spec = v
+}
+
+// claim gives a volume its description, and refuses one that takes something of
+// another volume that is up.
+func (c *Volumes) claim(v node.Volume, dynamic bool) (*entry, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for id, o := range c.entries {
+		if id == v.ID || o.condition.state == Absent {
+			continue
+		}
+		for _, f := range []struct {
+			field      string
+			mine, hers string
+		}{{"mapping name", v.Name, o.spec.Name}, {"device", v.DevicePath(), o.spec.DevicePath()}, {"mount point", v.Mount, o.spec.Mount}} {
+			if f.mine != "" && f.mine == f.hers {
+				return nil, failure.Newf(failure.DeviceBusy, "close that volume first", "volume %q has the %s %s", id, f.field, f.mine)
+			}
+		}
+	}
+	e := c.entryLocked(v.ID)
+	if e.condition.state != Absent && e.condition.state != Failed && (e.spec.DevicePath() != v.DevicePath() || e.spec.Name != v.Name) {
+		return nil, failure.Newf(failure.DeviceBusy, "close it first", "volume %q is up with another device or mapping name", v.ID)
+	}
+	e.spec, e.dynamic = v, dynamic
+	return e, nil
+}
+
+// take waits for a volume's turn, also among processes.
+func (c *Volumes) take(ctx context.Context, id string, e *entry) (give func(), err error) {
+	select {
+	case e.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	unlock, err := c.lockFile(ctx, id)
+	if err != nil {
+		<-e.turn
+		return nil, err
+	}
+	return func() { unlock(); <-e.turn }, nil
+}
+
+// on applies an event. One that does not fit is a fault of this package, which is
+// logged and does not stop the work on a disk half-way.
+func (c *Volumes) on(e *entry, ev Event, reason error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := e.condition.on(ev, reason); err != nil {
+		c.Log.Error("volume is in an unexpected state", "volume", e.spec.ID, "error", err)
+	}
+}
+
+// allowed is on for an event that somebody asked for.
+func (c *Volumes) allowed(e *entry, ev Event) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return failure.New(failure.State, e.condition.on(ev, nil), "keyagent status shows it")
+}
+
+func (c *Volumes) warn(e *entry, kind, text string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if text == "" {
+		delete(e.warnings, kind)
+		return
+	}
+	e.warnings[kind] = text
+}
+
+// set changes an entry under the lock.
+func (c *Volumes) set(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f()
+}
+
+// step times one part of the work and reports it.
+func (c *Volumes) step(ctx context.Context, name string, f func() error) error {
+	started := time.Now()
+	err := f()
+	took := time.Since(started)
+	if err == nil {
+		c.Log.Info("step", "step", name, "took_ms", float64(took.Microseconds())/1000, "uptime_s", uptime())
+		c.Progress(name, took)
+		if tell, ok := ctx.Value(progressKey{}).(func(string, time.Duration)); ok {
+			tell(name, took)
+		}
+	}
+	return err
+}
+
+type progressKey struct{}
+
+// WithProgress has the steps of one call told to f.
+func WithProgress(ctx context.Context, f func(step string, took time.Duration)) context.Context {
+	return context.WithValue(ctx, progressKey{}, f)
+}
+
+// ids are those of the volumes that are known, in byte order.
+func (c *Volumes) ids() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([]string, 0, len(c.entries))
+	for id, e := range c.entries {
+		if e.spec.ID != "" {
+			out = append(out, id)
+		}
+	}
+	slices.SortFunc(out, strings.Compare)
+	return out
+}
+
+// in names the volume in an error.
+func in(id string, err error) error {
+	if err == nil {
+		return nil
+	}
+	f := failure.Of(err)
+	return &failure.Error{Class: f.Class, CorrelationID: f.CorrelationID, Hint: f.Hint, Err: fmt.Errorf("volume %q: %w", id, err)}
+}

@@ -1,0 +1,236 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/luks"
+)
+
+// lease is the right to write a volume, as this node keeps it.
+type lease struct {
+	id    []byte
+	term  time.Duration
+	until time.Duration // by keyclient.Boottime
+	bound bool
+	next  time.Duration // when it is renewed, or tried again
+	lost  bool
+}
+
+// The parts of a lease's term: it is renewed when a third has passed, and a holder
+// that is bound stops writing when a quarter is left.
+const (
+	renewAfter  = 3
+	marginPart  = 4
+	renewPause  = 5 * time.Second
+	releaseWait = 5 * time.Second
+)
+
+// margin is how long before its end a bound holder stops writing. Stopping takes a
+// moment, and the other clock is not this one.
+func (l *lease) margin() time.Duration { return l.term / marginPart }
+
+// hold begins to renew a lease. Nil is none.
+func (c *Volumes) hold(e *entry, k *keyclient.Lease) {
+	var l *lease
+	if k != nil {
+		l = &lease{id: k.ID, term: k.Term, until: k.Until, bound: k.Bound, next: k.Until - k.Term + k.Term/renewAfter}
+	}
+	c.set(func() { e.lease = l })
+	c.warn(e, "lease", "")
+}
+
+// resumeLease goes on with a lease that an earlier process had, and has it renewed
+// at once.
+func (c *Volumes) resumeLease(e *entry, r remembered) {
+	if len(r.LeaseID) == 0 || e.lease != nil {
+		return
+	}
+	c.set(func() {
+		e.lease = &lease{id: r.LeaseID, term: r.LeaseTerm, until: r.LeaseUntil, bound: r.Bound, next: keyclient.Boottime()}
+	})
+}
+
+// drop ends the renewals.
+func (c *Volumes) drop(e *entry) { c.set(func() { e.lease = nil }) }
+
+// release gives a lease back, if the service answers soon. If not, this machine
+// takes it up again, or it ends by itself.
+func (c *Volumes) release(ctx context.Context, id string, leaseID []byte) {
+	if len(leaseID) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, releaseWait)
+	defer cancel()
+	if err := c.Keys.Release(ctx, id, leaseID); err != nil {
+		c.Log.Warn("could not give the lease back; it goes on until it ends, or this machine takes it up again", "volume", id, "error", err)
+	}
+}
+
+// due is a lease that has to be looked at.
+type due struct {
+	id    string
+	e     *entry
+	lease lease
+}
+
+// KeepLeases renews leases until ctx ends, each in its own time.
+func (c *Volumes) KeepLeases(ctx context.Context) {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		now := keyclient.Boottime()
+		for _, d := range c.dueLeases(now) {
+			go c.renew(ctx, d)
+		}
+	}
+}
+
+// dueLeases returns what has to be done now, and puts off its next turn.
+func (c *Volumes) dueLeases(now time.Duration) []due {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var out []due
+	for id, e := range c.entries {
+		l := e.lease
+		if l == nil || l.lost || now < l.next {
+			continue
+		}
+		l.next = now + min(renewPause, l.term/(2*renewAfter))
+		out = append(out, due{id, e, *l})
+	}
+	slices.SortFunc(out, func(a, b due) int { return int(a.lease.until - b.lease.until) })
+	return out
+}
+
+// renew tries once. A bound holder whose time is nearly up stops writing first.
+func (c *Volumes) renew(ctx context.Context, d due) {
+	if d.lease.bound && keyclient.Boottime() >= d.lease.until-d.lease.margin() {
+		c.fence(ctx, d, fmt.Sprintf("its lease could not be renewed and ends in %s", (d.lease.until-keyclient.Boottime()).Round(time.Second)))
+	}
+	limit := renewPause
+	if d.lease.bound {
+		limit = max(time.Second, min(renewPause, d.lease.until-d.lease.margin()-keyclient.Boottime()))
+	}
+	callCtx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	got, err := c.Keys.Renew(callCtx, d.id, d.lease.id)
+	if err == nil {
+		c.renewed(ctx, d, got)
+		return
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if lostLease(err) {
+		c.set(func() {
+			if l := d.e.lease; l != nil {
+				l.lost = true
+			}
+		})
+		c.cut(ctx, d, err)
+		return
+	}
+	c.warn(d.e, "lease", "the lease could not be renewed: "+err.Error())
+	c.Log.Warn("could not renew a lease", "volume", d.id, "bound", d.lease.bound, "ends_in", (d.lease.until - keyclient.Boottime()).Round(time.Second), "error", err)
+}
+
+// lostLease says that the key service gave the volume to another node.
+func lostLease(err error) bool {
+	class := failure.Of(err).Class
+	return class == failure.Held || class == failure.State || class == failure.NotFound
+}
+
+// renewed takes over what the key service granted, and resumes a volume that had
+// to wait for it.
+func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
+	c.mu.Lock()
+	l := d.e.lease
+	current := l != nil && string(l.id) == string(d.lease.id)
+	if current {
+		l.id, l.term, l.until, l.bound, l.next = k.ID, k.Term, k.Until, k.Bound, k.Until-k.Term+k.Term/renewAfter
+		r := &d.e.known
+		r.LeaseID, r.LeaseTerm, r.LeaseUntil, r.Bound = k.ID, k.Term, k.Until, k.Bound
+	}
+	delete(d.e.warnings, "lease")
+	known := d.e.known
+	_, fenced := d.e.warnings["fence"]
+	waits := current && fenced && d.e.condition.state == Suspended
+	c.mu.Unlock()
+	if current && known.UUID != "" {
+		if err := c.remember(known); err != nil {
+			c.Log.Warn("could not keep the state of a volume", "volume", d.id, "error", err)
+		}
+	}
+	if !waits {
+		return
+	}
+	if _, err := c.Resume(ctx, d.id); err != nil {
+		c.Log.Error("the lease is renewed, and the volume could not be resumed", "volume", d.id, "error", err)
+	}
+}
+
+// fence stops all writing to a volume for now: its lease may be over. What waits
+// goes on when the lease is renewed. It does not wait for the volume's turn, whose
+// holder may wait for the disk.
+func (c *Volumes) fence(ctx context.Context, d due, why string) {
+	name, uuid, already := c.fencing(d.e)
+	if already || uuid == "" {
+		return
+	}
+	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
+	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), luks.SuspendRequest{Name: name, UUID: uuid})
+	if err != nil && !errors.Is(err, luks.ErrNotActive) {
+		c.Log.Error("could not suspend a volume whose lease is over", "volume", d.id, "error", err)
+		c.warn(d.e, "fence", "its lease is over and it could not be suspended: "+err.Error())
+		return
+	}
+	c.warn(d.e, "fence", "suspended: "+why)
+	c.on(d.e, EventSuspend, nil)
+}
+
+// cut ends all I/O of a volume that another node has: what was not written is lost
+// here, as it would be if this machine had died, and never reaches the disk.
+func (c *Volumes) cut(ctx context.Context, d due, why error) {
+	name, uuid, _ := c.fencing(d.e)
+	if uuid == "" {
+		return
+	}
+	c.Log.Error("cutting a volume off its disk: another node has it", "volume", d.id, "error", why)
+	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), luks.SuspendRequest{Name: name, UUID: uuid})
+	if err != nil && !errors.Is(err, luks.ErrNotActive) {
+		c.Log.Error("could not cut off a volume that another node has", "volume", d.id, "error", err)
+	}
+	c.warn(d.e, "fence", "cut off its disk: another node has the volume; close it here")
+	c.set(func() { d.e.lastErr = why })
+	c.on(d.e, EventFail, why)
+}
+
+func (c *Volumes) fencing(e *entry) (name, uuid string, already bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return e.spec.Name, e.known.UUID, e.condition.state == Suspended
+}
+
+// leaseText is the lease as status shows it. The lock is held.
+func (e *entry) leaseText() string {
+	switch l := e.lease; {
+	case l == nil:
+		return "none"
+	case l.lost:
+		return "lost"
+	case l.bound:
+		return "bound"
+	}
+	return "held"
+}

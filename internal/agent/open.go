@@ -1,0 +1,330 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/filesystem"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/mount"
+	"github.com/keyagent/keyagent/internal/node"
+	"github.com/keyagent/keyagent/luks"
+)
+
+// Intent is what a caller of [Volumes.Open] wants beyond what the volume says.
+type Intent struct {
+	// Format creates the volume if it does not exist.
+	Format bool
+	// Dynamic says that no configuration names the volume.
+	Dynamic bool
+	// NoWait does not wait for a disk that is not there.
+	NoWait bool
+}
+
+// Open opens a volume, and mounts it where it says. A volume that does not exist
+// is created on a blank device if the intent or the volume itself says so. Opening
+// an open volume succeeds.
+func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, error) {
+	if err := v.Validate(); err != nil {
+		return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")
+	}
+	e, err := c.claim(v, in.Dynamic)
+	if err != nil {
+		return Volume{ID: v.ID}, err
+	}
+	give, err := c.take(ctx, v.ID, e)
+	if err != nil {
+		return c.view(e), err
+	}
+	defer give()
+	if err := c.allowed(e, EventOpen); err != nil {
+		return c.view(e), err
+	}
+	started := time.Now()
+	o := &opening{Volumes: c, e: e, v: v, intent: in}
+	o.intent.Format = in.Format || v.Format
+	err = classify(o.run(luks.WithPatience(ctx, c.DeviceWait)))
+	c.finish(o, err)
+	if err != nil {
+		f := failure.Of(err)
+		c.Log.Error("volume is not open", "volume", v.ID, "error", err, "class", f.Class, "correlation_id", f.CorrelationID)
+		return c.view(e), err
+	}
+	c.Log.Info("volume is open", "volume", v.ID, "mount", v.Mount, "created", o.created, "took", time.Since(started))
+	return c.view(e), nil
+}
+
+// finish records how an opening ended.
+func (c *Volumes) finish(o *opening, err error) {
+	c.set(func() { o.e.lastErr, o.e.created = err, o.created })
+	switch {
+	case err != nil:
+		c.on(o.e, EventFail, err)
+	case o.v.Mount != "" || o.v.Kind == node.Swap:
+		c.on(o.e, EventMounted, nil)
+	}
+}
+
+// opening is one run of Open.
+type opening struct {
+	*Volumes
+	e       *entry
+	v       node.Volume
+	intent  Intent
+	mapping luks.Mapping
+	created bool
+}
+
+func (o *opening) run(ctx context.Context) error {
+	if o.v.Throwaway() {
+		return o.throwaway(ctx)
+	}
+	there, err := o.existing(ctx)
+	if err != nil {
+		return err
+	}
+	if !there {
+		if err := o.unlock(ctx); err != nil {
+			return err
+		}
+	}
+	o.on(o.e, EventMapped, nil)
+	return o.mount(ctx)
+}
+
+// existing looks for a mapping of the volume's name. One that this node made is
+// taken as it is; of any other it must be proved that it has the volume's key.
+func (o *opening) existing(ctx context.Context) (bool, error) {
+	m, err := luks.Status(ctx, o.v.Name)
+	if errors.Is(err, luks.ErrNotActive) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	r, known := o.recall(o.v.ID)
+	same := known && r.UUID == m.UUID && r.Device == m.DataDevice && r.Sequence != 0 && r.Sequence == sequence(m.Device)
+	if same && !m.Suspended {
+		o.set(func() { o.e.known = r })
+		o.mapping = m
+		return true, nil
+	}
+	return true, o.adopt(ctx, m, r)
+}
+
+// adopt takes over a mapping that somebody else may have made, or resumes one of
+// ours that is suspended.
+func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error {
+	defer o.Keys.Hold()()
+	key, err := o.Keys.GetKey(ctx, keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, LeaseID: r.LeaseID})
+	if err != nil {
+		return err
+	}
+	defer key.Close()
+	req := luks.OpenRequest{Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Options: o.options()}
+	if m.Suspended {
+		m, err = luks.Resume(ctx, req, key.DEK)
+	} else {
+		err = luks.Prove(ctx, req, key.DEK)
+	}
+	if err != nil {
+		o.giveBack(ctx, key)
+		return failure.WithID(classify(err), key.CorrelationID)
+	}
+	o.mapping = m
+	o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
+	return o.keep(key)
+}
+
+func (o *opening) options() luks.OpenOptions {
+	return luks.OpenOptions{ReadOnly: o.v.ReadOnly, AllowDiscards: o.v.Discards}
+}
+
+// unlock gets the key and maps the volume. The key lives no longer than this call.
+func (o *opening) unlock(ctx context.Context) error {
+	if err := o.await(ctx); err != nil {
+		return err
+	}
+	defer o.Keys.Hold()()
+	key, err := o.key(ctx)
+	if err != nil {
+		return err
+	}
+	defer key.Close()
+	o.set(func() { o.e.lastID = key.CorrelationID })
+	if err := o.remember(o.state(key)); err != nil {
+		o.giveBack(ctx, key)
+		return err
+	}
+	if key.State == keyclient.Active {
+		err = o.openActive(ctx, key)
+	} else {
+		err = o.provision(ctx, key)
+	}
+	if err != nil {
+		o.giveBack(ctx, key)
+		return failure.WithID(classify(err), key.CorrelationID)
+	}
+	return o.keep(key)
+}
+
+// key asks for the key of an existing volume. If there is none and the intent is
+// to create it, it asks the key service to begin that.
+func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
+	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly}
+	if known, ok := o.recall(o.v.ID); ok {
+		r.LeaseID = known.LeaseID
+	}
+	err = o.step(ctx, "key", func() error {
+		key, err = o.Keys.GetKey(ctx, r)
+		if class := failure.Of(err).Class; err != nil && o.intent.Format && (class == failure.NotFound || class == failure.State) {
+			r.Format = true
+			key, err = o.Keys.GetKey(ctx, r)
+		}
+		return err
+	})
+	return key, err
+}
+
+// openActive maps a volume that holds data.
+func (o *opening) openActive(ctx context.Context, key *keyclient.Key) error {
+	if err := o.step(ctx, "mapped", func() error { return o.activate(ctx, key) }); err != nil {
+		return err
+	}
+	// A crash right after the volume became active may have left its mark, which
+	// must not outlive the first mount.
+	return o.clearMark(ctx)
+}
+
+// clearMark removes the mark of a mkfs from a volume that holds data by now.
+func (o *opening) clearMark(ctx context.Context) error {
+	if o.v.ReadOnly {
+		return nil
+	}
+	return luks.ClearFilesystemMark(ctx, o.v.DevicePath())
+}
+
+func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
+	m, h, err := luks.Open(ctx, luks.OpenRequest{
+		Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Options: o.options(),
+	}, key.DEK)
+	if err != nil {
+		return err
+	}
+	o.mapping = m
+	o.set(func() { o.e.header = h })
+	if copy, damaged := h.Damaged(); damaged {
+		text := fmt.Sprintf("the %s copy of the header is damaged; the other one was used", copy)
+		o.warn(o.e, "header", text)
+		o.Log.Error(text, "volume", o.v.ID, "hint", "keyagent restore-header "+o.v.ID+" rebuilds it; look after the disk")
+	} else {
+		o.warn(o.e, "header", "")
+	}
+	return nil
+}
+
+// state is what is remembered of the volume.
+func (o *opening) state(key *keyclient.Key) remembered {
+	r := remembered{
+		Spec: o.v, Dynamic: o.e.dynamic, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
+		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device),
+	}
+	if l := key.Lease; l != nil {
+		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until
+	}
+	return r
+}
+
+// keep remembers a mapping that stands, and begins to renew its lease.
+func (o *opening) keep(key *keyclient.Key) error {
+	r := o.state(key)
+	o.set(func() { o.e.known = r })
+	o.hold(o.e, key.Lease)
+	return o.remember(r)
+}
+
+// giveBack returns the lease of a volume that did not come to be open here.
+func (o *opening) giveBack(ctx context.Context, key *keyclient.Key) {
+	if key.Lease == nil {
+		return
+	}
+	if _, err := luks.Status(ctx, o.v.Name); !errors.Is(err, luks.ErrNotActive) {
+		return // something is mapped: the lease goes with its end
+	}
+	o.release(context.WithoutCancel(ctx), o.v.ID, key.Lease.ID)
+	if err := o.forget(o.v.ID); err != nil {
+		o.Log.Warn("could not forget the state of a volume", "volume", o.v.ID, "error", err)
+	}
+}
+
+// mount checks the filesystem and mounts it. On an error the mapping stays, so that
+// a person can repair what is in it.
+func (o *opening) mount(ctx context.Context) error {
+	if o.v.Mount == "" {
+		return nil
+	}
+	source := o.source()
+	if place, err := mount.Find(o.v.Mount, false); err == nil {
+		on, atErr := mount.At(place.Path)
+		_ = place.Close()
+		if atErr == nil && on != nil && on.Is(source.Device) {
+			return o.mountedOn(place.Path)
+		}
+	}
+	repaired := false
+	err := o.step(ctx, "checked", func() (err error) {
+		repaired, err = filesystem.Check(ctx, source.Path, o.v.Filesystem, o.mapping.ReadOnly)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	o.warn(o.e, "filesystem", "")
+	if repaired {
+		o.warn(o.e, "filesystem", "its own tool repaired the filesystem before it was mounted")
+		o.Log.Warn("the filesystem was repaired before it was mounted", "volume", o.v.ID)
+	}
+	options := filesystem.MountOptions(o.v.Filesystem, o.v.Options)
+	if o.mapping.ReadOnly {
+		options = append(options, "ro")
+	}
+	return o.step(ctx, "mounted", func() error {
+		canonical, err := mount.Mount(source, o.v.Mount, o.v.Filesystem, options)
+		if err != nil {
+			return filesystem.Damaged(source.Path, o.v.Filesystem, err)
+		}
+		return o.mountedOn(canonical)
+	})
+}
+
+// mountedOn remembers where the volume is.
+func (o *opening) mountedOn(canonical string) error {
+	o.set(func() { o.e.known.Mount = canonical })
+	if o.e.known.UUID == "" && !o.v.Throwaway() {
+		return nil
+	}
+	return o.remember(o.e.known)
+}
+
+func (o *opening) source() mount.Source { return sourceOf(o.mapping) }
+
+func sourceOf(m luks.Mapping) mount.Source {
+	return mount.Source{Path: m.Path, Device: unix.Mkdev(m.Device.Major, m.Device.Minor)}
+}
+
+func identity(k *keyclient.Key) luks.Identity {
+	return luks.Identity{Volume: k.Volume, UUID: k.UUID, Generation: k.Generation}
+}
+
+func luksMACs(m keyclient.MACs) luks.MACs {
+	return luks.MACs{Header: m.Header, Copies: [2]luks.MAC{m.Copies[0], m.Copies[1]}}
+}
+
+func keyMACs(m luks.MACs) keyclient.MACs {
+	return keyclient.MACs{Header: m.Header, Copies: [2][32]byte{m.Copies[0], m.Copies[1]}}
+}

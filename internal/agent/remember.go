@@ -1,0 +1,148 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/node"
+	"github.com/keyagent/keyagent/luks"
+)
+
+// remembered is kept in memory-backed storage while a volume is open: a restarted
+// agent knows its own mappings by it without asking the key service, closes volumes
+// that are not configured any more, and goes on with their leases.
+type remembered struct {
+	Spec       node.Volume    `json:"spec"`
+	Dynamic    bool           `json:"dynamic,omitempty"`
+	UUID       string         `json:"uuid"`
+	Generation uint64         `json:"generation"`
+	KeyVersion uint32         `json:"key_version,omitempty"`
+	MACs       keyclient.MACs `json:"macs"`
+	Device     luks.DevNum    `json:"device"` // below the mapping
+	// Sequence is the kernel's number of the mapping, which is never used twice: a
+	// mapping of the same name that somebody else made has another one.
+	Sequence uint64 `json:"sequence,omitempty"`
+	Mount    string `json:"mount,omitempty"` // canonical
+	LeaseID  []byte `json:"lease_id,omitempty"`
+	Bound    bool   `json:"bound,omitempty"`
+	// LeaseTerm and LeaseUntil are in nanoseconds, the latter by
+	// keyclient.Boottime, which goes on over a restart of this process.
+	LeaseTerm  time.Duration `json:"lease_term,omitempty"`
+	LeaseUntil time.Duration `json:"lease_until,omitempty"`
+}
+
+// maxRemembered bounds a file in bytes.
+const maxRemembered = 64 << 10
+
+func (c *Volumes) statePath(id string) string { return filepath.Join(c.StateDir, id+".json") }
+
+// remember stores what is known. It is done before a mapping is made, too: a full
+// file system must not leave a mapping that nobody knows.
+func (c *Volumes) remember(r remembered) error {
+	data, err := json.Marshal(r)
+	if err == nil {
+		err = os.MkdirAll(c.StateDir, 0o700)
+	}
+	if err != nil {
+		return err
+	}
+	tmp := c.statePath(r.Spec.ID) + ".tmp"
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return errors.Join(fmt.Errorf("keep the state of the volume: %w", err), os.Remove(tmp))
+	}
+	return os.Rename(tmp, c.statePath(r.Spec.ID))
+}
+
+// recall reads what was remembered. What cannot be read was never there.
+func (c *Volumes) recall(id string) (r remembered, ok bool) {
+	f, err := os.OpenFile(c.statePath(id), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return r, false
+	}
+	defer f.Close()
+	data := make([]byte, maxRemembered+1)
+	n, _ := f.Read(data)
+	if n > maxRemembered || json.Unmarshal(data[:n], &r) != nil {
+		return remembered{}, false
+	}
+	if r.Spec.ID == "" {
+		r.Spec.ID = id // of an older release, which kept UUID and generation alone
+	}
+	return r, r.UUID != "" && r.Spec.ID == id
+}
+
+func (c *Volumes) forget(id string) error {
+	if err := os.Remove(c.statePath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// remembers returns the IDs of all volumes that were left open.
+func (c *Volumes) remembers() []string {
+	names, _ := filepath.Glob(filepath.Join(c.StateDir, "*.json"))
+	for i, n := range names {
+		names[i] = strings.TrimSuffix(filepath.Base(n), ".json")
+	}
+	return names
+}
+
+// lockFile takes the volume's turn among processes: keyagent unlock may run beside
+// the agent.
+func (c *Volumes) lockFile(ctx context.Context, id string) (unlock func(), err error) {
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(c.StateDir, id+".lock"), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.Join(err, f.Close())
+		}
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return nil, errors.Join(failure.New(failure.DeviceBusy, err, "another keyagent works on this volume"), f.Close())
+		}
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-t.C:
+		return nil
+	}
+}
+
+// sequence is the kernel's number of a block device, 0 if it has none. It counts
+// from the start of the machine and is never used twice.
+func sequence(n luks.DevNum) uint64 {
+	data, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/diskseq", n.Major, n.Minor))
+	var seq uint64
+	if err == nil {
+		_, err = fmt.Sscan(string(data), &seq)
+	}
+	if err != nil {
+		return 0
+	}
+	return seq
+}

@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/keyagent/keyagent/luks"
+)
+
+// While a volume is young, another node that lost the race to create it may still
+// wake up and write its own header: it is looked at more often.
+const (
+	youngFor   = 5 * time.Minute
+	youngEvery = 10 * time.Second
+)
+
+// WatchHeaders compares the headers of open volumes with their disks until ctx
+// ends. The kernel has the volume key as long as a volume is open, so damage would
+// otherwise show at the next boot, when it is too late.
+func (c *Volumes) WatchHeaders(ctx context.Context, every time.Duration) {
+	if every <= 0 {
+		return
+	}
+	tick := time.NewTicker(min(every, youngEvery))
+	defer tick.Stop()
+	last := map[string]time.Time{}
+	began := map[string]time.Time{}
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			for _, id := range c.ids() {
+				e := c.find(id)
+				if !c.watched(e) {
+					delete(began, id)
+					continue
+				}
+				if began[id].IsZero() {
+					began[id] = now
+				}
+				if now.Sub(began[id]) > youngFor && now.Sub(last[id]) < every {
+					continue
+				}
+				last[id] = now
+				go c.watchOne(ctx, id, e)
+			}
+		}
+	}
+}
+
+func (c *Volumes) watched(e *entry) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return e.header != nil && (e.condition.state == Open || e.condition.state == Mounted)
+}
+
+// watchOne looks at one header, unless somebody works on the volume. A node that
+// holds the writer's lease puts its own header back: it is the only one that can,
+// as long as the kernel has the key.
+func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
+	select {
+	case e.turn <- struct{}{}:
+		defer func() { <-e.turn }()
+	default:
+		return
+	}
+	if !c.watched(e) {
+		return
+	}
+	ctx = luks.WithPatience(ctx, c.DeviceWait)
+	device := e.spec.DevicePath()
+	err := luks.Matches(ctx, device, e.header)
+	switch {
+	case err == nil:
+		return
+	case ctx.Err() != nil:
+		return
+	case !errors.Is(err, luks.ErrHeaderChanged):
+		c.warn(e, "header", "the header could not be read: "+err.Error())
+		c.Log.Error("could not compare a header with its disk", "volume", id, "error", err)
+		return
+	}
+	c.Log.Error("ALARM: the header of an open volume was overwritten on its disk", "volume", id, "device", device, "error", err)
+	if e.lease == nil || e.lease.lost || e.spec.ReadOnly {
+		c.warn(e, "header", "it was overwritten on the disk while the volume is open: keyagent restore-header before it is closed")
+		return
+	}
+	if err := luks.WriteBack(ctx, device, e.header); err != nil {
+		c.warn(e, "header", "it was overwritten on the disk, and could not be put back: "+err.Error())
+		c.Log.Error("could not put a header back", "volume", id, "error", err)
+		return
+	}
+	c.warn(e, "header", "it was overwritten on the disk while the volume was open, and was put back: find out who writes to this disk")
+	c.Log.Error("put the header back from memory", "volume", id, "device", device)
+}

@@ -1,0 +1,229 @@
+package keyclient
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// protocol is the version of the API that this client speaks. An older service
+// ignores it, and says so by leaving it out of its answer.
+const protocol = 2
+
+// Progress is told what is going on, for systemd and for the log, and how much
+// longer it may take.
+type Progress func(step string, took time.Duration)
+
+// Client is the key service. It is safe for concurrent use.
+type Client struct {
+	retry    Retry
+	log      *slog.Logger
+	progress Progress
+	node     string
+	wait     func(ctx context.Context, d time.Duration) error
+
+	keys   *link
+	leases *link
+}
+
+// Options configure [New].
+type Options struct {
+	Servers []Server // at least one
+	Retry   Retry    // zero: DefaultRetry
+	// Issuers returns this machine's evidence, for each connection anew: a driver
+	// may come late, and a connection shows what is there then. Required.
+	Issuers func(context.Context) ([]attestation.Issuer, error)
+	Server  *atls.Peers // nil unless the service must attest itself
+	Log     *slog.Logger
+	// Node is what people call this machine. It decides nothing.
+	Node     string
+	Progress Progress
+	// Timeout bounds one handshake with its attestation. Default
+	// atls.DefaultTimeout.
+	Timeout time.Duration
+}
+
+// New connects to nothing yet. The caller closes the client.
+func New(opts Options) (*Client, error) {
+	if len(opts.Servers) == 0 {
+		return nil, fmt.Errorf("%w: no server", atls.ErrConfiguration)
+	}
+	if opts.Progress == nil {
+		opts.Progress = func(string, time.Duration) {}
+	}
+	if opts.Retry == (Retry{}) {
+		opts.Retry = DefaultRetry
+	}
+	c := &Client{retry: opts.Retry, log: opts.Log, progress: opts.Progress, wait: wait, node: opts.Node[:min(len(opts.Node), 64)]}
+	for _, l := range []**link{&c.keys, &c.leases} {
+		id, err := atls.NewIdentity()
+		if err != nil {
+			return nil, err
+		}
+		var all []*endpoint
+		for _, s := range opts.Servers {
+			all = append(all, &endpoint{address: s.Address, log: opts.Log, issuers: opts.Issuers, cfg: &atls.ClientConfig{
+				ServerName: s.Name, RootCAs: s.Roots, PinnedSPKI: s.Pins,
+				Identity: id, Server: opts.Server, Timeout: opts.Timeout,
+			}})
+		}
+		*l = newLink(all, opts.Progress)
+	}
+	return c, nil
+}
+
+// Close closes the connections.
+func (c *Client) Close() error {
+	c.keys.close()
+	c.leases.close()
+	return nil
+}
+
+// Hold keeps the session on which keys travel until the returned function is
+// called. When nobody holds it the session ends, and what opens its recorded
+// traffic is erased.
+func (c *Client) Hold() (release func()) {
+	c.keys.enter()
+	return func() {
+		if c.keys.leave() {
+			secret.Forget()
+		}
+	}
+}
+
+// Request is what a key is asked for.
+type Request struct {
+	Volume string
+	// Format asks for the key of a volume that may not exist yet.
+	Format   bool
+	ReadOnly bool
+	Diskless bool
+	LeaseID  []byte // of a lease that this machine may still have
+}
+
+// GetKey returns the key of a volume. The caller closes it, within a Hold.
+func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
+	req := &keyservicev1.GetKeyRequest{
+		VolumeId: r.Volume, Operation: keyservicev1.Operation_OPERATION_OPEN, Protocol: protocol,
+		ReadOnly: r.ReadOnly, Node: c.node, LeaseId: r.LeaseID, Diskless: r.Diskless,
+	}
+	if r.Format {
+		req.Operation = keyservicev1.Operation_OPERATION_FORMAT
+	}
+	release := c.Hold()
+	defer release()
+	var key *Key
+	err := c.try(ctx, func(ctx context.Context) error {
+		return c.keys.call(ctx, func(ctx context.Context, s *session) error {
+			sent := bootTime()
+			resp, err := s.service.GetKey(ctx, req)
+			if err != nil {
+				return failure.FromStatus(err)
+			}
+			key, err = openKey(s, req, resp, sent)
+			return err
+		})
+	})
+	return key, err
+}
+
+// BeginFormat tells the key service which header is about to be written. Until is
+// the moment, by [Boottime], after which nothing may be written any more.
+func (c *Client) BeginFormat(ctx context.Context, k *Key, m MACs) (until time.Duration, err error) {
+	attempt := make([]byte, AttemptSize)
+	rand.Read(attempt) // never fails
+	proof, err := k.proof("begin", attempt, m)
+	if err != nil {
+		return 0, err
+	}
+	var resp *keyservicev1.BeginFormatResponse
+	sent := bootTime()
+	err = k.inSession(ctx, func(ctx context.Context) (err error) {
+		resp, err = k.session.service.BeginFormat(ctx, &keyservicev1.BeginFormatRequest{
+			VolumeId: k.Volume, Generation: k.Generation, KeyVersion: k.KeyVersion, Attempt: attempt,
+			HeaderMac: m.Header[:], CopyMacs: m.copies(), Proof: proof, Node: c.node,
+		})
+		return err
+	})
+	if err != nil {
+		return 0, err
+	}
+	k.Attempt, k.MACs = attempt, m
+	return sent + time.Duration(resp.GetTermMs())*time.Millisecond, nil
+}
+
+// HeaderStands tells the key service that the header of the attempt is on the
+// disk. From here on this machine may write data, as long as k.Lease says.
+func (c *Client) HeaderStands(ctx context.Context, k *Key) error {
+	proof, err := k.proof("stands", k.Attempt, k.MACs)
+	if err != nil {
+		return err
+	}
+	var resp *keyservicev1.HeaderStandsResponse
+	sent := bootTime()
+	if err := k.inSession(ctx, func(ctx context.Context) (err error) {
+		resp, err = k.session.service.HeaderStands(ctx, &keyservicev1.HeaderStandsRequest{VolumeId: k.Volume, Attempt: k.Attempt, Proof: proof})
+		return err
+	}); err != nil {
+		return err
+	}
+	k.State, k.Writers = Formatted, writersOf(resp.GetWriters())
+	k.Lease, err = leaseOf(resp.GetLease(), sent)
+	return err
+}
+
+// Confirm makes the volume active: its header and its filesystem stand. Any
+// session will do, and repeating it is fine.
+func (c *Client) Confirm(ctx context.Context, k *Key) error {
+	return c.try(ctx, func(ctx context.Context) error {
+		return c.leases.call(ctx, func(ctx context.Context, s *session) error {
+			_, err := s.service.ConfirmVolume(ctx, &keyservicev1.ConfirmVolumeRequest{
+				VolumeId: k.Volume, Generation: k.Generation, KeyVersion: k.KeyVersion, HeaderMac: k.MACs.Header[:], Attempt: k.Attempt,
+			})
+			return fromStatus(err)
+		})
+	})
+}
+
+// Renew extends a lease, trying once. A refusal means that another node has the
+// volume, or an operator took it away.
+func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, error) {
+	var lease *Lease
+	err := c.leases.call(ctx, func(ctx context.Context, s *session) error {
+		sent := bootTime()
+		resp, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, LeaseId: id, Node: c.node})
+		if err != nil {
+			return failure.FromStatus(err)
+		}
+		lease, err = leaseOf(resp.GetLease(), sent)
+		if err == nil && lease == nil {
+			err = errors.New("the key service renewed nothing")
+		}
+		return err
+	})
+	return lease, err
+}
+
+// Release gives a lease back, trying once.
+func (c *Client) Release(ctx context.Context, volume string, id []byte) error {
+	return c.leases.call(ctx, func(ctx context.Context, s *session) error {
+		_, err := s.service.ReleaseLease(ctx, &keyservicev1.ReleaseLeaseRequest{VolumeId: volume, LeaseId: id})
+		return fromStatus(err)
+	})
+}
+
+func fromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	return failure.FromStatus(err)
+}

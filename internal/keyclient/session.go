@@ -1,0 +1,113 @@
+package keyclient
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
+	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/internal/failure"
+)
+
+const (
+	// dialTimeout bounds how long an address may take to answer at all.
+	dialTimeout = 10 * time.Second
+	// callTimeout bounds one request in a session.
+	callTimeout = 30 * time.Second
+	// renewBefore the end of a verdict, the session is attested again.
+	renewBefore = 30 * time.Second
+)
+
+// Server is one endpoint of the key service. It is authenticated by Roots or by
+// Pins, of which one must be set.
+type Server struct {
+	Address string // HOST:PORT
+	Name    string // in the certificate
+	Roots   *x509.CertPool
+	Pins    [][32]byte // SHA-256 of the public key
+}
+
+// endpoint is how a session with one server begins.
+type endpoint struct {
+	address string
+	cfg     *atls.ClientConfig
+	issuers func(context.Context) ([]attestation.Issuer, error)
+	log     *slog.Logger
+}
+
+// session is one attested connection. It is never repaired: whatever goes wrong
+// with it ends it, and the next call attests anew.
+type session struct {
+	address string
+	channel *atls.Channel
+	conn    *grpc.ClientConn
+	service keyservicev1.KeyServiceClient
+}
+
+func (e *endpoint) connect(ctx context.Context) (*session, error) {
+	raw, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", e.address)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, failure.New(failure.Unreachable, err, "is the key service running, and does this network reach it?")
+	}
+	started := time.Now()
+	cfg := *e.cfg
+	if cfg.Issuers, err = e.issuers(ctx); err != nil {
+		return nil, errors.Join(classify(err), raw.Close())
+	}
+	conn, err := atls.Client(ctx, raw, &cfg)
+	if err != nil {
+		return nil, classify(err)
+	}
+	e.log.Info("step", "step", "attested", "took_ms", float64(time.Since(started).Microseconds())/1000)
+	// gRPC gets this connection and no other: when it ends, so does the session.
+	handover := make(chan net.Conn, 1)
+	handover <- conn
+	client, err := grpc.NewClient("passthrough:///"+e.address,
+		grpc.WithTransportCredentials(atls.EstablishedCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-handover:
+				return c, nil
+			default:
+				return nil, errors.New("the connection to the key service ended")
+			}
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame)),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),
+		// A peer that went away without a word is noticed; an idle session stays.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 10 * time.Second}),
+		grpc.WithIdleTimeout(0),
+	)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return &session{e.address, conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
+}
+
+// fresh reports that the verdict on this machine has some time left.
+func (s *session) fresh() bool { return time.Until(s.channel.Verdict().Expires) > renewBefore }
+
+// renew runs the attestation again on the same connection.
+func (s *session) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, atls.DefaultTimeout)
+	defer cancel()
+	stream, err := s.service.Reattest(ctx)
+	if err != nil {
+		return err
+	}
+	return s.channel.Reattest(ctx, stream)
+}
+
+func (s *session) close() { _ = s.conn.Close() }

@@ -1,0 +1,279 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/keyagent/keyagent/attestation/policy"
+)
+
+// Kind is what a volume is for.
+type Kind string
+
+// The kinds. Swap and scratch volumes have a key that the kernel makes and that
+// nobody ever sees: what is on them ends with the machine's run.
+const (
+	Data    Kind = "data"
+	Swap    Kind = "swap"
+	Scratch Kind = "scratch"
+)
+
+// Volume is one volume of this machine, wherever its description comes from.
+type Volume struct {
+	ID     string `yaml:"id"`
+	Kind   Kind   `yaml:"kind,omitempty"` // zero: Data
+	Device string `yaml:"device"`         // absolute path, or UUID=, PARTUUID=, LABEL= or PARTLABEL= and a value
+	Name   string `yaml:"name,omitempty"` // of the mapping; zero: the ID
+	// Filesystem is ext4, xfs, btrfs or none; zero: none.
+	Filesystem string   `yaml:"filesystem,omitempty"`
+	Label      string   `yaml:"label,omitempty"`   // of the filesystem, when it is made
+	Mount      string   `yaml:"mount,omitempty"`   // absolute path; zero: nowhere
+	Options    []string `yaml:"options,omitempty"` // of the mount, as mount(8) knows them; nil: nosuid, nodev
+	// Format is explicit intent: create the volume if it does not exist.
+	Format   bool `yaml:"format,omitempty"`
+	ReadOnly bool `yaml:"read_only,omitempty"`
+	Discards bool `yaml:"discards,omitempty"` // pass TRIM on, which tells the host what is unused
+	Optional bool `yaml:"optional,omitempty"` // the node is ready without it
+	// Integrity names authenticated encryption. None is built yet.
+	Integrity string `yaml:"integrity,omitempty"`
+	// After names volumes that are opened before this one.
+	After []string `yaml:"after,omitempty"`
+}
+
+// FieldError names the field of a volume that is wrong. It wraps [ErrVolume].
+type FieldError struct {
+	Field string // as the configuration file calls it
+	Index int    // in a list, else -1
+	Err   error
+}
+
+func (e *FieldError) Error() string { return fmt.Sprintf("%s: %v", e.Field, e.Err) }
+
+func (e *FieldError) Unwrap() []error { return []error{ErrVolume, e.Err} }
+
+// ErrVolume means that the description of a volume is wrong.
+var ErrVolume = errors.New("volume is not described correctly")
+
+// maxName is the longest name of a mapping: the kernel bounds the identifier that
+// it is part of.
+const maxName = 80
+
+var mappingName = regexp.MustCompile(fmt.Sprintf(`^[A-Za-z0-9][A-Za-z0-9._-]{0,%d}$`, maxName-1))
+
+// Filesystems are those that can be made.
+var Filesystems = []string{"ext4", "xfs", "btrfs"}
+
+// labelSizes bound a label in bytes.
+var labelSizes = map[string]int{"ext4": 16, "xfs": 12, "btrfs": 255}
+
+// Validate checks a volume and fills in what was left out. Its errors are
+// [*FieldError].
+func (v *Volume) Validate() error {
+	if v.Kind == "" {
+		v.Kind = Data
+	}
+	if v.Name == "" {
+		v.Name = v.ID
+	}
+	if v.Filesystem == "" {
+		v.Filesystem = "none"
+	}
+	if v.Options == nil {
+		v.Options = []string{"nosuid", "nodev"}
+	}
+	for _, c := range []struct {
+		field string
+		check func() error
+	}{
+		{"id", v.checkID}, {"kind", v.checkKind}, {"name", v.checkName}, {"device", v.checkDevice}, {"filesystem", v.checkFilesystem},
+		{"label", v.checkLabel}, {"mount", v.checkMount}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
+	} {
+		if err := c.check(); err != nil {
+			return &FieldError{c.field, -1, err}
+		}
+	}
+	for i, o := range v.Options {
+		if err := CheckOption(o); err != nil {
+			return &FieldError{"options", i, err}
+		}
+	}
+	for i, id := range v.After {
+		if !policy.ValidVolume(id) || id == v.ID {
+			return &FieldError{"after", i, errors.New("must be the ID of another volume")}
+		}
+	}
+	return nil
+}
+
+func (v *Volume) checkID() error {
+	if !policy.ValidVolume(v.ID) {
+		return errors.New("must be 1 to 128 letters, digits, dots, dashes or underscores")
+	}
+	return nil
+}
+
+func (v *Volume) checkKind() error {
+	switch v.Kind {
+	case Data:
+		return nil
+	case Swap:
+		if v.Mount != "" || v.Filesystem != "none" {
+			return errors.New("a swap area has no filesystem and no mount point")
+		}
+	case Scratch:
+	default:
+		return fmt.Errorf("%.40q is not a kind: data, swap or scratch", v.Kind)
+	}
+	if !v.Format {
+		return errors.New("needs format: true, since everything on the device is overwritten at each start")
+	}
+	if v.ReadOnly {
+		return errors.New("cannot be read-only: it begins empty")
+	}
+	return nil
+}
+
+func (v *Volume) checkName() error {
+	if !mappingName.MatchString(v.Name) {
+		return fmt.Errorf("must be 1 to %d letters, digits, dots, dashes or underscores", maxName)
+	}
+	if v.Name == "control" {
+		return errors.New("is the device-mapper's own")
+	}
+	return nil
+}
+
+// deviceTags are the ways to name a device other than by a path, and where udev
+// keeps the links for them.
+var deviceTags = map[string]string{
+	"UUID": "/dev/disk/by-uuid", "PARTUUID": "/dev/disk/by-partuuid",
+	"LABEL": "/dev/disk/by-label", "PARTLABEL": "/dev/disk/by-partlabel",
+}
+
+func (v *Volume) checkDevice() error {
+	tag, value, tagged := strings.Cut(v.Device, "=")
+	if dir := deviceTags[tag]; tagged && dir != "" {
+		if value == "" || len(value) > 255 || strings.ContainsAny(value, "/\x00") || value == "." || value == ".." {
+			return fmt.Errorf("%s= needs a value without slashes", tag)
+		}
+		return nil
+	}
+	switch {
+	case !filepath.IsAbs(v.Device) || strings.ContainsRune(v.Device, 0) || len(v.Device) > 4096:
+		return errors.New("must be an absolute path, or UUID=, PARTUUID=, LABEL= or PARTLABEL= and a value")
+	case filepath.Clean(v.Device) != v.Device:
+		return fmt.Errorf("must be a plain path: %s", filepath.Clean(v.Device))
+	}
+	return nil
+}
+
+// DevicePath is where the device is, or will be: udev's link for a tag.
+func (v *Volume) DevicePath() string {
+	tag, value, tagged := strings.Cut(v.Device, "=")
+	if dir := deviceTags[tag]; tagged && dir != "" {
+		return filepath.Join(dir, escapeUdev(value))
+	}
+	return v.Device
+}
+
+// escapeUdev writes a value as udev does in names of links: what is not plain
+// becomes \xNN.
+func escapeUdev(value string) string {
+	var out strings.Builder
+	for i := range len(value) {
+		b := value[i]
+		if b >= 0x80 || b >= '0' && b <= '9' || b >= 'a' && b <= 'z' || b >= 'A' && b <= 'Z' || strings.ContainsRune("#+-.:=@_", rune(b)) {
+			out.WriteByte(b)
+			continue
+		}
+		fmt.Fprintf(&out, `\x%02x`, b)
+	}
+	return out.String()
+}
+
+func (v *Volume) checkFilesystem() error {
+	if v.Filesystem != "none" && !slices.Contains(Filesystems, v.Filesystem) {
+		return fmt.Errorf("%.40q is not supported: %s, or none", v.Filesystem, strings.Join(Filesystems, ", "))
+	}
+	return nil
+}
+
+func (v *Volume) checkLabel() error {
+	if v.Label == "" {
+		return nil
+	}
+	limit := labelSizes[v.Filesystem]
+	if limit == 0 {
+		return errors.New("needs a filesystem")
+	}
+	if len(v.Label) > limit || strings.ContainsFunc(v.Label, func(r rune) bool { return r < ' ' || r == '/' || r == 0x7f }) || v.Label[0] == '-' {
+		return fmt.Errorf("must be at most %d bytes for %s, without slashes and control characters", limit, v.Filesystem)
+	}
+	return nil
+}
+
+func (v *Volume) checkMount() error {
+	if v.Mount == "" {
+		return nil
+	}
+	if !filepath.IsAbs(v.Mount) || filepath.Clean(v.Mount) == "/" || strings.ContainsRune(v.Mount, 0) || len(v.Mount) > 4000 {
+		return errors.New("must be an absolute path other than /")
+	}
+	if v.Filesystem == "none" {
+		return fmt.Errorf("needs a filesystem: %s", strings.Join(Filesystems, ", "))
+	}
+	v.Mount = filepath.Clean(v.Mount)
+	return nil
+}
+
+func (v *Volume) checkIntegrity() error {
+	if v.Integrity != "" && v.Integrity != "none" {
+		return fmt.Errorf("%.40q is not supported yet: leave it out", v.Integrity)
+	}
+	return nil
+}
+
+func (v *Volume) checkReadOnly() error {
+	if slices.Contains(v.Options, "ro") {
+		v.ReadOnly = true // a read-only mount needs no writable mapping below it
+	}
+	if v.ReadOnly && v.Format {
+		return errors.New("a volume that is created is written: leave out format")
+	}
+	return nil
+}
+
+// Throwaway reports whether the key of the volume ends with its mapping.
+func (v *Volume) Throwaway() bool { return v.Kind == Swap || v.Kind == Scratch }
+
+// CheckVolumes checks what volumes are to each other: nothing is named twice, no
+// volume waits for itself, and what they come after exists. The error names the
+// volume by its place.
+func CheckVolumes(all []Volume) (int, error) {
+	type use struct{ field, value string }
+	seen := map[use]bool{}
+	for i := range all {
+		v := &all[i]
+		for _, u := range []use{{"id", v.ID}, {"name", v.Name}, {"device", v.DevicePath()}, {"mount", v.Mount}} {
+			if u.value != "" && seen[u] {
+				return i, &FieldError{u.field, -1, fmt.Errorf("%q is used twice", u.value)}
+			}
+			seen[u] = true
+		}
+	}
+	for i := range all {
+		for n, id := range all[i].After {
+			if !slices.ContainsFunc(all, func(v Volume) bool { return v.ID == id }) {
+				return i, &FieldError{"after", n, fmt.Errorf("there is no volume %q", id)}
+			}
+		}
+	}
+	if _, stuck := Order(all); stuck >= 0 {
+		return stuck, &FieldError{"after", -1, errors.New("the volume waits for itself, by way of others")}
+	}
+	return 0, nil
+}
