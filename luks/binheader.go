@@ -40,12 +40,12 @@ type binaryHeader struct {
 	json  []byte // the whole JSON area, aliasing the input
 }
 
-// parseBinary checks one copy of the metadata: its binary header and the
-// checksum over it and its JSON area. which is "primary" or "secondary".
-func parseBinary(metadata []byte, which string, magic []byte, offset uint64) (binaryHeader, error) {
+// parseBinary checks copy i of the metadata: its binary header and the checksum
+// over it and its JSON area.
+func parseBinary(metadata []byte, i int) (binaryHeader, error) {
 	var h binaryHeader
-	where := func(field string) string { return which + " " + field }
-	if !bytes.Equal(metadata[offMagic:offVersion], magic) {
+	where := func(field string) string { return copyNames[i] + " " + field }
+	if !bytes.Equal(metadata[offMagic:offVersion], copyMagics[i]) {
 		return h, refuse(RuleMagic, where("magic"), string(metadata[offMagic:offVersion]))
 	}
 	be := binary.BigEndian
@@ -55,7 +55,7 @@ func parseBinary(metadata []byte, which string, magic []byte, offset uint64) (bi
 	if n := be.Uint64(metadata[offSize:]); n != metadataSize {
 		return h, refuse(RuleBinaryHeader, where("size"), fmt.Sprint(n))
 	}
-	if n := be.Uint64(metadata[offHdrOffset:]); n != offset {
+	if n := be.Uint64(metadata[offHdrOffset:]); n != uint64(i*metadataSize) {
 		return h, refuse(RuleBinaryHeader, where("offset"), fmt.Sprint(n))
 	}
 	for _, f := range []struct {

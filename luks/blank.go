@@ -2,6 +2,7 @@ package luks
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,12 +52,13 @@ func (s State) String() string {
 
 // CheckBlank returns nil for a blank device and a [*NotBlankError] for one that
 // holds data. It reads the first 32 MiB, the last 1 MiB and 256 pages between
-// them. A device that cannot be read gives [ErrIO] or [ErrShortHeader].
+// them, and asks libblkid. A device that cannot be read gives [ErrIO] or
+// [ErrShortHeader].
 func CheckBlank(ctx context.Context, device string) error {
-	d, err := openShared(device)
+	d, err := openShared(ctx, device)
 	if err == nil {
 		defer d.Close()
-		err = d.checkBlank(ctx, 0)
+		err = d.checkBlank(0)
 	}
 	if err != nil {
 		return fmt.Errorf("check that %s is blank: %w", device, err)
@@ -64,36 +66,55 @@ func CheckBlank(ctx context.Context, device string) error {
 	return nil
 }
 
+// DataUntouched says whether the data area of a formatted device, byte 16 MiB and
+// after, is as blank as it was: all that [CheckBlank] would read of it is zero. It
+// is for a device that was blank when it was formatted. Where another tenant's bytes
+// stay in the data area it says false.
+func DataUntouched(ctx context.Context, device string) (bool, error) {
+	d, err := openShared(ctx, device)
+	if err == nil {
+		defer d.Close()
+		if err = d.checkSize(); err == nil {
+			err = d.checkBlank(dataOffset)
+		}
+	}
+	switch {
+	case err == nil:
+		return true, nil
+	case errors.Is(err, ErrNotBlank):
+		return false, nil
+	default:
+		return false, fmt.Errorf("look at the data area of %s: %w", device, err)
+	}
+}
+
 // Probe says what stands on a device, without changing it. The DEK may be nil;
 // an interrupted format cannot be told from other data then.
 func Probe(ctx context.Context, device string, id Identity, dek *secret.Bytes) (State, error) {
-	state, err := probe(ctx, device, id, dek)
+	state, err := probeState(ctx, device, id, dek)
 	if err != nil {
 		return 0, fmt.Errorf("probe %s: %w", device, err)
 	}
 	return state, nil
 }
 
-func probe(ctx context.Context, device string, id Identity, dek *secret.Bytes) (State, error) {
+func probeState(ctx context.Context, device string, id Identity, dek *secret.Bytes) (State, error) {
 	if dek != nil {
-		if err := id.validate(); err != nil {
-			return 0, err
-		}
-		if err := validateKey(dek); err != nil {
+		if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
 			return 0, err
 		}
 	}
-	d, err := openShared(device)
+	d, err := openShared(ctx, device)
 	if err != nil {
 		return 0, err
 	}
 	defer d.Close()
-	return d.state(ctx, id, dek)
+	return d.state(id, dek)
 }
 
 // state classifies a device, and is the only place that does: what Probe
-// reports and what Format acts on cannot differ.
-func (d *disk) state(ctx context.Context, id Identity, dek *secret.Bytes) (State, error) {
+// reports and what Write acts on cannot differ.
+func (d *disk) state(id Identity, dek *secret.Bytes) (State, error) {
 	sector := make([]byte, sectorSize)
 	if err := d.read(sector, 0); err != nil {
 		return 0, err
@@ -111,7 +132,7 @@ func (d *disk) state(ctx context.Context, id Identity, dek *secret.Bytes) (State
 		// there is not from it, and is kept.
 		state, skip = StateInterrupted, guardedSize
 	}
-	switch err := d.checkBlank(ctx, skip); {
+	switch err := d.checkBlank(skip); {
 	case err == nil:
 		return state, nil
 	case errors.Is(err, ErrNotBlank):
@@ -121,17 +142,18 @@ func (d *disk) state(ctx context.Context, id Identity, dek *secret.Bytes) (State
 	}
 }
 
-// checkBlank looks at a device from byte skip on.
-func (d *disk) checkBlank(ctx context.Context, skip int64) error {
+// checkBlank looks at a device from byte skip on. Behind a header of ours, which is
+// what a skip is for, a filesystem mark is no data.
+func (d *disk) checkBlank(skip int64) error {
 	buf := make([]byte, 1<<20)
 	look := func(from, to int64) error {
 		for at := max(from, skip); at < to; at += int64(len(buf)) {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
 			p := buf[:min(int64(len(buf)), to-at)]
 			if err := d.read(p, at); err != nil {
 				return err
+			}
+			if mark := markOffset - at; skip > 0 && mark >= 0 && mark+sectorSize <= int64(len(p)) && isMark(p[mark:]) {
+				clear(p[mark : mark+sectorSize])
 			}
 			if !allZero(p) {
 				return d.whatIs(p, at)
@@ -152,37 +174,36 @@ func (d *disk) checkBlank(ctx context.Context, skip int64) error {
 	} else if err := look(head, tail); err != nil {
 		return err
 	}
-	return look(max(tail, head), d.size)
+	if err := look(max(tail, head), d.size); err != nil {
+		return err
+	}
+	return d.nothingKnown(skip)
 }
 
-// signatures are the tenants that an operator is most likely to have meant to
-// keep. Naming them is a courtesy; the refusal does not depend on it.
-var signatures = []struct {
-	offset int64
-	magic  string
-	name   string
-}{
-	{0, markerMagic, "a format marker that does not verify"},
-	{0, "LUKS\xba\xbe\x00\x01", "a LUKS1 header"},
-	{0, "LUKS\xba\xbe", "a LUKS2 header"},
-	{metadataSize, "SKUL\xba\xbe", "a secondary LUKS2 header"},
-	{512, "EFI PART", "a GPT partition table"},
-	{510, "\x55\xaa", "a boot sector or partition table"},
-	{0x438, "\x53\xef", "an ext filesystem"},
-	{0, "XFSB", "an XFS filesystem"},
-	{0x10040, "_BHRfS_M", "a Btrfs filesystem"},
-	{4086, "SWAPSPACE2", "a swap area"},
-	{536, "LVM2 001", "an LVM physical volume"},
+// nothingKnown refuses a device on which somebody is known to have left a mark
+// between the pages that were looked at: a backup of a superblock.
+func (d *disk) nothingKnown(skip int64) error {
+	found, err := d.signatures()
+	if err != nil {
+		return err
+	}
+	for _, s := range found {
+		if s.Offset >= skip {
+			return &NotBlankError{Offset: s.Offset, Found: s.String()}
+		}
+	}
+	return nil
 }
 
 // whatIs describes p, which stands at byte at and is not zero.
 func (d *disk) whatIs(p []byte, at int64) error {
-	first := at + int64(len(p)-len(bytes.TrimLeft(p, "\x00")))
-	for _, s := range signatures {
-		if from := s.offset - at; from >= 0 && from+int64(len(s.magic)) <= int64(len(p)) &&
-			bytes.HasPrefix(p[from:], []byte(s.magic)) {
-			return &NotBlankError{Offset: s.offset, Found: s.name}
-		}
+	refusal := &NotBlankError{Offset: at + int64(len(p)-len(bytes.TrimLeft(p, "\x00"))), Found: "data"}
+	switch found, err := d.signatures(); {
+	case at == 0 && isMarker(p):
+		refusal.Found = "a format marker that does not verify"
+	case err == nil && len(found) > 0:
+		// Naming it is a courtesy; the refusal does not depend on it.
+		refusal.Offset, refusal.Found = found[0].Offset, found[0].String()
 	}
-	return &NotBlankError{Offset: first, Found: "data"}
+	return refusal
 }

@@ -66,10 +66,8 @@ static int ka_format(struct crypt_device *cd, const char *cipher, const char *mo
 import "C"
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -81,85 +79,35 @@ import (
 )
 
 // library serialises the calls into libcryptsetup. Contexts are apart, but the
-// library and libdevmapper below it keep state for the whole process: the use
-// count of the control descriptor, the context that messages go to, the queue of
-// device nodes. What is slow happens outside: reading headers, looking for data,
-// writing. The guard caps the key derivation at 1000 rounds of PBKDF2, so that
-// no header makes a holder of the lock spin.
+// library keeps state for the whole process. It sees nothing but headers in memory,
+// so that no disk can keep a holder of the lock waiting; and the guard caps the key
+// derivation at 1000 rounds of PBKDF2, so that no header makes it spin.
 var library sync.Mutex
 
 var silence = sync.OnceFunc(func() { C.ka_silence() })
 
-// session is one libcryptsetup context. It is used by one goroutine, inside
-// withSession.
+// session is one libcryptsetup context. It is used inside withSession alone.
 type session struct {
 	cd  *C.struct_crypt_device
 	log *C.struct_ka_log
 }
 
-// withSession runs f with a context for a header and the device that its data
-// is on. data may be empty, and so may header: the context then reaches active
-// mappings only.
-//
-// f runs on an OS thread of its own. libcryptsetup hands the volume key to
-// dm-crypt through the calling thread's keyring, which is cleared before the
-// lock is released and ends with the thread.
-func withSession(header, data string, f func(*session) error) error {
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		done <- session{}.run(header, data, f)
-	}()
-	return <-done
-}
-
-func (s session) run(header, data string, f func(*session) error) error {
+// withSession runs f with a context for the header at path, which lies in memory.
+func withSession(path string, f func(*session) error) error {
 	library.Lock()
 	defer library.Unlock()
-	defer clearThreadKeyring()
 	silence()
+	var s session
 	s.log = (*C.struct_ka_log)(C.calloc(1, C.sizeof_struct_ka_log))
 	defer C.free(unsafe.Pointer(s.log))
-	cHeader, freeHeader := optionalString(header)
-	defer freeHeader()
-	cData, freeData := optionalString(data)
-	defer freeData()
-	if r := C.crypt_init_data_device(&s.cd, cHeader, cData); r < 0 {
-		return s.failed("open device", r)
+	cPath := C.CString(path) // only paths and names become strings, never keys
+	defer C.free(unsafe.Pointer(cPath))
+	if r := C.crypt_init_data_device(&s.cd, cPath, nil); r < 0 {
+		return s.failed("open header", r)
 	}
 	defer C.crypt_free(s.cd)
 	C.ka_listen(s.cd, s.log)
 	return f(&s)
-}
-
-// optionalString is nil in C for a string that is empty in Go. Only paths and
-// names go this way; keys never become strings.
-func optionalString(s string) (*C.char, func()) {
-	if s == "" {
-		return nil, func() {}
-	}
-	c := C.CString(s)
-	return c, func() { C.free(unsafe.Pointer(c)) }
-}
-
-// clearThreadKeyring drops the volume key that an activation left in the
-// thread's keyring. dm-crypt has its own copy by then. Revoking frees the key's
-// content; unlinked only, it would wait for the kernel's garbage collector. Asking
-// for the keyring's ID without creating it keeps threads that never had one as
-// they are.
-func clearThreadKeyring() {
-	ring, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_THREAD_KEYRING, false)
-	if err != nil {
-		return
-	}
-	const serial = 4 // bytes of a key's ID
-	list := make([]byte, 64*serial)
-	if n, err := unix.KeyctlBuffer(unix.KEYCTL_READ, ring, list, 0); err == nil {
-		for keys := list[:min(n, len(list))]; len(keys) >= serial; keys = keys[serial:] {
-			_, _ = unix.KeyctlInt(unix.KEYCTL_REVOKE, int(int32(binary.NativeEndian.Uint32(keys))), 0, 0, 0)
-		}
-	}
-	_, _ = unix.KeyctlInt(unix.KEYCTL_CLEAR, ring, 0, 0, 0)
 }
 
 // load reads the metadata from the header, and makes sure that libcryptsetup
@@ -200,65 +148,46 @@ func (s *session) addKeyslot(dek *secret.Bytes) error {
 	})
 }
 
-// unlock opens keyslot 0 with the DEK, and, if name is not empty, activates the
-// volume under that name.
-func (s *session) unlock(name string, dek *secret.Bytes, flags activation) error {
-	cName, free := optionalString(name)
-	defer free()
-	var cFlags C.uint32_t
-	if name != "" { // without a name, the keyring flag would leave the volume key there
-		cFlags = flags.c()
-	}
+// test opens keyslot 0 with the DEK and maps nothing.
+func (s *session) test(dek *secret.Bytes) error {
 	return dek.Use(func(key []byte) error {
-		r := C.crypt_activate_by_passphrase(s.cd, cName, 0, charPtr(key), C.size_t(len(key)), cFlags)
-		switch {
-		case r >= 0:
-			return nil
-		case r == -C.int(unix.EPERM):
-			return ErrWrongKey
-		case r == -C.int(unix.EEXIST):
-			return fmt.Errorf("%w: %s", ErrNameTaken, name)
-		case r == -C.int(unix.EBUSY):
-			return fmt.Errorf("%w: %w", ErrDeviceBusy, s.failed("activate", r))
-		default:
-			return s.failed("activate", r)
-		}
+		r := C.crypt_activate_by_passphrase(s.cd, nil, 0, charPtr(key), C.size_t(len(key)), 0)
+		return s.unlocked(r)
 	})
 }
 
-// deactivate removes a mapping.
-func (s *session) deactivate(name string) error {
-	cName, free := optionalString(name)
-	defer free()
-	switch r := C.crypt_deactivate(s.cd, cName); {
+// volumeKey opens keyslot 0 with the DEK and returns what it holds.
+func (s *session) volumeKey(dek *secret.Bytes) (*secret.Bytes, error) {
+	vk, err := secret.New(volumeKeySize)
+	if err != nil {
+		return nil, err
+	}
+	err = vk.Use(func(into []byte) error {
+		return dek.Use(func(key []byte) error {
+			size := C.size_t(len(into))
+			r := C.crypt_volume_key_get(s.cd, 0, charPtr(into), &size, charPtr(key), C.size_t(len(key)))
+			if r >= 0 && size != volumeKeySize {
+				return fmt.Errorf("%w: volume key has %d bytes", ErrLibrary, size)
+			}
+			return s.unlocked(r)
+		})
+	})
+	if err != nil {
+		vk.Close()
+		return nil, err
+	}
+	return vk, nil
+}
+
+func (s *session) unlocked(r C.int) error {
+	switch {
 	case r >= 0:
 		return nil
-	case r == -C.int(unix.EBUSY):
-		return fmt.Errorf("%w: %s is in use", ErrDeviceBusy, name)
-	case r == -C.int(unix.ENODEV):
-		return fmt.Errorf("%w: %s", ErrNotActive, name)
+	case r == -C.int(unix.EPERM):
+		return ErrWrongKey
 	default:
-		return s.failed("deactivate", r)
+		return s.failed("open keyslot", r)
 	}
-}
-
-// activation is how a volume is mapped.
-type activation struct {
-	readOnly, discards, workqueues bool
-}
-
-func (a activation) c() C.uint32_t {
-	flags := C.uint32_t(C.CRYPT_ACTIVATE_KEYRING_KEY)
-	if a.readOnly {
-		flags |= C.CRYPT_ACTIVATE_READONLY
-	}
-	if a.discards {
-		flags |= C.CRYPT_ACTIVATE_ALLOW_DISCARDS
-	}
-	if !a.workqueues {
-		flags |= C.CRYPT_ACTIVATE_NO_READ_WORKQUEUE | C.CRYPT_ACTIVATE_NO_WRITE_WORKQUEUE
-	}
-	return flags
 }
 
 // failed turns a negative errno and the messages that came with it into an

@@ -53,8 +53,7 @@ var (
 	// ErrShortHeader says that a device ended before its header did.
 	ErrShortHeader = errors.New("header is incomplete")
 
-	// ErrDeviceSize says that a device cannot hold a header and 1 MiB of data, or
-	// that its size is not a multiple of 4096 bytes.
+	// ErrDeviceSize says that a device cannot hold a header and 1 MiB of data.
 	ErrDeviceSize = errors.New("device has an unsuitable size")
 
 	// ErrNotBlockDevice says that a mapping was asked for on something else.
@@ -63,6 +62,44 @@ var (
 	// ErrTableMismatch says that the kernel's live table is not the one that
 	// the header stands for. A mapping that Open had just made was removed.
 	ErrTableMismatch = errors.New("live device-mapper table is not as expected")
+
+	// ErrHeaderChanged means that the header on the disk is no longer the one that
+	// the volume was opened with. [WriteBack] puts it back.
+	ErrHeaderChanged = errors.New("header on the disk has changed")
+
+	// ErrNotRebuildable means that a header is not damaged in exactly one of its
+	// copies, or is of version 1, so that no copy can be made from the other.
+	ErrNotRebuildable = errors.New("header cannot be rebuilt")
+
+	// ErrNotOurs means that a mapping of the right name, UUID and device does not
+	// decrypt with the volume's key: something else made it.
+	ErrNotOurs = errors.New("mapping was not made with this volume's key")
+
+	// ErrSuspended means that a mapping is suspended. [Resume] ends that.
+	ErrSuspended = errors.New("mapping is suspended")
+
+	// ErrShrink means that a device is smaller than the mapping on it.
+	ErrShrink = errors.New("device is smaller than its mapping")
+
+	// ErrReadOnlyDevice means that a device refuses to be written.
+	ErrReadOnlyDevice = errors.New("device is read-only")
+
+	// ErrDeviceHung means that a device did not answer in time. Nothing is known
+	// of what it holds. What was asked of it may still reach it later.
+	ErrDeviceHung = errors.New("device does not answer")
+
+	// ErrTooLate means that the time in which a volume may be created has passed.
+	// The header area may hold a marker or parts of a header; no data was written.
+	ErrTooLate = errors.New("time limit for creating the volume has passed")
+
+	// ErrNoReservations means that a device has no persistent reservations.
+	ErrNoReservations = errors.New("device has no persistent reservations")
+
+	// ErrReserved means that another machine holds a device's reservation.
+	ErrReserved = errors.New("device is reserved by another machine")
+
+	// ErrKernel means that the kernel lacks a feature. The error names the option.
+	ErrKernel = errors.New("kernel lacks a feature")
 
 	// ErrLibrary says that libcryptsetup failed for another reason.
 	ErrLibrary = errors.New("libcryptsetup failed")

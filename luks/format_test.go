@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,16 +17,13 @@ import (
 
 func TestFormatMakesAHeaderThatIsAdoptedAndHasTheSameMAC(t *testing.T) {
 	ctx := context.Background()
-	path, mac := formatted(t, idData, dataKey(t))
+	path, macs := formatted(t, idData, dataKey(t))
 	got, err := Adopt(ctx, path, idData, dataKey(t))
 	must(t, err)
-	if got != mac {
-		t.Errorf("adopted MAC is %x, format gave %x", got, mac)
+	if got.MACs() != macs {
+		t.Errorf("adopted MACs are %x, format gave %x", got.MACs(), macs)
 	}
-	d, err := openShared(path)
-	must(t, err)
-	defer d.Close()
-	_, err = d.examine(ctx, idData, mac, dataKey(t))
+	_, err = ReadHeader(ctx, path, idData, macs, dataKey(t))
 	must(t, err)
 	state, err := Probe(ctx, path, idData, dataKey(t))
 	if err != nil || state != StateLUKS2 {
@@ -101,12 +99,10 @@ func TestFormatNeverWritesOverData(t *testing.T) {
 		{"one bit just below 32 MiB", blankHead - 1, []byte{1}, "data at byte 33554431"},
 		{"one bit in the last sector", size - 1, []byte{1}, "data at byte 67108863"},
 		{"a page in the middle", 48 << 20, bytes.Repeat([]byte{0xff}, 256<<10), "data at byte"},
-		{"a GPT", 512, []byte("EFI PART"), "a GPT partition table"},
-		{"an ext superblock", 0x438, []byte("\x53\xef"), "an ext filesystem"},
-		{"a LUKS1 header", 0, []byte("LUKS\xba\xbe\x00\x01"), "a LUKS1 header"},
+		{"what is left of a GPT", 512, []byte("EFI PART"), "data at byte 512"},
+		{"a LUKS1 header", 0, []byte("LUKS\xba\xbe\x00\x01"), "a signature of crypto_LUKS"},
 		{"half a LUKS2 header", 0, header(t)[:8192], "a LUKS2 header"},
-		{"a complete header of this volume", 0, header(t), "a LUKS2 header"},
-		{"a secondary header only", metadataSize, header(t)[metadataSize:areasOffset], "a secondary LUKS2 header"},
+		{"a secondary header only", metadataSize, header(t)[metadataSize:areasOffset], "a signature of crypto_LUKS"},
 		{"another volume's marker", 0, marker(idLogs, logsKey(t)), "a format marker that does not verify"},
 		{"this volume's marker under another DEK", 0, marker(idData, logsKey(t)), "a format marker that does not verify"},
 		{"this volume's marker of another generation", 0, marker(later, dataKey(t)), "a format marker that does not verify"},
@@ -116,7 +112,7 @@ func TestFormatNeverWritesOverData(t *testing.T) {
 			path := image(t, size)
 			patch(t, path, c.data, c.offset)
 			before := digest(t, path)
-			_, err := Format(context.Background(), path, idData, dataKey(t), FormatOptions{})
+			_, err := formatImage(path, idData, dataKey(t))
 			wantError(t, err, ErrNotBlank)
 			if !strings.Contains(err.Error(), c.found) {
 				t.Errorf("error is %q, want %q in it", err, c.found)
@@ -141,7 +137,7 @@ func TestAMarkerDoesNotExcuseDataElsewhere(t *testing.T) {
 	patch(t, path, m, 0)
 	patch(t, path, []byte("data"), guardedSize)
 	before := digest(t, path)
-	_, err = Format(context.Background(), path, idData, dataKey(t), FormatOptions{})
+	_, err = formatImage(path, idData, dataKey(t))
 	wantError(t, err, ErrNotBlank)
 	if digest(t, path) != before {
 		t.Error("the disk has changed")
@@ -172,48 +168,40 @@ func TestProbeTellsAnInterruptedFormatOnlyWithTheKey(t *testing.T) {
 
 func TestFormatRefusesWhatCannotHoldAVolume(t *testing.T) {
 	ctx := context.Background()
-	t.Run("a device below 17 MiB", func(t *testing.T) {
-		_, err := Format(ctx, image(t, minDevice-1), idData, dataKey(t), FormatOptions{})
+	h := newTestHeader(t, idData, dataKey(t))
+	for _, size := range []int64{0, minDevice - 1} {
+		_, err := formatImage(image(t, size), idData, dataKey(t))
 		wantError(t, err, ErrDeviceSize)
-	})
-	t.Run("a device that ends within a sector of 4096 bytes", func(t *testing.T) {
-		_, err := Format(ctx, image(t, 20<<20+sectorSize), idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrDeviceSize)
-	})
-	t.Run("an empty file", func(t *testing.T) {
-		_, err := Format(ctx, image(t, 0), idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrDeviceSize)
-	})
-	t.Run("a character device", func(t *testing.T) {
-		_, err := Format(ctx, "/dev/zero", idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrNotBlockDevice)
-	})
-	t.Run("a pipe that nobody writes to", func(t *testing.T) {
-		path := filepath.Join(t.TempDir(), "pipe")
-		must(t, unix.Mkfifo(path, 0o600))
-		_, err := Format(ctx, path, idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrNotBlockDevice)
-	})
-	t.Run("a device that is not there", func(t *testing.T) {
-		_, err := Format(ctx, filepath.Join(t.TempDir(), "none"), idData, dataKey(t), FormatOptions{})
-		wantError(t, err, os.ErrNotExist)
-	})
-	t.Run("a file that another process works on", func(t *testing.T) {
-		path := image(t, 20<<20)
-		d, err := openExclusive(path)
-		must(t, err)
-		defer d.Close()
-		_, err = Format(ctx, path, idData, dataKey(t), FormatOptions{})
-		wantError(t, err, ErrDeviceBusy)
-	})
-	t.Run("a call that was cancelled", func(t *testing.T) {
-		path := image(t, 20<<20)
-		cancelled, cancel := context.WithCancel(ctx)
-		cancel()
-		_, err := Format(cancelled, path, idData, dataKey(t), FormatOptions{})
-		wantError(t, err, context.Canceled)
-		must(t, CheckBlank(ctx, path))
-	})
+	}
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	must(t, unix.Mkfifo(pipe, 0o600))
+	file := image(t, 20<<20)
+	for name, path := range map[string]string{
+		"a regular file": file, "a character device": "/dev/zero", "a pipe that nobody writes to": pipe,
+	} {
+		t.Run(name, func(t *testing.T) {
+			wantError(t, Write(ctx, path, idData, dataKey(t), h, DeadlineIn(time.Minute)), ErrNotBlockDevice)
+		})
+	}
+	must(t, CheckBlank(ctx, file))
+	none := filepath.Join(t.TempDir(), "none")
+	wantError(t, Write(ctx, none, idData, dataKey(t), h, DeadlineIn(time.Minute)), os.ErrNotExist)
+	cancelled, cancel := context.WithCancel(ctx)
+	cancel()
+	wantError(t, Write(cancelled, file, idData, dataKey(t), h, DeadlineIn(time.Minute)), context.Canceled)
+}
+
+// A partition may end within a sector of 4096 bytes.
+func TestADeviceOfAnOddSizeIsFormatted(t *testing.T) {
+	path := image(t, 20<<20+7*sectorSize)
+	_, err := formatImage(path, idData, dataKey(t))
+	must(t, err)
+	d, err := openShared(context.Background(), path)
+	must(t, err)
+	defer d.Close()
+	if got := d.plainBytes(); got != 4<<20 {
+		t.Errorf("mapping would have %d bytes", got)
+	}
 }
 
 func TestMalformedArgumentsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
@@ -233,31 +221,37 @@ func TestMalformedArgumentsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
 		{Volume: "data", UUID: strings.ReplaceAll(idData.UUID, "-", "")},
 		{Volume: "data", UUID: idData.UUID + "\n"},
 	} {
-		_, err := Format(ctx, "/nonexistent", id, dataKey(t), FormatOptions{})
+		_, err := NewHeader(ctx, id, dataKey(t))
 		wantError(t, err, ErrInvalid)
+		wantError(t, Write(ctx, "/nonexistent", id, dataKey(t), nil, Deadline{}), ErrInvalid)
 		_, err = Adopt(ctx, "/nonexistent", id, dataKey(t))
 		wantError(t, err, ErrInvalid)
-		_, err = Open(ctx, "/nonexistent", "data", id, MAC{1}, dataKey(t), OpenOptions{})
+		_, _, err = Open(ctx, OpenRequest{Device: "/nonexistent", Name: "data", Identity: id, MACs: MACs{Header: MAC{1}}}, dataKey(t))
 		wantError(t, err, ErrInvalid)
 	}
 	for _, name := range []string{"", ".", "..", "a/b", "a b", "control\n", strings.Repeat("n", 81)} {
-		_, err := Open(ctx, "/nonexistent", name, idData, MAC{1}, dataKey(t), OpenOptions{})
+		_, _, err := Open(ctx, OpenRequest{Device: "/nonexistent", Name: name, Identity: idData, MACs: MACs{Header: MAC{1}}}, dataKey(t))
 		wantError(t, err, ErrInvalid)
-		wantError(t, Close(ctx, name), ErrInvalid)
+		wantError(t, Close(ctx, CloseRequest{Name: name, UUID: idData.UUID}), ErrInvalid)
 		_, err = Status(ctx, name)
 		wantError(t, err, ErrInvalid)
 	}
-	_, err := Open(ctx, "/nonexistent", "data", idData, MAC{}, dataKey(t), OpenOptions{})
-	wantError(t, err, ErrHeaderMAC)
+	for _, macs := range []MACs{{}, {Copies: [2]MAC{{1}, {2}}}, {Header: MAC{1}, Copies: [2]MAC{{}, {2}}}} {
+		_, _, err := Open(ctx, OpenRequest{Device: "/nonexistent", Name: "data", Identity: idData, MACs: macs}, dataKey(t))
+		wantError(t, err, ErrHeaderMAC)
+	}
+	for _, req := range []CloseRequest{{Name: "data"}, {Name: "data", UUID: "x"}, {Name: "data", UUID: idData.UUID, Throwaway: true}} {
+		wantError(t, Close(ctx, req), ErrInvalid)
+	}
 	closed := key(t, 1, 32)
 	must(t, closed.Close())
-	_, err = Format(ctx, "/nonexistent", idData, closed, FormatOptions{})
+	_, err := NewHeader(ctx, idData, closed)
 	wantError(t, err, secret.ErrClosed)
 }
 
 func TestOpenWantsABlockDevice(t *testing.T) {
-	path, mac := formatted(t, idData, dataKey(t))
-	_, err := Open(context.Background(), path, "data", idData, mac, dataKey(t), OpenOptions{})
+	path, macs := formatted(t, idData, dataKey(t))
+	_, _, err := Open(context.Background(), OpenRequest{Device: path, Name: "data", Identity: idData, MACs: macs}, dataKey(t))
 	wantError(t, err, ErrNotBlockDevice)
 }
 
@@ -278,9 +272,9 @@ func TestAdoptAcceptsOnlyAHeaderThatTheKeyOpens(t *testing.T) {
 
 // What libcryptsetup says belongs into the error, and nowhere else.
 func TestTheLibrarysMessagesBecomePartOfTheError(t *testing.T) {
-	err := withSession(filepath.Join(t.TempDir(), "none"), "", func(*session) error { return nil })
+	err := withSession(filepath.Join(t.TempDir(), "none"), func(*session) error { return nil })
 	wantError(t, err, ErrLibrary)
-	err = withSession(image(t, 20<<20), "", func(s *session) error { return s.format("not a UUID") })
+	err = withSession(image(t, 20<<20), func(s *session) error { return s.format("not a UUID") })
 	wantError(t, err, ErrLibrary)
 	if !strings.Contains(err.Error(), "UUID") {
 		t.Errorf("error is %v", err)

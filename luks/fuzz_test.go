@@ -85,10 +85,8 @@ func FuzzHeader(f *testing.F) {
 			wantError(t, err, ErrHeaderRefused)
 			return
 		}
-		held, err := copyOf(authentic(g))
-		must(t, err)
-		defer held.Close()
-		must(t, withSession(held.path(), "", func(s *session) error { return s.load(g.uuid) }))
+		h := &Header{raw: g.raw, uuid: g.uuid}
+		must(t, h.withSession(func(*session) error { return nil }))
 	})
 }
 

@@ -7,7 +7,7 @@ import (
 )
 
 // guarded is a header that satisfies the guard. Nothing is known yet of who
-// wrote it: that is [authentic].
+// wrote it: that is [Header].
 type guarded struct {
 	raw  []byte // the guarded bytes, guardedSize of them
 	uuid string
@@ -28,11 +28,11 @@ func guard(raw []byte) (guarded, error) {
 
 // guardMetadata checks the two copies of the metadata and returns the UUID.
 func guardMetadata(metadata []byte) (string, error) {
-	first, err := parseBinary(metadata[:metadataSize], "primary", primaryMagic, 0)
+	first, err := parseBinary(metadata[:metadataSize], 0)
 	if err != nil {
 		return "", err
 	}
-	second, err := parseBinary(metadata[metadataSize:areasOffset], "secondary", secondaryMagic, metadataSize)
+	second, err := parseBinary(metadata[metadataSize:areasOffset], 1)
 	if err != nil {
 		return "", err
 	}
@@ -44,11 +44,24 @@ func guardMetadata(metadata []byte) (string, error) {
 	case !bytes.Equal(first.json, second.json):
 		return "", refuse(RuleCopies, "secondary JSON area", "")
 	}
-	root, err := parseArea(first.json)
+	return first.uuid, first.guardJSON()
+}
+
+// guardCopy checks one copy of the metadata by itself and returns the UUID.
+func guardCopy(metadata []byte, i int) (string, error) {
+	h, err := parseBinary(metadata, i)
 	if err != nil {
 		return "", err
 	}
-	return first.uuid, whitelist.check("", root)
+	return h.uuid, h.guardJSON()
+}
+
+func (h binaryHeader) guardJSON() error {
+	root, err := parseArea(h.json)
+	if err != nil {
+		return err
+	}
+	return whitelist.check("", root)
 }
 
 // whitelist is version 1: the one form of metadata that this package writes and

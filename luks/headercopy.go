@@ -30,12 +30,12 @@ func newHeaderCopy() (*headerCopy, error) {
 // copyOf returns a sealed copy of an authentic header: what was checked is what
 // will be used, even if something in this process or libcryptsetup's recovery
 // wanted to write to it.
-func copyOf(a authentic) (*headerCopy, error) {
+func copyOf(h *Header) (*headerCopy, error) {
 	c, err := newHeaderCopy()
 	if err != nil {
 		return nil, err
 	}
-	if _, err := c.file.WriteAt(a.raw, 0); err != nil {
+	if _, err := c.file.WriteAt(h.raw, 0); err != nil {
 		c.Close()
 		return nil, fmt.Errorf("fill header copy: %w", err)
 	}
@@ -48,9 +48,7 @@ func copyOf(a authentic) (*headerCopy, error) {
 }
 
 // path leads to the copy inside this process only.
-func (c *headerCopy) path() string { return descriptorPath(c.file) }
-
-func descriptorPath(f *os.File) string { return fmt.Sprintf("/proc/self/fd/%d", f.Fd()) }
+func (c *headerCopy) path() string { return fmt.Sprintf("/proc/self/fd/%d", c.file.Fd()) }
 
 // guardedBytes reads back what the guard covers.
 func (c *headerCopy) guardedBytes() ([]byte, error) {

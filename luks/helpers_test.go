@@ -46,16 +46,33 @@ func image(t testing.TB, size int64) string {
 	return path
 }
 
-// formatted makes an image that Format has been at.
-func formatted(t testing.TB, id Identity, dek *secret.Bytes) (string, MAC) {
+// formatted makes an image that has been formatted.
+func formatted(t testing.TB, id Identity, dek *secret.Bytes) (string, MACs) {
 	t.Helper()
 	path := image(t, 20<<20)
-	mac, err := Format(context.Background(), path, id, dek, FormatOptions{})
+	h, err := formatImage(path, id, dek)
 	must(t, err)
-	return path, mac
+	return path, h.MACs()
 }
 
-// header returns the guarded bytes that Format writes for idData and dataKey. It
+// inTime is a deadline that never passes.
+func inTime() error { return nil }
+
+// formatImage does to a regular file what Write does to a device, and refuses a file.
+func formatImage(path string, id Identity, dek *secret.Bytes) (*Header, error) {
+	h, err := NewHeader(context.Background(), id, dek)
+	if err != nil {
+		return nil, err
+	}
+	d, err := openExclusive(context.Background(), path)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	return h, d.write(id, dek, h, inTime)
+}
+
+// header returns the guarded bytes that NewHeader makes for idData and dataKey. It
 // is made once, and each caller gets a copy.
 func header(t testing.TB) []byte {
 	t.Helper()
@@ -74,8 +91,11 @@ var goodHeader = sync.OnceValues(func() ([]byte, error) {
 		return nil, err
 	}
 	defer dek.Close()
-	g, err := newHeader(idData, dek)
-	return g.raw, err
+	h, err := newHeader(context.Background(), idData, dek)
+	if err != nil {
+		return nil, err
+	}
+	return h.raw, nil
 })
 
 // patch overwrites part of a file or device.

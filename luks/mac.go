@@ -10,53 +10,68 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 )
 
-// MAC authenticates one header for one [Identity] under one DEK. The key service
-// keeps it in the volume's record; it is not secret.
+// MAC authenticates one header, or one copy of its metadata with the keyslot, for
+// one [Identity] under one DEK. It is not secret.
 type MAC [sha256.Size]byte
 
-// Labels of the two keys that are derived from a DEK. They differ so that a
-// marker can never be taken for a MAC.
+// MACs is what a volume's record keeps of its header.
+type MACs struct {
+	// Header covers the whole header. It is never zero.
+	Header MAC
+	// Copies cover one copy of the metadata each, primary and secondary, and the
+	// keyslot. Both are zero for a header of version 1, which cannot be rebuilt.
+	Copies [2]MAC
+}
+
+func (m MACs) validate() error {
+	switch {
+	case m.Header == MAC{}:
+		return fmt.Errorf("%w: no MAC was given", ErrHeaderMAC)
+	case m.Copies[0] == MAC{} != (m.Copies[1] == MAC{}):
+		return fmt.Errorf("%w: the MAC of one copy is missing", ErrHeaderMAC)
+	}
+	return nil
+}
+
+// rebuildable says whether there are MACs of the copies.
+func (m MACs) rebuildable() bool { return m.Copies[0] != MAC{} && m.Copies[1] != MAC{} }
+
+// Labels of the keys that are derived from a DEK. They differ so that a marker can
+// never be taken for a MAC.
 const (
-	macLabel    = "keyagent luks2 header mac v1"
-	markerLabel = "keyagent luks2 format marker v1"
+	macLabel     = "keyagent luks2 header mac v1"
+	copyMACLabel = "keyagent luks2 header mac v2"
+	markerLabel  = "keyagent luks2 format marker v1"
+	markLabel    = "keyagent luks2 filesystem mark v1"
 )
 
-// authentic is a guarded header whose origin is proved: by its MAC, or, where
-// none is recorded yet, by the DEK having opened its keyslot. libcryptsetup
-// activates nothing else.
-type authentic struct {
-	raw  []byte
-	uuid string
-}
-
-// authenticate verifies a guarded header against its volume and its MAC.
-func authenticate(g guarded, id Identity, want MAC, dek *secret.Bytes) (authentic, error) {
-	if g.uuid != id.UUID {
-		return authentic{}, mismatch(g, id)
+// headerMACs makes all three MACs of a header.
+func headerMACs(g guarded, id Identity, dek *secret.Bytes) (m MACs, err error) {
+	if m.Header, err = headerMAC(g, id, dek); err != nil {
+		return MACs{}, err
 	}
-	got, err := headerMAC(g, id, dek)
-	if err != nil {
-		return authentic{}, err
+	for i := range m.Copies {
+		if m.Copies[i], err = copyMAC(g.raw, i, id, dek); err != nil {
+			return MACs{}, err
+		}
 	}
-	if !hmac.Equal(got[:], want[:]) {
-		return authentic{}, ErrHeaderMAC
-	}
-	return authentic(g), nil
-}
-
-func mismatch(g guarded, id Identity) error {
-	return fmt.Errorf("%w: its UUID is %s, expected is %s", ErrVolumeMismatch, g.uuid, id.UUID)
+	return m, nil
 }
 
 // headerMAC is HMAC-SHA256 over the guarded bytes.
 func headerMAC(g guarded, id Identity, dek *secret.Bytes) (MAC, error) {
-	return tag(dek, macLabel, id, g.raw)
+	return tag(dek, derivationInfo(macLabel, id), g.raw)
 }
 
-// tag derives the key of label and id from the DEK and makes the HMAC-SHA256 of
+// copyMAC is HMAC-SHA256 over copy i of the metadata and the keyslot's area.
+func copyMAC(raw []byte, i int, id Identity, dek *secret.Bytes) (MAC, error) {
+	label := string(binary.BigEndian.AppendUint32([]byte(copyMACLabel), uint32(i)))
+	return tag(dek, derivationInfo(label, id), raw[i*metadataSize:(i+1)*metadataSize], raw[areasOffset:])
+}
+
+// tag derives the key of info from the DEK and makes the HMAC-SHA256 of the
 // message under it.
-func tag(dek *secret.Bytes, label string, id Identity, message []byte) (mac MAC, err error) {
-	info := derivationInfo(label, id)
+func tag(dek *secret.Bytes, info string, message ...[]byte) (mac MAC, err error) {
 	useErr := dek.Use(func(ikm []byte) error {
 		secret.Do(func() {
 			var key []byte
@@ -65,7 +80,9 @@ func tag(dek *secret.Bytes, label string, id Identity, message []byte) (mac MAC,
 			}
 			defer secret.Wipe(key)
 			h := hmac.New(sha256.New, key)
-			h.Write(message)
+			for _, part := range message {
+				h.Write(part)
+			}
 			h.Sum(mac[:0])
 		})
 		return err

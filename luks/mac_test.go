@@ -69,7 +69,7 @@ func TestTheMACIsOfOneHeaderOneIdentityAndOneDEK(t *testing.T) {
 	raw, dek := header(t), dataKey(t)
 	mac, err := headerMAC(guarded{raw: raw}, idData, dek)
 	must(t, err)
-	if _, err := authenticate(guarded{raw, idData.UUID}, idData, mac, dek); err != nil {
+	if err := authenticate(guarded{raw, idData.UUID}, idData, mac, dek); err != nil {
 		t.Fatal(err)
 	}
 	other := func(edit func(*Identity)) Identity { id := idData; edit(&id); return id }
@@ -95,11 +95,11 @@ func TestTheMACIsOfOneHeaderOneIdentityAndOneDEK(t *testing.T) {
 			if c.flip >= 0 {
 				g.raw[c.flip] ^= 1
 			}
-			_, err := authenticate(g, c.id, mac, c.dek)
+			err := authenticate(g, c.id, mac, c.dek)
 			wantError(t, err, ErrHeaderMAC)
 		})
 	}
-	_, err = authenticate(guarded{raw, idLogs.UUID}, idData, mac, dek)
+	err = authenticate(guarded{raw, idLogs.UUID}, idData, mac, dek)
 	wantError(t, err, ErrVolumeMismatch)
 }
 
@@ -109,7 +109,7 @@ func TestTheDerivationInfoIsUnambiguous(t *testing.T) {
 	for _, volume := range []string{"a", "aa", "a6", "data"} {
 		for _, generation := range []uint64{0, 1, 256, 1 << 63} {
 			for _, uuid := range []string{idData.UUID, idLogs.UUID} {
-				for _, label := range []string{macLabel, markerLabel} {
+				for _, label := range []string{macLabel, copyMACLabel, markerLabel, markLabel} {
 					id := Identity{volume, uuid, generation}
 					info := derivationInfo(label, id)
 					if before, twice := seen[info]; twice {

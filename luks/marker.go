@@ -30,7 +30,7 @@ func newMarker(id Identity, dek *secret.Bytes) ([]byte, error) {
 	binary.BigEndian.PutUint64(m[offMarkerGeneration:], id.Generation)
 	copy(m[offMarkerUUID:offMarkerVolume], id.UUID)
 	copy(m[offMarkerVolume:], id.Volume)
-	sum, err := tag(dek, markerLabel, id, m[:offMarkerTag])
+	sum, err := tag(dek, derivationInfo(markerLabel, id), m[:offMarkerTag])
 	if err != nil {
 		return nil, err
 	}

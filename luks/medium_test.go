@@ -92,21 +92,22 @@ func (r *ram) crash(rng *rand.Rand, loss float64) {
 
 // provision is what a caller with a pending record does, at the first try and
 // after every crash.
-func provision(d *disk, id Identity, dek *secret.Bytes, header headerMaker) (MAC, State, error) {
-	ctx := context.Background()
-	state, err := d.state(ctx, id, dek)
+func provision(d *disk, id Identity, dek *secret.Bytes, h *Header) (MACs, State, error) {
+	state, err := d.state(id, dek)
 	if err != nil {
-		return MAC{}, state, err
+		return MACs{}, state, err
 	}
 	switch state {
 	case StateBlank, StateInterrupted:
-		mac, err := d.format(ctx, id, dek, header)
-		return mac, state, err
+		return h.macs, state, d.write(id, dek, h, inTime)
 	case StateLUKS2:
-		mac, err := d.adopt(ctx, id, dek)
-		return mac, state, err
+		found, err := d.adopt(id, dek)
+		if err != nil {
+			return MACs{}, state, err
+		}
+		return found.macs, state, nil
 	default:
-		return MAC{}, state, d.checkBlank(ctx, 0)
+		return MACs{}, state, d.checkBlank(0)
 	}
 }
 
@@ -116,23 +117,20 @@ func provision(d *disk, id Identity, dek *secret.Bytes, header headerMaker) (MAC
 func TestAFormatThatIsCutOffAnywhereConverges(t *testing.T) {
 	dek := dataKey(t)
 	// Four headers stand for all that libcryptsetup would make.
-	var made []guarded
+	var made []*Header
 	for range 4 {
-		g, err := newHeader(idData, dek)
-		must(t, err)
-		made = append(made, g)
+		made = append(made, newTestHeader(t, idData, dek))
 	}
 	seen := map[State]int{}
 	for trial := range 60 {
 		rng := rand.New(rand.NewPCG(uint64(trial), 1))
-		maker := func(Identity, *secret.Bytes) (guarded, error) { return made[rng.IntN(len(made))], nil }
 		r := newRAM(minDevice)
-		var completed *MAC
+		var completed *MACs
 		for attempt := 0; ; attempt++ {
 			if attempt < 5 {
-				r.writesLeft = rng.IntN(7) // a format has three writes and three flushes
+				r.writesLeft = rng.IntN(8) // a format has three writes and four flushes
 			}
-			mac, state, err := provision(r.disk(), idData, dek, maker)
+			mac, state, err := provision(r.disk(), idData, dek, made[rng.IntN(len(made))])
 			seen[state]++
 			if err == nil {
 				if completed != nil && mac != *completed {
@@ -167,16 +165,14 @@ func TestAFormatThatIsCutOffAnywhereConverges(t *testing.T) {
 // for good, but must never let one go over data or be taken for a header.
 func TestATornSectorIsRefusedAndNeverTakenForAHeader(t *testing.T) {
 	dek := dataKey(t)
-	g, err := newHeader(idData, dek)
-	must(t, err)
+	h := newTestHeader(t, idData, dek)
 	marker, err := newMarker(idData, dek)
 	must(t, err)
 	for cut := 1; cut < sectorSize; cut += 7 {
 		r := newRAM(minDevice)
-		copy(r.data, g.raw)
-		copy(r.data, g.raw[:cut])
+		copy(r.data, h.raw)
 		copy(r.data[cut:sectorSize], marker[cut:])
-		_, state, err := provision(r.disk(), idData, dek, newHeader)
+		_, state, err := provision(r.disk(), idData, dek, h)
 		if err == nil || state == StateInterrupted || state == StateBlank {
 			t.Fatalf("cut at %d: state %v, error %v", cut, state, err)
 		}
@@ -185,18 +181,15 @@ func TestATornSectorIsRefusedAndNeverTakenForAHeader(t *testing.T) {
 
 // Case 13: a disk that cannot be read is in no state at all.
 func TestADiskThatFailsIsNeverBlank(t *testing.T) {
-	ctx, dek := context.Background(), dataKey(t)
-	g, err := newHeader(idData, dek)
-	must(t, err)
-	mac, err := headerMAC(g, idData, dek)
-	must(t, err)
+	dek := dataKey(t)
+	h := newTestHeader(t, idData, dek)
 	for _, failFrom := range []int64{0, 1, sectorSize, binarySize, metadataSize + 1, areasOffset, guardedSize - 1} {
 		for _, short := range []bool{false, true} {
 			for _, blank := range []bool{false, true} {
 				t.Run(fmt.Sprintf("from byte %d, short %v, blank %v", failFrom, short, blank), func(t *testing.T) {
 					r := newRAM(minDevice)
 					if !blank {
-						copy(r.data, g.raw)
+						copy(r.data, h.raw)
 					}
 					r.failFrom, r.readErr, r.shortRead = failFrom, unix.EIO, short
 					want := ErrIO
@@ -204,14 +197,14 @@ func TestADiskThatFailsIsNeverBlank(t *testing.T) {
 						want = ErrShortHeader
 					}
 					before := append([]byte(nil), r.data...)
-					_, err := r.disk().examine(ctx, idData, mac, dek)
+					_, err := r.disk().examine(idData, h.macs, dek)
 					wantError(t, err, want)
-					_, err = r.disk().adopt(ctx, idData, dek)
+					_, err = r.disk().adopt(idData, dek)
 					wantError(t, err, want)
 					if blank || failFrom < sectorSize {
-						_, err = r.disk().format(ctx, idData, dek, newHeader)
+						err = r.disk().write(idData, dek, h, inTime)
 						wantError(t, err, want)
-						_, err = r.disk().state(ctx, idData, dek)
+						_, err = r.disk().state(idData, dek)
 						wantError(t, err, want)
 					}
 					if string(before) != string(r.data) {
@@ -225,13 +218,19 @@ func TestADiskThatFailsIsNeverBlank(t *testing.T) {
 
 func TestAFormatWhoseWriteFailsSaysSo(t *testing.T) {
 	dek := dataKey(t)
-	g, err := newHeader(idData, dek)
-	must(t, err)
-	for n := range 6 {
+	h := newTestHeader(t, idData, dek)
+	for n := range 7 {
 		r := newRAM(minDevice)
 		r.writesLeft = n
-		_, err := r.disk().format(context.Background(), idData, dek, func(Identity, *secret.Bytes) (guarded, error) { return g, nil })
+		err := r.disk().write(idData, dek, h, inTime)
 		wantError(t, err, ErrIO)
 		wantError(t, err, errPower)
 	}
+}
+
+func newTestHeader(t testing.TB, id Identity, dek *secret.Bytes) *Header {
+	t.Helper()
+	h, err := NewHeader(context.Background(), id, dek)
+	must(t, err)
+	return h
 }

@@ -13,7 +13,7 @@ import (
 type Mapping struct {
 	Name       string
 	Path       string // /dev/mapper/<Name>
-	UUID       string // of the LUKS2 header
+	UUID       string // of the LUKS2 header; empty for a throw-away mapping
 	Device     DevNum // of the mapping
 	DataDevice DevNum // of the device below it
 	Bytes      int64  // length of the plaintext
@@ -21,6 +21,8 @@ type Mapping struct {
 	Discards   bool // TRIM passes through to the device
 	Workqueues bool // dm-crypt hands requests to its workqueues
 	InUse      bool // something holds the mapping open
+	Suspended  bool // reads and writes wait for Resume
+	Throwaway  bool // made by OpenThrowaway
 }
 
 // OpenOptions is how a volume is mapped. The zero value is the default: writable,
@@ -35,72 +37,109 @@ type OpenOptions struct {
 	Workqueues bool
 }
 
-// Open maps the volume on device as /dev/mapper/<name>.
+// OpenRequest names a volume, its device and the mapping that it is to have.
+type OpenRequest struct {
+	Device   string
+	Name     string
+	Identity Identity
+	MACs     MACs
+	Options  OpenOptions
+}
+
+// Existing names a volume that is mapped. Its key is proved before anything is done.
+type Existing struct {
+	Device   string
+	Name     string
+	Identity Identity
+	MACs     MACs
+	// Header is what Open returned. If it is nil, the header is read from the device.
+	Header *Header
+}
+
+// Open maps the volume on device as /dev/mapper/<name>, and returns its header.
 //
-// The header is read once. It must satisfy the guard, carry the UUID of id and
-// match want under dek; only then is the copy that was read handed to
-// libcryptsetup, and the kernel's live table compared with what it stands for.
-// On any error there is no mapping, and nothing on the device has changed.
+// The header is read once, as by [ReadHeader]. Only then is its keyslot opened, in a
+// copy of the header in memory, the mapping made, and the kernel's live table compared
+// with what the header stands for. On any error there is no mapping, and nothing on
+// the device has changed.
+//
+// A device whose size is no multiple of 4096 bytes is used rounded down. One that is
+// read-only gives [ErrReadOnlyDevice] unless the options say read-only, too.
 //
 // Open is idempotent: if name is already mapped, it succeeds if the mapping has
-// the UUID of id and lies on this device, and gives [ErrNameTaken] otherwise or
-// [ErrTableMismatch] if its table is not valid. The Mapping then says which
-// options are in force; they are those of the first Open.
-func Open(ctx context.Context, device, name string, id Identity, want MAC, dek *secret.Bytes, opts OpenOptions) (Mapping, error) {
-	m, err := open(ctx, device, name, id, want, dek, opts)
+// the UUID of id, lies on this device and decrypts with this volume's key. It gives
+// [ErrNameTaken] for another UUID or device, [ErrTableMismatch] if its table is not
+// valid, [ErrNotOurs] if its key is another, and [ErrSuspended]. The Mapping then
+// says which options are in force; they are those of the first Open.
+func Open(ctx context.Context, req OpenRequest, dek *secret.Bytes) (Mapping, *Header, error) {
+	m, h, err := open(ctx, req, dek)
 	if err != nil {
-		return Mapping{}, fmt.Errorf("open volume %q: %w", id.Volume, err)
+		return Mapping{}, nil, fmt.Errorf("open volume %q: %w", req.Identity.Volume, err)
 	}
-	return m, nil
+	return m, h, nil
 }
 
-func open(ctx context.Context, device, name string, id Identity, want MAC, dek *secret.Bytes, opts OpenOptions) (Mapping, error) {
-	if err := cmp.Or(id.validate(), validateName(name), validateKey(dek)); err != nil {
-		return Mapping{}, err
+func open(ctx context.Context, req OpenRequest, dek *secret.Bytes) (m Mapping, h *Header, err error) {
+	if err := cmp.Or(req.Identity.validate(), validateName(req.Name), validateKey(dek), req.MACs.validate()); err != nil {
+		return m, nil, err
 	}
-	if want == (MAC{}) {
-		return Mapping{}, fmt.Errorf("%w: no MAC was given", ErrHeaderMAC)
-	}
-	releaseVolume, err := volumes.acquire(ctx, id.Volume)
+	release, err := acquireBoth(ctx, req.Identity.Volume, req.Name)
 	if err != nil {
-		return Mapping{}, err
+		return m, nil, err
 	}
-	defer releaseVolume()
-	releaseMapping, err := mappings.acquire(ctx, name)
+	defer release()
+	d, err := openShared(ctx, req.Device)
 	if err != nil {
-		return Mapping{}, err
-	}
-	defer releaseMapping()
-
-	d, err := openShared(device)
-	if err != nil {
-		return Mapping{}, err
+		return m, nil, err
 	}
 	defer d.Close()
-	if !d.block {
-		return Mapping{}, fmt.Errorf("%w: %s", ErrNotBlockDevice, device)
+	if err := d.mustBeBlock(); err != nil {
+		return m, nil, err
 	}
-	switch live, err := inspect(name); {
-	case err == nil && live.unborn(id.UUID, name):
-		if err := removeUnborn(live, name); err != nil {
-			return Mapping{}, err
+	live, err := inspect(req.Name)
+	mapped := err == nil
+	switch {
+	case mapped && live.unborn(req.Identity.UUID, req.Name):
+		if err := remove(ctx, req.Name, live.uuid); err != nil {
+			return m, nil, err
 		}
-	case err == nil:
-		return sameVolume(live, name, id, d)
+		mapped = false
+	case mapped:
+		if m, err = sameVolume(live, req.Name, req.Identity, d); err != nil {
+			return m, nil, err
+		}
 	case !errors.Is(err, ErrNotActive):
-		return Mapping{}, err
+		return m, nil, err
 	}
-	header, err := d.examine(ctx, id, want, dek)
-	if err != nil {
-		return Mapping{}, err
+	if h, err = d.examine(req.Identity, req.MACs, dek); err != nil {
+		return m, nil, err
+	}
+	if mapped {
+		return m, h, d.prove(m, h, dek)
 	}
 	if err := d.checkSize(); err != nil {
-		return Mapping{}, err
+		return m, nil, err
 	}
-	return d.activate(ctx, name, header, dek, opts)
+	m, err = d.activate(ctx, req.Name, h, dek, req.Options)
+	return m, h, err
 }
 
-// sameVolume decides whether a mapping that exists is the one that was asked for.
+// acquireBoth takes the locks of a volume and a mapping, always in this order.
+func acquireBoth(ctx context.Context, volume, name string) (release func(), err error) {
+	releaseVolume, err := volumes.acquire(ctx, volume)
+	if err != nil {
+		return nil, err
+	}
+	releaseMapping, err := mappings.acquire(ctx, name)
+	if err != nil {
+		releaseVolume()
+		return nil, err
+	}
+	return func() { releaseMapping(); releaseVolume() }, nil
+}
+
+// sameVolume decides whether a mapping that exists says that it is the one that was
+// asked for. Whether it is, its key has to prove.
 func sameVolume(live liveMapping, name string, id Identity, d *disk) (Mapping, error) {
 	if live.uuid != dmUUID(id.UUID, name) {
 		return Mapping{}, fmt.Errorf("%w: %s has the UUID %.100q", ErrNameTaken, name, live.uuid)
@@ -115,47 +154,38 @@ func sameVolume(live liveMapping, name string, id Identity, d *disk) (Mapping, e
 	return m, ensureNode(m)
 }
 
-// examine reads the header and accepts it or says why not.
-func (d *disk) examine(ctx context.Context, id Identity, want MAC, dek *secret.Bytes) (authentic, error) {
-	raw, err := d.readGuarded(ctx)
-	if err != nil {
-		return authentic{}, err
-	}
-	g, err := guard(raw)
-	if err != nil {
-		return authentic{}, err
-	}
-	return authenticate(g, id, want, dek)
-}
-
 // activate maps a device by an authentic header, which need not be what stands
 // on the device by now.
-func (d *disk) activate(ctx context.Context, name string, header authentic, dek *secret.Bytes, opts OpenOptions) (Mapping, error) {
+func (d *disk) activate(ctx context.Context, name string, h *Header, dek *secret.Bytes, opts OpenOptions) (m Mapping, err error) {
 	if err := ctx.Err(); err != nil {
-		return Mapping{}, err
+		return m, err
 	}
-	held, err := copyOf(header)
-	if err != nil {
-		return Mapping{}, err
+	if d.readOnly && !opts.ReadOnly {
+		return m, fmt.Errorf("%w: %s can be opened read-only", ErrReadOnlyDevice, d.path)
 	}
-	defer held.Close()
-	flags := activation{readOnly: opts.ReadOnly, discards: opts.AllowDiscards, workqueues: opts.Workqueues}
-	var m Mapping
-	// The device goes by its descriptor: it is the one that the header was read
-	// from, whatever its path leads to now.
-	err = withSession(held.path(), descriptorPath(d.file), func(s *session) error {
-		if err := s.load(header.uuid); err != nil {
-			return err
-		}
-		if err := s.unlock(name, dek, flags); err != nil {
-			return err
-		}
-		if m, err = d.confirm(name, header.uuid, opts); err != nil {
-			return errors.Join(err, s.deactivate(name))
-		}
-		return nil
-	})
+	vk, err := h.volumeKey(dek)
 	if err != nil {
+		return m, err
+	}
+	defer vk.Close()
+	// The device goes by its number: it is the one that the header was read from,
+	// whatever its path leads to now, and its number is taken while it is open.
+	c := creation{
+		name: name, uuid: dmUUID(h.uuid, name), readOnly: opts.ReadOnly, bytes: d.plainBytes(),
+		params: cryptParams(volumeKeyRef(h.uuid), d.rdev, dataOffset, opts),
+	}
+	undo := func() { _ = remove(context.WithoutCancel(ctx), c.name, c.uuid) }
+	err = kernelCall(ctx, "mapping "+name, func() error {
+		return withVolumeKey(h.uuid, vk, func() error { return c.create(ctx) })
+	}, undo)
+	if err != nil {
+		return m, err
+	}
+	if m, err = d.confirm(name, h.uuid, opts); err == nil {
+		err = ensureNode(m)
+	}
+	if err != nil {
+		undo()
 		return Mapping{}, err
 	}
 	return m, nil
@@ -174,89 +204,15 @@ func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
 	if err != nil {
 		return Mapping{}, err
 	}
-	wantBytes := d.size - dataOffset
 	switch {
+	case m.Suspended:
+		return Mapping{}, fmt.Errorf("%w: %s is suspended", ErrTableMismatch, name)
 	case m.DataDevice != d.rdev:
 		return Mapping{}, fmt.Errorf("%w: %s lies on device %v, not on %v", ErrTableMismatch, name, m.DataDevice, d.rdev)
-	case m.Bytes != wantBytes:
-		return Mapping{}, fmt.Errorf("%w: %s has %d bytes, expected are %d", ErrTableMismatch, name, m.Bytes, wantBytes)
-	case m.ReadOnly != opts.ReadOnly, m.Discards != opts.AllowDiscards, m.Workqueues != opts.Workqueues:
+	case m.Bytes != d.plainBytes():
+		return Mapping{}, fmt.Errorf("%w: %s has %d bytes, expected are %d", ErrTableMismatch, name, m.Bytes, d.plainBytes())
+	case m.options() != opts:
 		return Mapping{}, fmt.Errorf("%w: %s is not mapped as asked for", ErrTableMismatch, name)
 	}
 	return m, nil
-}
-
-// Adopt returns the MAC of a complete header for a record that does not have one
-// yet: a format was completed, and the word of it was lost. The header must
-// satisfy the guard, carry the UUID of id, and its keyslot must open with dek,
-// which only somebody who knows dek can have arranged. Adopt writes nothing of
-// its own; it flushes the device, so that the header it vouches for stays.
-//
-// A record that has a MAC is never adopted for: that would accept any older
-// header of the same volume.
-func Adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (MAC, error) {
-	mac, err := adopt(ctx, device, id, dek)
-	if err != nil {
-		return MAC{}, fmt.Errorf("adopt header of volume %q: %w", id.Volume, err)
-	}
-	return mac, nil
-}
-
-func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (MAC, error) {
-	if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
-		return MAC{}, err
-	}
-	release, err := volumes.acquire(ctx, id.Volume)
-	if err != nil {
-		return MAC{}, err
-	}
-	defer release()
-	d, err := openShared(device)
-	if err != nil {
-		return MAC{}, err
-	}
-	defer d.Close()
-	return d.adopt(ctx, id, dek)
-}
-
-func (d *disk) adopt(ctx context.Context, id Identity, dek *secret.Bytes) (MAC, error) {
-	if err := d.checkSize(); err != nil {
-		return MAC{}, err
-	}
-	// The format may have been killed before its last flush. What is adopted
-	// must not be lost with the power afterwards.
-	if err := d.settle(); err != nil {
-		return MAC{}, err
-	}
-	raw, err := d.readGuarded(ctx)
-	if err != nil {
-		return MAC{}, err
-	}
-	g, err := guard(raw)
-	if err != nil {
-		return MAC{}, err
-	}
-	if g.uuid != id.UUID {
-		return MAC{}, mismatch(g, id)
-	}
-	if err := prove(g, dek); err != nil {
-		return MAC{}, err
-	}
-	return headerMAC(g, id, dek)
-}
-
-// prove opens the keyslot of a guarded header, which also verifies its digest,
-// and maps nothing.
-func prove(g guarded, dek *secret.Bytes) error {
-	held, err := copyOf(authentic(g))
-	if err != nil {
-		return err
-	}
-	defer held.Close()
-	return withSession(held.path(), "", func(s *session) error {
-		if err := s.load(g.uuid); err != nil {
-			return err
-		}
-		return s.unlock("", dek, activation{})
-	})
 }

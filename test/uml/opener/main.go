@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/luks"
@@ -36,11 +37,13 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		defer dek.Close()
-		mac, err := luks.Format(ctx, args[1], id, dek, luks.FormatOptions{})
-		if err == nil {
-			fmt.Println(hex.EncodeToString(mac[:]))
+		h, err := luks.NewHeader(ctx, id, dek)
+		if err != nil {
+			return err
 		}
-		return err
+		mac := h.MACs().Header
+		fmt.Println(hex.EncodeToString(mac[:]))
+		return luks.Write(ctx, args[1], id, dek, h, luks.DeadlineIn(time.Minute))
 	case len(args) == 5 && args[0] == "open":
 		dek, err := readKey(args[2])
 		if err != nil {
@@ -51,10 +54,10 @@ func run(ctx context.Context, args []string) error {
 		if n, err := hex.Decode(mac[:], []byte(args[3])); err != nil || n != len(mac) {
 			return errors.New("MAC is not 64 hexadecimal digits")
 		}
-		_, err = luks.Open(ctx, args[1], args[4], id, mac, dek, luks.OpenOptions{})
+		_, _, err = luks.Open(ctx, luks.OpenRequest{Device: args[1], Name: args[4], Identity: id, MACs: luks.MACs{Header: mac}}, dek)
 		return err
 	case len(args) == 2 && args[0] == "close":
-		return luks.Close(ctx, args[1])
+		return luks.Close(ctx, luks.CloseRequest{Name: args[1], UUID: id.UUID})
 	case len(args) == 1 && args[0] == "nothing":
 		return nil
 	default:

@@ -1,0 +1,99 @@
+package luks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// creation is a mapping that is to be made: an empty one with its name and UUID, its
+// table, the switch to that table, its node.
+type creation struct {
+	name, uuid string // of the device-mapper
+	readOnly   bool
+	bytes      int64
+	params     string
+}
+
+// create makes the mapping, on the calling thread, in whose keyring the key is. On
+// an error there is none.
+func (c creation) create(ctx context.Context) error {
+	_, err := dmCall{command: dmDevCreate, name: c.name, uuid: c.uuid}.run()
+	if errors.Is(err, unix.EBUSY) {
+		return fmt.Errorf("%w: %s, or its UUID %s", ErrNameTaken, c.name, c.uuid)
+	}
+	if err != nil {
+		return fmt.Errorf("create mapping %s: %w", c.name, err)
+	}
+	if err := c.load(); err != nil {
+		return errors.Join(err, remove(ctx, c.name, c.uuid))
+	}
+	if err := resume(ctx, c.name, c.uuid, dmSkipLockFS|c.mode()); err != nil {
+		return errors.Join(err, remove(ctx, c.name, c.uuid))
+	}
+	return nil
+}
+
+func (c creation) mode() uint32 {
+	if c.readOnly {
+		return dmReadOnly
+	}
+	return 0
+}
+
+// load gives the mapping a table, which resume puts in force.
+func (c creation) load() error {
+	_, err := dmCall{
+		command: dmTableLoad, uuid: c.uuid, flags: dmSecureData | c.mode(),
+		targets: 1, payload: target(c.bytes/sectorSize, "crypt", c.params),
+	}.run()
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%w: the device below %s is mounted, mapped or claimed", ErrDeviceBusy, c.name)
+	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("%w: open %s read-only", ErrReadOnlyDevice, c.name)
+	case err != nil:
+		return fmt.Errorf("load the table of %s: %w", c.name, err)
+	}
+	return nil
+}
+
+// resume puts the newest table in force, and waits for udev to know it.
+func resume(ctx context.Context, name, uuid string, flags uint32) error {
+	udev, err := newCookie()
+	if err != nil {
+		return err
+	}
+	answer, err := dmCall{command: dmDevSuspend, uuid: uuid, flags: flags, event: udev.event}.run()
+	if err != nil {
+		udev.drop()
+		return fmt.Errorf("resume mapping %s: %w", name, err)
+	}
+	udev.wait(ctx, answer)
+	return nil
+}
+
+// remove removes a mapping by its UUID.
+func remove(ctx context.Context, name, uuid string) error {
+	udev, err := newCookie()
+	if err != nil {
+		return err
+	}
+	answer, err := dmCall{command: dmDevRemove, uuid: uuid, event: udev.event}.run()
+	if err != nil {
+		udev.drop()
+	}
+	switch {
+	case err == nil:
+		udev.wait(ctx, answer)
+		return nil
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%w: %s is in use", ErrDeviceBusy, name)
+	case errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%w: %s", ErrNotActive, name)
+	default:
+		return fmt.Errorf("remove mapping %s: %w", name, err)
+	}
+}

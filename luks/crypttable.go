@@ -1,0 +1,109 @@
+package luks
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// The one table that each kind of mapping of this package has, in writing and in
+// reading.
+
+// The optional parameters that a table of ours may have. Each maps to what it
+// means for the Mapping.
+const (
+	optSectorSize  = "sector_size:4096"
+	optDiscards    = "allow_discards"
+	optNoReadQueue = "no_read_workqueue"
+	optNoWriteQ    = "no_write_workqueue"
+)
+
+// volumeKeyRef names the volume key in the kernel's keyring, as libcryptsetup does.
+func volumeKeyRef(uuid string) string {
+	return fmt.Sprintf(":%d:logon:%s", volumeKeySize, volumeKeyName(uuid))
+}
+
+func volumeKeyName(uuid string) string { return "cryptsetup:" + uuid + "-d0" }
+
+// cryptParams is a crypt target in the words of the kernel.
+func cryptParams(keyRef string, dev DevNum, offset int64, opts OpenOptions) string {
+	options := []string{optSectorSize}
+	if opts.AllowDiscards {
+		options = append(options, optDiscards)
+	}
+	if !opts.Workqueues {
+		options = append(options, optNoReadQueue, optNoWriteQ)
+	}
+	return fmt.Sprintf("%s %s 0 %v %d %d %s", cipherSpec, keyRef, dev, offset/sectorSize, len(options), strings.Join(options, " "))
+}
+
+// checkTable holds a live mapping against the one table that a volume of this
+// package has, and returns what it maps. Anything that is not expected is a
+// mismatch; there is no option that is let through unread.
+func checkTable(m liveMapping, name, uuid string) (Mapping, error) {
+	return checkCrypt(m, Mapping{Name: name, UUID: uuid}, volumeKeyRef(uuid), dataOffset)
+}
+
+func checkCrypt(m liveMapping, as Mapping, keyRef string, offset int64) (Mapping, error) {
+	wrong := func(format string, args ...any) (Mapping, error) {
+		return Mapping{}, fmt.Errorf("%w: %s: %s", ErrTableMismatch, as.Name, fmt.Sprintf(format, args...))
+	}
+	if len(m.table) != 1 {
+		return wrong("it has %d targets in force, expected is 1", len(m.table))
+	}
+	target := m.table[0]
+	if target.kind != "crypt" || target.start != 0 {
+		return wrong("target is %q at sector %d, expected is crypt at 0", target.kind, target.start)
+	}
+	fields := strings.Fields(target.params)
+	if len(fields) < 5 {
+		return wrong("it has %d fields", len(fields))
+	}
+	if fields[0] != cipherSpec {
+		return wrong("cipher is %q, expected is %q", fields[0], cipherSpec)
+	}
+	// A key that is not a keyring reference would be the volume key itself: it
+	// is compared, and never printed. A suspended mapping has random bytes in its
+	// place, which Resume replaces.
+	if fields[1] != keyRef && !m.suspended {
+		return wrong("key does not come from the kernel keyring as %q", keyRef)
+	}
+	if fields[2] != "0" {
+		return wrong("IV offset is %q, expected is 0", fields[2])
+	}
+	var dev DevNum
+	if n, err := fmt.Sscanf(fields[3], "%d:%d", &dev.Major, &dev.Minor); n != 2 || err != nil || dev.String() != fields[3] {
+		return wrong("data device is %q", fields[3])
+	}
+	if fields[4] != fmt.Sprint(offset/sectorSize) {
+		return wrong("data offset is %s sectors, expected is %d", fields[4], offset/sectorSize)
+	}
+	var options []string
+	if len(fields) > 5 {
+		options = fields[6:]
+		if fields[5] != fmt.Sprint(len(options)) {
+			return wrong("it counts %s options and has %d", fields[5], len(options))
+		}
+	}
+	for i, o := range options {
+		if !slices.Contains([]string{optSectorSize, optDiscards, optNoReadQueue, optNoWriteQ}, o) || slices.Contains(options[:i], o) {
+			return wrong("option %q is not expected", o)
+		}
+	}
+	if !slices.Contains(options, optSectorSize) {
+		return wrong("sector size is not %d", dataSectorSize)
+	}
+	as.Path, as.Device, as.DataDevice = mapperPath(as.Name), m.dev, dev
+	as.Bytes = int64(target.length) * sectorSize
+	as.ReadOnly, as.Suspended, as.InUse = m.readOnly, m.suspended, m.open > 0
+	as.Discards = slices.Contains(options, optDiscards)
+	as.Workqueues = !slices.Contains(options, optNoReadQueue) && !slices.Contains(options, optNoWriteQ)
+	return as, nil
+}
+
+func mapperPath(name string) string { return "/dev/mapper/" + name }
+
+// options are those that a mapping was made with.
+func (m Mapping) options() OpenOptions {
+	return OpenOptions{ReadOnly: m.ReadOnly, AllowDiscards: m.Discards, Workqueues: m.Workqueues}
+}

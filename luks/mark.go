@@ -1,0 +1,126 @@
+package luks
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/hmac"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// The filesystem mark: one sector that says that an attempt's mkfs is under way. It
+// stands between the header and the data, where neither looks. Its layout is in the
+// package documentation.
+const (
+	markMagic   = "KEYAGENT\x00MKFS\x00\x00\x00"
+	markVersion = 1
+	markOffset  = 1 << 20
+
+	offMarkAttempt = 200
+)
+
+// FilesystemMark tells a filesystem that was never finished from one that somebody
+// uses. It is set before mkfs and cleared after it. It is made while the DEK is
+// there, and holds no secret.
+type FilesystemMark struct{ sector []byte }
+
+// NewFilesystemMark makes the mark of one attempt to create a volume.
+func NewFilesystemMark(id Identity, attempt [16]byte, dek *secret.Bytes) (*FilesystemMark, error) {
+	if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
+		return nil, err
+	}
+	if attempt == [16]byte{} {
+		return nil, fmt.Errorf("%w: the attempt has no ID", ErrInvalid)
+	}
+	m := make([]byte, sectorSize)
+	copy(m, markMagic)
+	binary.BigEndian.PutUint32(m[offMarkerVersion:], markVersion)
+	binary.BigEndian.PutUint64(m[offMarkerGeneration:], id.Generation)
+	copy(m[offMarkerUUID:offMarkerVolume], id.UUID)
+	copy(m[offMarkerVolume:offMarkAttempt], id.Volume)
+	copy(m[offMarkAttempt:], attempt[:])
+	sum, err := tag(dek, derivationInfo(markLabel, id), m[:offMarkerTag])
+	if err != nil {
+		return nil, err
+	}
+	copy(m[offMarkerTag:], sum[:])
+	return &FilesystemMark{m}, nil
+}
+
+// Set writes the mark to the device below the volume, durably. It refuses with
+// [ErrNotBlank] to write over anything but a mark.
+func (m *FilesystemMark) Set(ctx context.Context, device string) error {
+	return onMark(ctx, device, "set", func(d *disk) error {
+		if err := d.markOrNothing(); err != nil {
+			return err
+		}
+		return d.writeDurably(m.sector, markOffset)
+	})
+}
+
+// Clear removes the mark, durably. Without a mark there is nothing to do.
+func (m *FilesystemMark) Clear(ctx context.Context, device string) error {
+	return onMark(ctx, device, "clear", func(d *disk) error {
+		if err := d.markOrNothing(); err != nil {
+			return err
+		}
+		return d.writeDurably(make([]byte, sectorSize), markOffset)
+	})
+}
+
+// Present says whether the mark of this attempt is on the device.
+func (m *FilesystemMark) Present(ctx context.Context, device string) (bool, error) {
+	d, err := openShared(ctx, device)
+	if err != nil {
+		return false, fmt.Errorf("look for the filesystem mark: %w", err)
+	}
+	defer d.Close()
+	sector, err := d.readMark()
+	if err != nil {
+		return false, fmt.Errorf("look for the filesystem mark: %w", err)
+	}
+	return hmac.Equal(sector, m.sector), nil
+}
+
+// onMark opens a device for writing although dm-crypt has claimed it.
+func onMark(ctx context.Context, device, what string, f func(*disk) error) error {
+	d, err := openWritable(ctx, device)
+	if err == nil {
+		defer d.Close()
+		if err = cmp.Or(d.mustBeBlock(), d.checkSize()); err == nil {
+			err = f(d)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s the filesystem mark: %w", what, err)
+	}
+	return nil
+}
+
+func (d *disk) readMark() ([]byte, error) {
+	sector := make([]byte, sectorSize)
+	return sector, d.read(sector, markOffset)
+}
+
+func isMark(sector []byte) bool { return bytes.HasPrefix(sector, []byte(markMagic)) }
+
+func (d *disk) markOrNothing() error {
+	sector, err := d.readMark()
+	if err == nil && !isMark(sector) && !allZero(sector) {
+		err = &NotBlankError{Offset: markOffset, Found: "data"}
+	}
+	return err
+}
+
+// clearMark removes the mark of an earlier attempt from a device that is about to
+// be formatted.
+func (d *disk) clearMark() error {
+	sector, err := d.readMark()
+	if err != nil || !isMark(sector) {
+		return err
+	}
+	return d.writeDurably(make([]byte, sectorSize), markOffset)
+}

@@ -1,0 +1,190 @@
+package luks
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/aes"
+	"fmt"
+	"os"
+	"unsafe"
+
+	"golang.org/x/crypto/xts"
+	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// A mapping of the right name, UUID, device and table may still have been made by
+// somebody else, from a header that the host wrote: the table names a key, it does
+// not show it. So before a mapping is adopted, some sectors are read from the device,
+// decrypted with the volume key of the guarded header, and compared with what the
+// mapping gives. One sector of 4096 bytes that agrees proves the key.
+
+const (
+	proofSectors = 8
+	proofTries   = 4 // a filesystem may write to a sector between the two reads
+)
+
+// Prove makes sure that an existing mapping was made with the key of this volume. It
+// gives [ErrNotOurs] if it was not.
+func Prove(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error) {
+	var m Mapping
+	err := e.with(ctx, dek, func(d *disk, proved Mapping, _ *Header) error {
+		m = proved
+		return nil
+	})
+	if err != nil {
+		return Mapping{}, fmt.Errorf("prove mapping of volume %q: %w", e.Identity.Volume, err)
+	}
+	return m, nil
+}
+
+// with finds the mapping and its header, proves the key unless the mapping is
+// suspended, and calls f under the locks of both.
+func (e Existing) with(ctx context.Context, dek *secret.Bytes, f func(*disk, Mapping, *Header) error) error {
+	if err := cmp.Or(e.Identity.validate(), validateName(e.Name), validateKey(dek), e.MACs.validate()); err != nil {
+		return err
+	}
+	release, err := acquireBoth(ctx, e.Identity.Volume, e.Name)
+	if err != nil {
+		return err
+	}
+	defer release()
+	d, err := openShared(ctx, e.Device)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.mustBeBlock(); err != nil {
+		return err
+	}
+	live, err := inspect(e.Name)
+	if err != nil {
+		return err
+	}
+	m, err := sameVolume(live, e.Name, e.Identity, d)
+	if err != nil {
+		return err
+	}
+	h, err := e.header(d, dek)
+	if err != nil {
+		return err
+	}
+	if !m.Suspended {
+		if err := d.prove(m, h, dek); err != nil {
+			return err
+		}
+	}
+	return f(d, m, h)
+}
+
+func (e Existing) header(d *disk, dek *secret.Bytes) (*Header, error) {
+	if e.Header == nil {
+		return d.examine(e.Identity, e.MACs, dek)
+	}
+	return verify(e.Header.raw, e.Identity, e.MACs, dek)
+}
+
+// prove compares what the mapping reads with what the header's key makes of the
+// device.
+func (d *disk) prove(m Mapping, h *Header, dek *secret.Bytes) error {
+	if m.Suspended {
+		return fmt.Errorf("%w: %s", ErrSuspended, m.Name)
+	}
+	vk, err := h.volumeKey(dek)
+	if err != nil {
+		return err
+	}
+	defer vk.Close()
+	sectors := m.Bytes / dataSectorSize
+	for try := range proofTries {
+		for i := range min(int64(proofSectors), sectors) {
+			// Spread over the volume, and others at each try.
+			at := (i*sectors/proofSectors + int64(try)*17) % sectors
+			cipher, plain, err := d.bothSides(m, at)
+			if err != nil {
+				return err
+			}
+			same, err := decryptsTo(vk, uint64(at), cipher, plain)
+			if err != nil || same {
+				return err
+			}
+		}
+	}
+	return fmt.Errorf("%w: %s does not decrypt as the header says", ErrNotOurs, m.Name)
+}
+
+// bothSides reads one sector of the volume from the device and from the mapping,
+// past the cache: each has one, and what a filesystem wrote last is in one of them.
+func (d *disk) bothSides(m Mapping, sector int64) (cipher, plain []byte, err error) {
+	at := sector * dataSectorSize
+	// A device that never answers is found out by a read that can be given up. The
+	// next one could not be killed.
+	if err := d.forget(dataOffset+at, dataSectorSize); err != nil {
+		return nil, nil, err
+	}
+	if err := d.read(make([]byte, dataSectorSize), dataOffset+at); err != nil {
+		return nil, nil, err
+	}
+	raw, mapped := aligned(), aligned()
+	err = d.do(func() error {
+		if err := readDirect(d.path, d.rdev, raw, dataOffset+at); err != nil {
+			return err
+		}
+		return readDirect(m.Path, m.Device, mapped, at)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return raw, mapped, nil
+}
+
+// aligned returns one sector of memory as direct reads want it.
+func aligned() []byte {
+	p := make([]byte, 2*dataSectorSize)
+	skip := -uintptr(unsafe.Pointer(&p[0])) & (dataSectorSize - 1)
+	return p[skip : skip+dataSectorSize]
+}
+
+// readDirect reads from the device itself, if path leads to the device dev.
+func readDirect(path string, dev DevNum, p []byte, at int64) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	if got := (DevNum{unix.Major(st.Rdev), unix.Minor(st.Rdev)}); st.Mode&unix.S_IFMT != unix.S_IFBLK || got != dev {
+		return fmt.Errorf("%w: %s leads to the device %v, not to %v", ErrNotOurs, path, got, dev)
+	}
+	n, err := unix.Pread(fd, p, at)
+	if err == nil && n != len(p) {
+		err = fmt.Errorf("it ends at byte %d", at+int64(n))
+	}
+	if err != nil {
+		return fmt.Errorf("%w: read %s at byte %d: %w", ErrIO, path, at, err)
+	}
+	return nil
+}
+
+// decryptsTo says whether the volume key decrypts a sector of 4096 bytes to plain.
+// dm-crypt numbers its initial vectors by sectors of 512 bytes, whatever their size.
+func decryptsTo(vk *secret.Bytes, sector uint64, cipher, plain []byte) (same bool, err error) {
+	got := make([]byte, len(cipher))
+	useErr := vk.Use(func(key []byte) error {
+		secret.Do(func() {
+			c, cErr := xts.NewCipher(aes.NewCipher, key)
+			if err = cErr; err == nil {
+				c.Decrypt(got, cipher, sector*(dataSectorSize/sectorSize))
+				same = bytes.Equal(got, plain)
+			}
+		})
+		return err
+	})
+	secret.Wipe(got)
+	return same, useErr
+}

@@ -1,0 +1,174 @@
+package luks
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+
+	"github.com/keyagent/keyagent/internal/secret"
+)
+
+// RebuildCopy writes the damaged copy of a header anew, made from the other one,
+// and returns the header. A header that is whole gives [ErrNotRebuildable], and so
+// does one that [ReadHeader] would refuse. The volume may be open.
+func RebuildCopy(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
+	h, err := rebuildCopy(ctx, device, id, want, dek)
+	if err != nil {
+		return nil, fmt.Errorf("rebuild header of volume %q: %w", id.Volume, err)
+	}
+	return h, nil
+}
+
+func rebuildCopy(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
+	if err := cmp.Or(id.validate(), validateKey(dek), want.validate()); err != nil {
+		return nil, err
+	}
+	release, err := volumes.acquire(ctx, id.Volume)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	d, err := openWritable(ctx, device)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	h, err := d.examine(id, want, dek)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotRebuildable, err)
+	}
+	if h.damaged == undamaged {
+		return nil, fmt.Errorf("%w: both copies are good", ErrNotRebuildable)
+	}
+	at := h.damaged * metadataSize
+	if err := d.writeDurably(h.raw[at:at+metadataSize], int64(at)); err != nil {
+		return nil, err
+	}
+	return h, d.readBack(h)
+}
+
+// RestoreHeader writes a header from a backup: raw is a backup file, or its first
+// 290816 bytes. It must be the header that want was made of, or nothing is written.
+// It refuses a device that holds anything but a LUKS header of this volume, in
+// whatever state, or nothing that libblkid knows.
+func RestoreHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes, raw []byte) (*Header, error) {
+	h, err := restoreHeader(ctx, device, id, want, dek, raw)
+	if err != nil {
+		return nil, fmt.Errorf("restore header of volume %q: %w", id.Volume, err)
+	}
+	return h, nil
+}
+
+func restoreHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes, raw []byte) (*Header, error) {
+	if err := cmp.Or(id.validate(), validateKey(dek), want.validate()); err != nil {
+		return nil, err
+	}
+	if len(raw) != guardedSize && len(raw) != BackupSize {
+		return nil, fmt.Errorf("%w: a backup has %d or %d bytes, this one has %d", ErrShortHeader, guardedSize, BackupSize, len(raw))
+	}
+	h, err := verify(append([]byte(nil), raw[:guardedSize]...), id, want, dek)
+	if err != nil {
+		return nil, fmt.Errorf("backup: %w", err)
+	}
+	h.damaged = undamaged // of the backup; the disk gets both copies
+	release, err := volumes.acquire(ctx, id.Volume)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	return h, writeBack(ctx, device, h)
+}
+
+// WriteBack writes the header that a volume was opened with to its device again,
+// after [Matches] gave [ErrHeaderChanged]. It needs no key, since h is authentic. It
+// refuses what [RestoreHeader] refuses.
+func WriteBack(ctx context.Context, device string, h *Header) error {
+	if h == nil {
+		return fmt.Errorf("%w: no header was given", ErrInvalid)
+	}
+	if err := writeBack(ctx, device, h); err != nil {
+		return fmt.Errorf("write header back to %s: %w", device, err)
+	}
+	return nil
+}
+
+func writeBack(ctx context.Context, device string, h *Header) error {
+	d, err := openWritable(ctx, device)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.writeBack(h)
+}
+
+func (d *disk) writeBack(h *Header) error {
+	if err := cmp.Or(d.checkSize(), d.mayRestore(h)); err != nil {
+		return err
+	}
+	// The first sector comes last: half a header is none.
+	if err := d.writeDurably(h.raw[sectorSize:], sectorSize); err != nil {
+		return err
+	}
+	if err := d.writeDurably(h.raw[:sectorSize], 0); err != nil {
+		return err
+	}
+	return d.readBack(h)
+}
+
+// mayRestore keeps a restore from going over another tenant of the device.
+func (d *disk) mayRestore(h *Header) error {
+	found, err := d.signatures()
+	if err != nil {
+		return err
+	}
+	for _, s := range found {
+		switch {
+		case s.Offset >= dataOffset: // of the data, which stays as it is
+		case s.Type != typeLUKS:
+			return &NotBlankError{Offset: s.Offset, Found: s.String()}
+		case s.UUID != h.uuid && s.UUID != "":
+			return fmt.Errorf("%w: the device has the UUID %.40q, the header %s", ErrVolumeMismatch, s.UUID, h.uuid)
+		}
+	}
+	return nil
+}
+
+// Matches compares the header on the device, as the device gives it and not the
+// cache, with the one that the volume was opened with. [ErrHeaderChanged] means that
+// they differ. It needs no key: it may be called while the volume is open, as often
+// as one likes.
+func Matches(ctx context.Context, device string, h *Header) error {
+	if h == nil {
+		return fmt.Errorf("%w: no header was given", ErrInvalid)
+	}
+	if err := matches(ctx, device, h); err != nil {
+		return fmt.Errorf("compare header of %s: %w", device, err)
+	}
+	return nil
+}
+
+func matches(ctx context.Context, device string, h *Header) error {
+	d, err := openShared(ctx, device)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.forget(0, guardedSize); err != nil {
+		return err
+	}
+	raw, err := d.readGuarded()
+	if err != nil {
+		return err
+	}
+	if bytes.Equal(raw, h.raw) {
+		return nil
+	}
+	for i, name := range copyNames {
+		at := i * metadataSize
+		if !bytes.Equal(raw[at:at+metadataSize], h.raw[at:at+metadataSize]) {
+			return fmt.Errorf("%w: its %s copy differs", ErrHeaderChanged, name)
+		}
+	}
+	return fmt.Errorf("%w: its keyslot differs", ErrHeaderChanged)
+}
