@@ -56,7 +56,7 @@ func closeMapping(ctx context.Context, req CloseRequest) error {
 		if err != nil {
 			return err
 		}
-		if req.Device != (DevNum{}) && m.DataDevice != req.Device {
+		if req.Device != (DevNum{}) && m.DataDevice != req.Device && !m.Cut {
 			return fmt.Errorf("%w: it lies on device %v, not on %v", ErrNameTaken, m.DataDevice, req.Device)
 		}
 	}
@@ -129,6 +129,9 @@ func describe(live liveMapping, name string) (Mapping, error) {
 	}
 	if throwaway {
 		return checkThrowaway(live, name)
+	}
+	if m, yes := cutMapping(live, name, uuid); yes {
+		return m, nil
 	}
 	return checkTable(live, name, uuid)
 }

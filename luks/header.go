@@ -236,3 +236,6 @@ func (d *disk) adopt(id Identity, dek *secret.Bytes) (*Header, error) {
 	}
 	return vouch(raw, id, dek)
 }
+
+// HeaderSize is how much of a backup file is the header, in bytes.
+const HeaderSize = guardedSize

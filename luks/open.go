@@ -23,6 +23,7 @@ type Mapping struct {
 	InUse      bool // something holds the mapping open
 	Suspended  bool // reads and writes wait for Resume
 	Throwaway  bool // made by OpenThrowaway
+	Cut        bool // taken off its disk by Cut: it only gives errors, and has no DataDevice
 }
 
 // OpenOptions is how a volume is mapped. The zero value is the default: writable,

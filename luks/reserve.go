@@ -17,7 +17,7 @@ const (
 	prRegister = 0x401870c8
 	prReserve  = 0x401070c9
 	prRelease  = 0x401070ca
-	prPreempt  = 0x401870cb
+	prClear    = 0x401070cd
 
 	prWriteExclusive = 1
 	prIgnoreKey      = 1 // what an earlier life of this machine registered is replaced
@@ -32,9 +32,9 @@ type (
 		key         uint64
 		kind, flags uint32
 	}
-	prPreemption struct {
-		oldKey, newKey uint64
-		kind, flags    uint32
+	prClearing struct {
+		key      uint64
+		flags, _ uint32
 	}
 )
 
@@ -62,10 +62,11 @@ func Reserve(ctx context.Context, device string, key uint64) (release func() err
 	}, nil
 }
 
-// Preempt registers key and takes the reservation away from the machine with the key
-// old. From then on that machine's writes fail.
-func Preempt(ctx context.Context, device string, old, key uint64) (release func() error, err error) {
-	err = withReservable(ctx, device, func(r reservable) error { return preempt(r, old, key) })
+// Seize is Reserve for a machine that the key service named as the writer: whatever
+// another machine registered is cleared first, and that machine's writes fail from
+// then on.
+func Seize(ctx context.Context, device string, key uint64) (release func() error, err error) {
+	err = withReservable(ctx, device, func(r reservable) error { return clearAll(r, key) })
 	if err != nil {
 		return nil, fmt.Errorf("take over reservation of %s: %w", device, err)
 	}
@@ -86,14 +87,15 @@ func reserve(r reservable, key uint64) error {
 	return nil
 }
 
-func preempt(r reservable, old, key uint64) error {
-	if key == 0 || old == 0 {
+// clearAll needs nobody else's key: any machine that is registered may clear.
+func clearAll(r reservable, key uint64) error {
+	if key == 0 {
 		return fmt.Errorf("%w: a reservation's key is not zero", ErrInvalid)
 	}
 	if err := pr(r, "register", prRegister, unsafe.Pointer(&prRegistration{newKey: key, flags: prIgnoreKey})); err != nil {
 		return err
 	}
-	return pr(r, "preempt", prPreempt, unsafe.Pointer(&prPreemption{oldKey: old, newKey: key, kind: prWriteExclusive}))
+	return pr(r, "clear", prClear, unsafe.Pointer(&prClearing{key: key}))
 }
 
 func unreserve(r reservable, key uint64) error {

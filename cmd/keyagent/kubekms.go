@@ -18,10 +18,10 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/kubekms"
+	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/unixsocket"
 	"github.com/keyagent/keyagent/kms/command"
@@ -323,15 +323,15 @@ func (f *kekSourceFlags) openCommands(timeout time.Duration, log *slog.Logger) (
 		}
 		all = append(all, s)
 	}
-	return kubekms.FromFetchers(all[0], all[1:]...), closers{}, nil
+	return kubekms.FromFetchers(all[0], all[1:]...), nothing{}, nil
 }
 
 func (f *kekSourceFlags) openAttested(ctx context.Context, log *slog.Logger) (kubekms.Source, io.Closer, error) {
-	cfg, err := agent.LoadConfig(f.agent)
+	cfg, err := node.Load(f.agent)
 	if err != nil {
 		return nil, nil, err
 	}
-	client, closer, err := newKeyClient(cfg, log, nil)
+	client, closer, err := cfg.KeyClient(log, nil)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -371,3 +371,9 @@ func (f *wrappedFlags) open(ctx context.Context) (*openWrapped, error) {
 	}
 	return &openWrapped{&kubekms.WrappedFile{Path: f.path, KMS: k, Classify: keyservice.BackendError}, k}, nil
 }
+
+// nothing is to be closed.
+type nothing struct{}
+
+// Close implements io.Closer.
+func (nothing) Close() error { return nil }

@@ -82,7 +82,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newKubeKMS())
+	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newKubeKMS())
 	add("service", newServe(), newAudit(), newKMS())
 	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())

@@ -6,17 +6,19 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc"
 
 	nodev1 "github.com/keyagent/keyagent/api/keyagent/node/v1"
 	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/node"
 )
 
 // volumeVerb is a one-shot verb: it asks the running agent, or does the work
@@ -30,17 +32,17 @@ type volumeVerb struct {
 
 func (v *volumeVerb) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&v.config, "config", defaultAgentConfig, "the agent's configuration, for work without a running agent")
-	cmd.Flags().StringVar(&v.socket, "socket", agent.DefaultSocket, "the running agent's socket")
+	cmd.Flags().StringVar(&v.socket, "socket", node.DefaultSocket, "the running agent's socket")
 	cmd.Flags().BoolVar(&v.standalone, "standalone", false, "do not look for a running agent")
 	v.logs.add(cmd)
 }
 
-// volumes is what both the agent and the manager can do.
-type volumes interface {
-	open(ctx context.Context, id string, format bool) (*nodev1.Volume, error)
-	close(ctx context.Context, id string) (*nodev1.Volume, error)
-	status(ctx context.Context, id string) (*nodev1.Volume, error)
-	list(ctx context.Context) ([]*nodev1.Volume, error)
+// newCore wires the node's core.
+func newCore(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keyclient.Progress) *agent.Volumes {
+	return agent.NewVolumes(agent.Options{
+		Keys: keys, Log: log, StateDir: cfg.StateDir, DeviceWait: cfg.DeviceWait(),
+		AppearWait: min(cfg.RetryPolicy().Budget, time.Minute), Progress: progress,
+	})
 }
 
 // connect finds the agent. Only where none listens does the verb work alone.
@@ -60,32 +62,20 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	cfg, err := agent.LoadConfig(v.config)
+	cfg, err := node.Load(v.config)
 	if err != nil {
 		return nil, nil, err
 	}
-	m, closer, err := newManager(cfg, log, nil)
+	keys, closer, err := cfg.KeyClient(log, nil)
 	if err != nil {
 		return nil, nil, err
 	}
-	return local{m}, func() { _ = closer.Close() }, nil
-}
-
-// onOne is a verb on the one volume that is named.
-func (v *volumeVerb) onOne(do func(context.Context, volumes, string) (*nodev1.Volume, error)) func(*cobra.Command, []string) error {
-	return func(cmd *cobra.Command, ids []string) error {
-		vs, done, err := v.connect(cmd)
-		if err != nil {
-			return err
-		}
-		defer done()
-		one, err := do(cmd.Context(), vs, ids[0])
-		if err != nil {
-			return err
-		}
-		cmd.Printf("%s is %s\n", ids[0], describe(one))
-		return nil
+	core := newCore(cfg, keys, log, nil)
+	core.Recover(cmd.Context())
+	for _, one := range cfg.Volumes {
+		core.Know(one)
 	}
+	return &local{cfg, core}, func() { _ = closer.Close() }, nil
 }
 
 // agentSocket is the one that was named, else the configuration's. A caller who
@@ -94,92 +84,213 @@ func (v *volumeVerb) agentSocket(cmd *cobra.Command) string {
 	if cmd.Flags().Changed("socket") {
 		return v.socket
 	}
-	if cfg, err := agent.LoadConfig(v.config); err == nil {
+	if cfg, err := node.Load(v.config); err == nil {
 		return cfg.Socket
 	}
 	return v.socket
 }
 
+// do is one verb on one volume.
+type do func(context.Context, volumes, string) (*nodev1.Volume, error)
+
+// onOne is a verb on the one volume that is named.
+func (v *volumeVerb) onOne(f do) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, ids []string) error {
+		vs, done, err := v.connect(cmd)
+		if err != nil {
+			return err
+		}
+		defer done()
+		one, err := f(cmd.Context(), vs, ids[0])
+		if err != nil {
+			return err
+		}
+		report(cmd, ids[0], one)
+		return nil
+	}
+}
+
+// report says what became of a volume, and what an administrator has to look at.
+func report(cmd *cobra.Command, id string, v *nodev1.Volume) {
+	cmd.Printf("%s is %s\n", id, describe(v))
+	for _, w := range v.GetWarnings() {
+		cmd.PrintErrf("warning: %s: %s\n", id, w)
+	}
+}
+
+// described are the flags that describe a volume that no configuration names.
+type described struct{ req nodev1.OpenRequest }
+
+func (d *described) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&d.req.Device, "device", "", "of a volume that is not configured: path, UUID=, PARTUUID=, LABEL= or PARTLABEL=")
+	f.StringVar(&d.req.Name, "name", "", "of the mapping; default the volume's ID")
+	f.StringVar(&d.req.Filesystem, "filesystem", "", "ext4, xfs, btrfs or none")
+	f.StringVar(&d.req.MountPoint, "mount", "", "mount point")
+	f.StringSliceVar(&d.req.Options, "options", nil, "mount options, separated by commas")
+	f.BoolVar(&d.req.ReadOnly, "read-only", false, "map and mount it read-only")
+	f.BoolVar(&d.req.Discards, "discards", false, "pass TRIM on to the disk")
+}
+
+// request is what opens one volume.
+func (d *described) request(id string, format bool) *nodev1.OpenRequest {
+	return &nodev1.OpenRequest{Id: id, Format: format, Device: d.req.GetDevice(), Name: d.req.GetName(), Filesystem: d.req.GetFilesystem(),
+		MountPoint: d.req.GetMountPoint(), Options: d.req.GetOptions(), ReadOnly: d.req.GetReadOnly(), Discards: d.req.GetDiscards()}
+}
+
 func newUnlock() *cobra.Command {
-	v := &volumeVerb{}
+	v, d := &volumeVerb{}, &described{}
 	cmd := &cobra.Command{
 		Use:   "unlock [VOLUME...]",
 		Short: "Open volumes, all configured ones if none is named",
 		Example: `  keyagent unlock
   keyagent unlock data
-  keyagent unlock --standalone --config /etc/keyagent/agent.yaml   # in the initrd`,
+  keyagent unlock --standalone --config /etc/keyagent/agent.yaml   # in the initrd
+  keyagent unlock backup --device /dev/sdc --filesystem xfs --mount /backup --read-only`,
 		RunE: func(cmd *cobra.Command, ids []string) error {
+			if d.req.GetDevice() != "" && len(ids) != 1 {
+				return failure.Newf(failure.Usage, "name one volume beside --device", "--device describes one volume")
+			}
 			vs, done, err := v.connect(cmd)
 			if err != nil {
 				return err
 			}
 			defer done()
-			optional := map[string]bool{}
 			if len(ids) == 0 {
-				all, err := vs.list(cmd.Context())
-				if err != nil {
-					return err
-				}
-				for _, one := range all {
-					ids = append(ids, one.GetId())
-					optional[one.GetId()] = one.GetOptional()
-				}
+				return unlockAll(cmd, vs)
 			}
-			// One volume that stays shut does not keep the others shut.
 			var first error
 			for _, id := range ids {
-				one, err := vs.open(cmd.Context(), id, false)
-				switch {
-				case err == nil:
-					cmd.Printf("%s is %s\n", id, describe(one))
-				case optional[id]:
-					cmd.PrintErrf("%s is optional and stays closed: %v\n", id, err)
-				case first == nil:
-					first = err
-				default:
-					cmd.PrintErrf("%s stays closed: %v\n", id, err)
-				}
+				// One volume that stays shut does not keep the others shut.
+				first = said(cmd, first, id, false, openOne(cmd, vs, d.request(id, false)))
 			}
 			return first
 		},
 	}
 	v.flags(cmd)
+	d.flags(cmd)
 	return cmd
 }
 
+// unlockAll opens what is configured, parents of mount points first.
+func unlockAll(cmd *cobra.Command, vs volumes) error {
+	outcomes, err := vs.openAll(cmd.Context())
+	if err != nil {
+		return err
+	}
+	var first error
+	for _, o := range outcomes {
+		if o.err == nil {
+			report(cmd, o.id, o.volume)
+		}
+		first = said(cmd, first, o.id, o.optional, o.err)
+	}
+	return first
+}
+
+func openOne(cmd *cobra.Command, vs volumes, r *nodev1.OpenRequest) error {
+	one, err := vs.open(cmd.Context(), r)
+	if err == nil {
+		report(cmd, r.GetId(), one)
+	}
+	return err
+}
+
+// said reports the error of one volume of several, and returns the one that the
+// command ends with.
+func said(cmd *cobra.Command, first error, id string, optional bool, err error) error {
+	switch {
+	case err == nil:
+	case optional:
+		cmd.PrintErrf("%s is optional and stays closed: %v\n", id, err)
+	case first == nil:
+		return err
+	default:
+		cmd.PrintErrf("%s stays closed: %v\n", id, err)
+	}
+	return first
+}
+
 func newFormat() *cobra.Command {
-	v := &volumeVerb{}
+	v, d := &volumeVerb{}, &described{}
 	cmd := &cobra.Command{
 		Use:   "format VOLUME",
 		Short: "Create a volume on a blank disk, once, and open it",
 		Long: `Create a volume on a blank disk, once, and open it.
 
-The key service's record decides whether the volume may be created; the disk
-must be blank. A volume that exists is opened and never formatted again. What
-was interrupted goes on where it stopped.`,
+The key service's record decides whether the volume may be created, and which
+node creates it; the disk must be blank. A volume that exists is opened and never
+formatted again. What was interrupted goes on where it stopped.`,
 		Example: "  keyagent format data",
 		Args:    cobra.ExactArgs(1),
-		RunE: v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
-			return vs.open(ctx, id, true)
-		}),
 	}
+	cmd.RunE = v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
+		return vs.open(ctx, d.request(id, true))
+	})
 	v.flags(cmd)
+	d.flags(cmd)
 	return cmd
 }
 
 func newClose() *cobra.Command {
 	v := &volumeVerb{}
+	var all bool
 	cmd := &cobra.Command{
-		Use:     "close VOLUME",
-		Short:   "Unmount and close a volume",
-		Example: "  keyagent close data",
-		Args:    cobra.ExactArgs(1),
-		RunE: v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
-			return vs.close(ctx, id)
-		}),
+		Use:   "close VOLUME | --all",
+		Short: "Unmount and close a volume",
+		Long: `Unmount and close a volume, also one that is not configured any more.
+
+If something uses it, everything stays as it was, and the message names who.`,
+		Example: `  keyagent close data
+  keyagent close --all`,
+		Args: cobra.MaximumNArgs(1),
 	}
+	one := v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.close(ctx, id) })
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		if all == (len(ids) == 1) {
+			return failure.Newf(failure.Usage, "keyagent close VOLUME, or keyagent close --all", "name one volume, or --all")
+		}
+		if !all {
+			return one(cmd, ids)
+		}
+		vs, done, err := v.connect(cmd)
+		if err != nil {
+			return err
+		}
+		defer done()
+		return vs.closeAll(cmd.Context())
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "close every volume, those mounted inside others first")
 	v.flags(cmd)
 	return cmd
+}
+
+// simple is a verb on one volume that needs no flags of its own.
+func simple(use, short, long, example string, f do) *cobra.Command {
+	v := &volumeVerb{}
+	cmd := &cobra.Command{Use: use, Short: short, Long: long, Example: example, Args: cobra.ExactArgs(1), RunE: v.onOne(f)}
+	v.flags(cmd)
+	return cmd
+}
+
+func newResize() *cobra.Command {
+	return simple("resize VOLUME", "Grow an open volume and its filesystem to the size of its disk",
+		`Grow an open volume and its filesystem to the size of its disk, while it is in use.
+
+The key service is asked for the key again. A volume never shrinks.`, "  keyagent resize data",
+		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.resize(ctx, id) })
+}
+
+func newSuspend() *cobra.Command {
+	return simple("suspend VOLUME", "Stop all I/O of an open volume and take its key from the kernel",
+		"", "  keyagent suspend data",
+		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.suspend(ctx, id) })
+}
+
+func newResume() *cobra.Command {
+	return simple("resume VOLUME", "Fetch the key of a suspended volume and let its I/O go on",
+		"", "  keyagent resume data",
+		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.resume(ctx, id) })
 }
 
 func newStatus() *cobra.Command {
@@ -216,14 +327,17 @@ func newStatus() *cobra.Command {
 
 func table(w io.Writer, all []*nodev1.Volume) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "VOLUME\tSTATE\tDEVICE\tMAPPED\tMOUNT\tGENERATION")
+	fmt.Fprintln(t, "VOLUME\tSTATE\tDEVICE\tMAPPED\tMOUNT\tLEASE\tGENERATION")
 	for _, v := range all {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%d\n", v.GetId(), v.GetState(), v.GetDevice(), dash(v.GetMapped()), dash(v.GetMountPoint()), v.GetGeneration())
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\n", v.GetId(), v.GetState(), v.GetDevice(), dash(v.GetMapped()), dash(v.GetMountPoint()), dash(v.GetLease()), v.GetGeneration())
 	}
 	_ = t.Flush()
 	for _, v := range all {
 		if v.GetLastError() != "" {
 			fmt.Fprintf(w, "%s: %s\n", v.GetId(), v.GetLastError())
+		}
+		for _, warning := range v.GetWarnings() {
+			fmt.Fprintf(w, "%s: warning: %s\n", v.GetId(), warning)
 		}
 	}
 }
@@ -236,75 +350,16 @@ func dash(s string) string {
 }
 
 func describe(v *nodev1.Volume) string {
-	switch v.GetState() {
-	case agent.StateMounted:
+	switch agent.State(v.GetState()) {
+	case agent.Mounted:
+		if v.GetMountPoint() == "" {
+			return "in use as " + v.GetMapped()
+		}
 		return "open and mounted on " + v.GetMountPoint()
-	case agent.StateOpen:
+	case agent.Open:
 		return "open as " + v.GetMapped()
+	case agent.Absent:
+		return "closed"
 	}
 	return v.GetState()
-}
-
-// local works without an agent.
-type local struct{ m *agent.Manager }
-
-func (l local) open(ctx context.Context, id string, format bool) (*nodev1.Volume, error) {
-	v, err := l.m.Open(ctx, id, format)
-	return agent.Message(v), err
-}
-
-func (l local) close(ctx context.Context, id string) (*nodev1.Volume, error) {
-	v, err := l.m.Close(ctx, id)
-	return agent.Message(v), err
-}
-
-func (l local) status(ctx context.Context, id string) (*nodev1.Volume, error) {
-	v, err := l.m.Status(ctx, id)
-	return agent.Message(v), err
-}
-
-func (l local) list(ctx context.Context) ([]*nodev1.Volume, error) {
-	var out []*nodev1.Volume
-	for _, v := range l.m.List(ctx) {
-		out = append(out, agent.Message(v))
-	}
-	return out, nil
-}
-
-// remote asks a running agent.
-type remote struct{ c nodev1.NodeClient }
-
-func dialAgent(socket string) (volumes, func(), error) {
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(agent.LocalCredentials()), grpc.WithNoProxy())
-	if err != nil {
-		return nil, nil, err
-	}
-	return remote{nodev1.NewNodeClient(conn)}, func() { _ = conn.Close() }, nil
-}
-
-func (r remote) open(ctx context.Context, id string, format bool) (*nodev1.Volume, error) {
-	resp, err := r.c.Open(ctx, &nodev1.OpenRequest{Id: id, Format: format})
-	return resp.GetVolume(), fromAgent(err)
-}
-
-func (r remote) close(ctx context.Context, id string) (*nodev1.Volume, error) {
-	resp, err := r.c.Close(ctx, &nodev1.CloseRequest{Id: id})
-	return resp.GetVolume(), fromAgent(err)
-}
-
-func (r remote) status(ctx context.Context, id string) (*nodev1.Volume, error) {
-	resp, err := r.c.Status(ctx, &nodev1.StatusRequest{Id: id})
-	return resp.GetVolume(), fromAgent(err)
-}
-
-func (r remote) list(ctx context.Context) ([]*nodev1.Volume, error) {
-	resp, err := r.c.List(ctx, &nodev1.ListRequest{})
-	return resp.GetVolumes(), fromAgent(err)
-}
-
-func fromAgent(err error) error {
-	if err == nil {
-		return nil
-	}
-	return failure.FromStatus(err)
 }

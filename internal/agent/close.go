@@ -40,7 +40,7 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 		c.set(func() { e.lastErr = err })
 		return c.view(e), err
 	}
-	c.drop(e)
+	c.drop(ctx, e)
 	c.set(func() { e.known, e.header, e.lastErr, e.warnings = remembered{}, nil, nil, map[string]string{} })
 	c.on(e, EventClosed, nil)
 	if err := c.forget(id); err != nil {
@@ -81,24 +81,22 @@ func (c *Volumes) close(ctx context.Context, e *entry) error {
 // status is luks.Status for the mapping of an entry, and refuses one that is not
 // the entry's.
 func (c *Volumes) status(ctx context.Context, e *entry) (luks.Mapping, error) {
-	if e.spec.Throwaway() {
-		return luks.StatusThrowaway(ctx, e.spec.Name)
-	}
 	m, err := luks.Status(ctx, e.spec.Name)
 	if err != nil {
 		return m, err
 	}
-	if k := e.known; k.UUID != "" && (k.UUID != m.UUID || k.Device != (luks.DevNum{}) && k.Device != m.DataDevice) {
+	k := e.known
+	if k.Spec.ID != "" && (k.UUID != m.UUID || m.Throwaway != e.spec.Throwaway() || !m.Cut && k.Device != (luks.DevNum{}) && k.Device != m.DataDevice) {
 		return m, fmt.Errorf("%w: %s has the UUID %s and lies on %v; this volume's are %s and %v", luks.ErrNotOurs, m.Name, m.UUID, m.DataDevice, k.UUID, k.Device)
 	}
-	if e.known.UUID == "" {
+	if k.Spec.ID == "" {
 		return m, fmt.Errorf("%w: nothing here remembers that %s was opened", luks.ErrNotOurs, m.Name)
 	}
 	return m, nil
 }
 
 func (c *Volumes) closeRequest(m luks.Mapping) luks.CloseRequest {
-	return luks.CloseRequest{Name: m.Name, UUID: m.UUID, Device: m.DataDevice}
+	return luks.CloseRequest{Name: m.Name, UUID: m.UUID, Device: m.DataDevice, Throwaway: m.Throwaway}
 }
 
 // unmount takes the volume off its mount point and returns that, if it was there.
@@ -184,6 +182,6 @@ func (c *Volumes) byDepth() []string {
 	slices.SortStableFunc(ids, func(a, b string) int { return depth(b) - depth(a) })
 	return slices.DeleteFunc(ids, func(id string) bool {
 		s := c.entries[id].condition.state
-		return s == Absent || s == Failed && c.entries[id].known.UUID == ""
+		return s == Absent || s == Failed && c.entries[id].known.Spec.ID == ""
 	})
 }

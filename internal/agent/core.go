@@ -81,6 +81,7 @@ type entry struct {
 	lastID    string
 	warnings  map[string]string // by kind
 	created   bool
+	unreserve func() error // of the disk's reservation; nil without one
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].

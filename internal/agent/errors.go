@@ -35,6 +35,9 @@ func classify(err error) error {
 		{luks.ErrShrink, failure.State, "a volume never shrinks: restore the size of its disk"},
 		{luks.ErrNotActive, failure.NotFound, "the volume is not open"},
 		{luks.ErrIO, failure.DeviceBusy, "the disk failed to read or write: look at the kernel's log"},
+		{luks.ErrSuspended, failure.State, "keyagent resume it first"},
+		{luks.ErrReserved, failure.Held, "another machine holds the disk's reservation"},
+		{luks.ErrKernel, failure.Configuration, ""},
 		{luks.ErrInvalid, failure.Usage, ""},
 	} {
 		if errors.Is(err, row.is) {

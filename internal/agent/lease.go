@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -56,8 +58,46 @@ func (c *Volumes) resumeLease(e *entry, r remembered) {
 	})
 }
 
-// drop ends the renewals.
-func (c *Volumes) drop(e *entry) { c.set(func() { e.lease = nil }) }
+// drop ends the renewals, and gives the disk's reservation back.
+func (c *Volumes) drop(ctx context.Context, e *entry) {
+	var unreserve func() error
+	c.set(func() { unreserve, e.lease, e.unreserve = e.unreserve, nil, nil })
+	if unreserve == nil {
+		return
+	}
+	if err := unreserve(); err != nil {
+		c.Log.WarnContext(ctx, "could not release the disk's reservation", "volume", e.spec.ID, "error", err)
+	}
+}
+
+// reserve holds the disk's write-exclusive reservation with the lease, where the
+// disk has such a thing: then even a machine that was frozen past its lease cannot
+// write. The key service says who the writer is, so what another machine reserved
+// before is cleared.
+func (c *Volumes) reserve(ctx context.Context, e *entry) {
+	c.mu.Lock()
+	l, device, have := e.lease, e.spec.DevicePath(), e.unreserve != nil
+	c.mu.Unlock()
+	if l == nil || have || e.spec.ReadOnly {
+		return
+	}
+	sum := sha256.Sum256(l.id)
+	key := binary.BigEndian.Uint64(sum[:]) | 1 // never zero
+	release, err := luks.Reserve(ctx, device, key)
+	if errors.Is(err, luks.ErrReserved) {
+		c.Log.Warn("another machine has reserved the disk; taking the reservation over with the lease", "volume", e.spec.ID)
+		release, err = luks.Seize(ctx, device, key)
+	}
+	switch {
+	case errors.Is(err, luks.ErrNoReservations):
+		return
+	case err != nil:
+		c.warn(e, "reservation", "the disk could not be reserved: "+err.Error())
+		c.Log.Warn("could not reserve the disk", "volume", e.spec.ID, "error", err)
+		return
+	}
+	c.set(func() { e.unreserve = release })
+}
 
 // release gives a lease back, if the service answers soon. If not, this machine
 // takes it up again, or it ends by itself.
@@ -189,7 +229,7 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 		return
 	}
 	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
-	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), luks.SuspendRequest{Name: name, UUID: uuid})
+	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not suspend a volume whose lease is over", "volume", d.id, "error", err)
 		c.warn(d.e, "fence", "its lease is over and it could not be suspended: "+err.Error())
@@ -207,7 +247,7 @@ func (c *Volumes) cut(ctx context.Context, d due, why error) {
 		return
 	}
 	c.Log.Error("cutting a volume off its disk: another node has it", "volume", d.id, "error", why)
-	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), luks.SuspendRequest{Name: name, UUID: uuid})
+	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not cut off a volume that another node has", "volume", d.id, "error", err)
 	}

@@ -49,12 +49,12 @@ const (
 // life is the one table of what may happen when.
 var life = map[State]map[Event]State{
 	Absent:       {EventOpen: Opening, EventClose: Closing},
-	Failed:       {EventOpen: Opening, EventFail: Failed, EventClose: Closing, EventGone: Failed},
-	Opening:      {EventCreate: Provisioning, EventMapped: Open, EventFail: Failed, EventSuspend: Suspended},
-	Provisioning: {EventMapped: Open, EventFail: Failed, EventSuspend: Suspended},
+	Failed:       {EventOpen: Opening, EventFail: Failed, EventClose: Closing},
+	Opening:      {EventCreate: Provisioning, EventMapped: Open, EventFail: Failed, EventSuspend: Opening},
+	Provisioning: {EventMapped: Open, EventFail: Failed, EventSuspend: Provisioning},
 	Open:         {EventOpen: Opening, EventMounted: Mounted, EventFail: Failed, EventClose: Closing, EventSuspend: Suspended, EventGone: Absent},
 	Mounted:      {EventOpen: Opening, EventFail: Failed, EventClose: Closing, EventSuspend: Suspended, EventGone: Absent},
-	Suspended:    {EventOpen: Opening, EventMapped: Open, EventMounted: Mounted, EventResume: asRunning, EventSuspend: Suspended, EventFail: Failed, EventClose: Closing, EventGone: Absent},
+	Suspended:    {EventOpen: Opening, EventResume: asRunning, EventSuspend: Suspended, EventFail: Failed, EventClose: Closing, EventGone: Absent},
 	Closing:      {EventClosed: Absent, EventKept: asKept, EventSuspend: Closing, EventFail: Closing},
 }
 
@@ -88,7 +88,9 @@ func (c *condition) on(e Event, reason error) error {
 			c.running = c.state
 		}
 	case Closing:
-		c.kept = c.state
+		if c.state != Closing {
+			c.kept = c.state
+		}
 	case Failed:
 		if reason != nil {
 			c.reason = reason

@@ -35,7 +35,7 @@ func (c *Volumes) with(ctx context.Context, id string, f work) (Volume, error) {
 var errThrowaway = failure.New(failure.State, errors.New("the volume's key ends with its mapping"), "close it and open it again")
 
 // withKey runs f with the key of a volume that exists.
-func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, luks.OpenRequest) error) error {
+func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, luks.Existing) error) error {
 	if e.spec.Throwaway() {
 		return errThrowaway
 	}
@@ -50,10 +50,7 @@ func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, 
 	}
 	defer key.Close()
 	c.set(func() { e.lastID = key.CorrelationID })
-	err = f(key, luks.OpenRequest{
-		Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs),
-		Options: luks.OpenOptions{ReadOnly: e.spec.ReadOnly, AllowDiscards: e.spec.Discards},
-	})
+	err = f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: e.header})
 	if isUp(e.condition.state) {
 		c.hold(e, key.Lease)
 	} else if key.Lease != nil {
@@ -72,7 +69,7 @@ func (c *Volumes) Resize(ctx context.Context, id string) (Volume, error) {
 			return failure.Newf(failure.State, "open it first", "the volume is %s", s)
 		}
 		var m luks.Mapping
-		err := c.withKey(ctx, e, func(k *keyclient.Key, r luks.OpenRequest) (err error) {
+		err := c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) (err error) {
 			return c.step(ctx, "resized", func() error { m, err = luks.Resize(ctx, r, k.DEK); return err })
 		})
 		if err != nil || e.spec.Filesystem == "none" {
@@ -94,7 +91,7 @@ func (c *Volumes) Suspend(ctx context.Context, id string) (Volume, error) {
 		if e.condition.state == Suspended {
 			return nil
 		}
-		if err := luks.Suspend(ctx, luks.SuspendRequest{Name: e.spec.Name, UUID: e.known.UUID, Flush: true}); err != nil {
+		if err := luks.Suspend(ctx, e.spec.Name, e.known.UUID); err != nil {
 			return err
 		}
 		return c.allowed(e, EventSuspend)
@@ -112,7 +109,7 @@ func (c *Volumes) Resume(ctx context.Context, id string) (Volume, error) {
 		default:
 			return failure.Newf(failure.State, "open it first", "the volume is %s", e.condition.state)
 		}
-		err := c.withKey(ctx, e, func(k *keyclient.Key, r luks.OpenRequest) error {
+		err := c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) error {
 			_, err := luks.Resume(ctx, r, k.DEK)
 			return err
 		})
@@ -132,7 +129,7 @@ func (c *Volumes) BackupHeader(ctx context.Context, id string) (header []byte, e
 			header = e.header.Bytes()
 			return nil
 		}
-		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.OpenRequest) error {
+		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) error {
 			h, err := luks.ReadHeader(ctx, r.Device, r.Identity, r.MACs, k.DEK)
 			if err == nil {
 				header = h.Bytes()
@@ -148,7 +145,7 @@ func (c *Volumes) BackupHeader(ctx context.Context, id string) (header []byte, e
 // the volume's record vouches for.
 func (c *Volumes) RestoreHeader(ctx context.Context, id string, raw []byte) (Volume, error) {
 	return c.with(ctx, id, func(ctx context.Context, e *entry) error {
-		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.OpenRequest) (err error) {
+		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) (err error) {
 			var h *luks.Header
 			if len(raw) == 0 {
 				h, err = luks.RebuildCopy(ctx, r.Device, r.Identity, r.MACs, k.DEK)
@@ -171,7 +168,7 @@ func (c *Volumes) RestoreHeader(ctx context.Context, id string, raw []byte) (Vol
 // throwaway maps a swap area or a scratch filesystem under a key that the kernel
 // makes and nobody ever sees.
 func (o *opening) throwaway(ctx context.Context) error {
-	m, err := luks.StatusThrowaway(ctx, o.v.Name)
+	m, err := luks.Status(ctx, o.v.Name)
 	fresh := errors.Is(err, luks.ErrNotActive)
 	switch {
 	case fresh:
@@ -180,7 +177,7 @@ func (o *opening) throwaway(ctx context.Context) error {
 		}
 		m, err = luks.OpenThrowaway(ctx, o.v.DevicePath(), o.v.Name, o.options())
 	case err == nil:
-		if r, ok := o.recall(o.v.ID); !ok || r.Sequence == 0 || r.Sequence != sequence(m.Device) {
+		if r, ok := o.recall(o.v.ID); !ok || !m.Throwaway || !o.ours(m, r) {
 			err = fmt.Errorf("%w: nothing here remembers that %s was opened", luks.ErrNotOurs, m.Name)
 		}
 	}

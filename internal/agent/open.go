@@ -108,8 +108,10 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	r, known := o.recall(o.v.ID)
-	same := known && r.UUID == m.UUID && r.Device == m.DataDevice && r.Sequence != 0 && r.Sequence == sequence(m.Device)
-	if same && !m.Suspended {
+	if m.Cut {
+		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
+	}
+	if known && o.ours(m, r) && !m.Suspended {
 		o.set(func() { o.e.known = r })
 		o.mapping = m
 		return true, nil
@@ -117,8 +119,15 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	return true, o.adopt(ctx, m, r)
 }
 
-// adopt takes over a mapping that somebody else may have made, or resumes one of
-// ours that is suspended.
+var errCut = errors.New("the volume was cut off its disk, since another node has it")
+
+// ours reports whether a mapping is the very one that was remembered.
+func (o *opening) ours(m luks.Mapping, r remembered) bool {
+	return r.UUID == m.UUID && r.Device == m.DataDevice && r.Sequence != 0 && r.Sequence == sequence(m.Device)
+}
+
+// adopt takes over a mapping that somebody else may have made, once it is proved
+// that it has the volume's key, or resumes one of ours that is suspended.
 func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error {
 	defer o.Keys.Hold()()
 	key, err := o.Keys.GetKey(ctx, keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, LeaseID: r.LeaseID})
@@ -126,19 +135,24 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		return err
 	}
 	defer key.Close()
-	req := luks.OpenRequest{Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Options: o.options()}
 	if m.Suspended {
-		m, err = luks.Resume(ctx, req, key.DEK)
+		o.mapping, err = luks.Resume(ctx, o.existingOf(key), key.DEK)
 	} else {
-		err = luks.Prove(ctx, req, key.DEK)
+		err = o.activate(ctx, key)
 	}
 	if err != nil {
 		o.giveBack(ctx, key)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
-	o.mapping = m
-	o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
-	return o.keep(key)
+	if !o.ours(m, r) {
+		o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
+	}
+	o.warn(o.e, "fence", "")
+	return o.keep(ctx, key)
+}
+
+func (o *opening) existingOf(k *keyclient.Key) luks.Existing {
+	return luks.Existing{Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(k), MACs: luksMACs(k.MACs)}
 }
 
 func (o *opening) options() luks.OpenOptions {
@@ -170,7 +184,7 @@ func (o *opening) unlock(ctx context.Context) error {
 		o.giveBack(ctx, key)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
-	return o.keep(key)
+	return o.keep(ctx, key)
 }
 
 // key asks for the key of an existing volume. If there is none and the intent is
@@ -241,10 +255,11 @@ func (o *opening) state(key *keyclient.Key) remembered {
 }
 
 // keep remembers a mapping that stands, and begins to renew its lease.
-func (o *opening) keep(key *keyclient.Key) error {
+func (o *opening) keep(ctx context.Context, key *keyclient.Key) error {
 	r := o.state(key)
 	o.set(func() { o.e.known = r })
 	o.hold(o.e, key.Lease)
+	o.reserve(ctx, o.e)
 	return o.remember(r)
 }
 
@@ -305,9 +320,6 @@ func (o *opening) mount(ctx context.Context) error {
 // mountedOn remembers where the volume is.
 func (o *opening) mountedOn(canonical string) error {
 	o.set(func() { o.e.known.Mount = canonical })
-	if o.e.known.UUID == "" && !o.v.Throwaway() {
-		return nil
-	}
 	return o.remember(o.e.known)
 }
 

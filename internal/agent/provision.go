@@ -38,6 +38,7 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 		return err
 	}
 	o.hold(o.e, key.Lease)
+	o.reserve(ctx, o.e)
 	err = o.fill(ctx, mark)
 	if err == nil {
 		err = o.step(ctx, "confirmed", func() error { return o.Keys.Confirm(ctx, key) })
@@ -47,7 +48,7 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	}
 	if err != nil {
 		// A volume that is not active is not left open: nobody may use it yet.
-		o.drop(o.e)
+		o.drop(ctx, o.e)
 		return errors.Join(err, luks.Close(context.WithoutCancel(ctx), o.closeRequest(o.mapping)))
 	}
 	key.State, o.created = keyclient.Active, true

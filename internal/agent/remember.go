@@ -76,10 +76,9 @@ func (c *Volumes) recall(id string) (r remembered, ok bool) {
 	if n > maxRemembered || json.Unmarshal(data[:n], &r) != nil {
 		return remembered{}, false
 	}
-	if r.Spec.ID == "" {
-		r.Spec.ID = id // of an older release, which kept UUID and generation alone
-	}
-	return r, r.UUID != "" && r.Spec.ID == id
+	// A file of an older release, which kept UUID and generation alone, says too
+	// little: Open proves what is mapped.
+	return r, r.Spec.ID == id
 }
 
 func (c *Volumes) forget(id string) error {

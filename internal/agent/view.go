@@ -86,12 +86,14 @@ func (c *Volumes) reconcile(ctx context.Context, id string, e *entry) {
 	switch {
 	case errors.Is(err, luks.ErrNotActive):
 		c.on(e, EventGone, nil)
-		c.drop(e)
+		c.drop(ctx, e)
 		c.set(func() { e.header = nil })
 	case err != nil:
 		c.set(func() { e.lastErr = classify(err) })
 	case !m.Suspended && e.condition.state == Suspended:
 		c.on(e, EventResume, nil)
+	case m.Suspended && e.condition.state != Suspended:
+		c.on(e, EventSuspend, nil)
 	}
 }
 
@@ -99,10 +101,7 @@ func (c *Volumes) reconcile(ctx context.Context, id string, e *entry) {
 // has left open.
 func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	m, err := luks.Status(ctx, r.Spec.Name)
-	if r.Spec.Throwaway() {
-		m, err = luks.StatusThrowaway(ctx, r.Spec.Name)
-	}
-	if err != nil || m.UUID != r.UUID || m.DataDevice != r.Device || r.Sequence == 0 || r.Sequence != sequence(m.Device) {
+	if err != nil || m.UUID != r.UUID || m.Throwaway != r.Spec.Throwaway() || m.DataDevice != r.Device || r.Sequence == 0 || r.Sequence != sequence(m.Device) {
 		return // not ours, or not surely: Open proves it
 	}
 	c.set(func() {
@@ -122,6 +121,7 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 		c.on(e, EventSuspend, nil)
 	}
 	c.resumeLease(e, r)
+	c.reserve(ctx, e)
 }
 
 // Recover takes up what an earlier agent of this boot left open.
@@ -156,14 +156,11 @@ func (c *Volumes) view(e *entry) Volume {
 			v.CorrelationID = id
 		}
 	}
-	if e.known.UUID == "" || v.State == Absent {
+	if e.known.Spec.ID == "" || v.State == Absent {
 		return v
 	}
 	v.UUID, v.Generation, v.KeyVersion = e.known.UUID, e.known.Generation, e.known.KeyVersion
 	m, err := luks.Status(context.Background(), e.spec.Name)
-	if e.spec.Throwaway() {
-		m, err = luks.StatusThrowaway(context.Background(), e.spec.Name)
-	}
 	if err != nil || m.UUID != e.known.UUID {
 		return v
 	}
@@ -172,4 +169,14 @@ func (c *Volumes) view(e *entry) Volume {
 		v.Mount = e.known.Mount
 	}
 	return v
+}
+
+// LastError is how the last attempt to open a volume ended.
+func (c *Volumes) LastError(id string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e, ok := c.entries[id]; ok {
+		return e.lastErr
+	}
+	return node.UnknownVolume(id)
 }

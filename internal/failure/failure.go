@@ -33,6 +33,7 @@ const (
 	NoDevice        Class = "no attestation device"
 	Tampered        Class = "record or log tampered"
 	State           Class = "wrong state"
+	Held            Class = "volume held"
 	NeedsRepair     Class = "filesystem needs repair"
 )
 
@@ -56,7 +57,8 @@ var table = map[Class]struct {
 	NoDevice:        {13, codes.FailedPrecondition},
 	Tampered:        {14, codes.DataLoss},
 	State:           {15, codes.FailedPrecondition},
-	NeedsRepair:     {16, codes.DataLoss},
+	Held:            {16, codes.FailedPrecondition},
+	NeedsRepair:     {17, codes.DataLoss},
 }
 
 // ExitCode returns the exit code of a class.

@@ -48,7 +48,7 @@ func classify(err error) error {
 func refused(r *atls.Refusal, err error) error {
 	class := failure.Unreachable
 	switch r.Class {
-	case atls.ClassEvidenceRefused, atls.ClassMalformed:
+	case atls.RefusedEvidence, atls.RefusedExchange:
 		class = failure.EvidenceRefused
 	}
 	return &failure.Error{Class: class, CorrelationID: r.CorrelationID, Err: err,

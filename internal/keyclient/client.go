@@ -227,3 +227,23 @@ func fromStatus(err error) error {
 	}
 	return failure.FromStatus(err)
 }
+
+// CreateDiskless makes the key of a volume that has no disk known to the key
+// service as one that is in use. mac stands in the place of a header's.
+func (c *Client) CreateDiskless(ctx context.Context, k *Key, mac [32]byte) error {
+	if k.State == Pending {
+		if _, err := c.BeginFormat(ctx, k, MACs{Header: mac, Copies: [2][32]byte{mac, mac}}); err != nil {
+			return err
+		}
+		if err := c.HeaderStands(ctx, k); err != nil {
+			return err
+		}
+	}
+	if err := c.Confirm(ctx, k); err != nil {
+		return err
+	}
+	if k.Lease == nil {
+		return nil
+	}
+	return c.Release(ctx, k.Volume, k.Lease.ID)
+}

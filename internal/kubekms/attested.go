@@ -6,16 +6,23 @@ import (
 	"crypto/sha256"
 	"errors"
 
-	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/secret"
-	"github.com/keyagent/keyagent/luks"
 )
 
 const (
 	domainAttested  = "keyagent kubekms attested KEK v1"
 	domainConfirmed = "keyagent kubekms attested KEK confirmation v1"
 )
+
+// Releaser is where an attested KEK comes from.
+type Releaser interface {
+	// GetKey returns the key of a volume. The caller closes it.
+	GetKey(ctx context.Context, r keyclient.Request) (*keyclient.Key, error)
+	// CreateDiskless makes a key known as one that is in use.
+	CreateDiskless(ctx context.Context, k *keyclient.Key, mac [32]byte) error
+}
 
 // Attested is a KEK that the key service releases to this machine, on the strength
 // of its evidence. The key service treats it as a volume without a disk: its record
@@ -24,13 +31,16 @@ const (
 // A KEK is leased: it is wiped when the verdict on this machine ends, unless the key
 // service has released it again.
 type Attested struct {
-	Keys   agent.KeySource
+	Keys   Releaser
 	Volume string
 }
 
 // Init has the key service make the key, unless it is there.
 func (a *Attested) Init(ctx context.Context) error {
-	k, err := a.Keys.GetKey(ctx, a.Volume, true)
+	k, err := a.get(ctx, false)
+	if class := failure.Of(err).Class; class == failure.NotFound || class == failure.State {
+		k, err = a.get(ctx, true)
+	}
 	if err != nil {
 		return err
 	}
@@ -39,15 +49,21 @@ func (a *Attested) Init(ctx context.Context) error {
 	switch {
 	case err != nil:
 		return err
-	case k.Pending:
-		return a.Keys.Confirm(ctx, k, mac)
+	case k.State == keyclient.Active:
+		return checkConfirmation(k, mac)
+	case k.State == keyclient.Formatted && k.MACs.Header != mac:
+		return notThisKEK(k)
 	}
-	return checkConfirmation(k, mac)
+	return a.Keys.CreateDiskless(ctx, k, mac)
+}
+
+func (a *Attested) get(ctx context.Context, create bool) (*keyclient.Key, error) {
+	return a.Keys.GetKey(ctx, keyclient.Request{Volume: a.Volume, Format: create, Diskless: true})
 }
 
 // Fetch implements Source.
 func (a *Attested) Fetch(ctx context.Context) (*Keys, error) {
-	k, err := a.Keys.GetKey(ctx, a.Volume, false)
+	k, err := a.get(ctx, false)
 	if err != nil {
 		return nil, err
 	}
@@ -68,15 +84,19 @@ func (a *Attested) Fetch(ctx context.Context) (*Keys, error) {
 
 // checkConfirmation tells the record of a KEK from that of a volume with a disk, and
 // a key from another one.
-func checkConfirmation(k *agent.Key, mac luks.MAC) error {
-	if k.Pending || k.HeaderMAC != mac {
-		return failure.Newf(failure.WrongKey, "choose a volume ID that no disk has", "the key service's record of %q is not that of this KEK", k.Identity.Volume)
+func checkConfirmation(k *keyclient.Key, mac [32]byte) error {
+	if k.State != keyclient.Active || k.MACs.Header != mac {
+		return notThisKEK(k)
 	}
 	return nil
 }
 
+func notThisKEK(k *keyclient.Key) error {
+	return failure.Newf(failure.WrongKey, "choose a volume ID that no disk has", "the key service's record of %q is not that of this KEK", k.Volume)
+}
+
 // confirmation is what the record keeps in the place of a header's MAC.
-func confirmation(dek *secret.Bytes) (mac luks.MAC, err error) {
+func confirmation(dek *secret.Bytes) (mac [32]byte, err error) {
 	s, err := derive(dek, domainConfirmed)
 	if err != nil {
 		return mac, err
