@@ -1,0 +1,162 @@
+package keyclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/internal/failure"
+)
+
+var errDown = failure.New(failure.Unreachable, errors.New("down"), "")
+
+// scripted is a link whose endpoints do as the functions say.
+func scripted(connect ...func(context.Context) (*session, error)) (*link, *[]string) {
+	var endpoints []*endpoint
+	for i := range connect {
+		endpoints = append(endpoints, &endpoint{address: fmt.Sprint("endpoint-", i)})
+	}
+	l := newLink(endpoints, func(string, time.Duration) {})
+	var mu sync.Mutex
+	var asked []string
+	l.connect = func(ctx context.Context, e *endpoint) (*session, error) {
+		mu.Lock()
+		asked = append(asked, e.address)
+		mu.Unlock()
+		return connect[slices.Index(endpoints, e)](ctx)
+	}
+	return l, &asked
+}
+
+func down(context.Context) (*session, error) { return nil, errDown }
+
+// silent accepts, and says nothing for as long as it is waited for.
+func silent(ctx context.Context) (*session, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+func good(address string) func(context.Context) (*session, error) {
+	return func(context.Context) (*session, error) { return &session{address: address}, nil }
+}
+
+func answers(err error) func(context.Context) (*session, error) {
+	return func(context.Context) (*session, error) { return nil, err }
+}
+
+func TestASilentFirstServerDelaysNobodyByMoreThanItsHeadStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := scripted(silent, silent, good("third"))
+		began := time.Now()
+		s, err := l.race(t.Context())
+		if err != nil || s.address != "third" {
+			t.Fatalf("%v, %v", s, err)
+		}
+		if took := time.Since(began); took != 2*headStart || took > 2*time.Second {
+			t.Errorf("it took %s", took)
+		}
+		// Who answered is asked first the next time.
+		began = time.Now()
+		if _, err := l.race(t.Context()); err != nil || time.Since(began) != 0 {
+			t.Errorf("%v after %s", err, time.Since(began))
+		}
+	})
+}
+
+func TestTheNextEndpointIsAskedAtOnceWhenOneFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, asked := scripted(down, good("second"), good("third"))
+		began := time.Now()
+		if s, err := l.race(t.Context()); err != nil || s.address != "second" || time.Since(began) != 0 {
+			t.Fatalf("%v, %v after %s", s, err, time.Since(began))
+		}
+		if got := fmt.Sprint(*asked); got != "[endpoint-0 endpoint-1]" {
+			t.Errorf("asked %s", got)
+		}
+	})
+}
+
+func TestARefusalIsAnAnswerAndPrefersItsEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		refused := classify(&atls.Refusal{Class: atls.RefusedEvidence})
+		l, _ := scripted(silent, answers(refused), good("third"))
+		_, err := l.race(t.Context())
+		if failure.Of(err).Class != failure.EvidenceRefused || l.preferred != 1 {
+			t.Errorf("%v, preferred %d", err, l.preferred)
+		}
+	})
+}
+
+func TestAServerThatIsNotTrustedIsNamedBeforeOneThatIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := scripted(down, answers(classify(atls.ErrServerUntrusted)))
+		_, err := l.race(t.Context())
+		if failure.Of(err).Class != failure.ServerUntrusted {
+			t.Fatal(err)
+		}
+		if !worthAnotherTry(err) {
+			t.Error("one bad endpoint stops the retries of a good one")
+		}
+		l, _ = scripted(answers(classify(atls.ErrServerUntrusted)))
+		if _, err := l.race(t.Context()); worthAnotherTry(err) {
+			t.Error("a server that is not trusted is tried again")
+		}
+	})
+}
+
+func TestCallersShareOneAttemptAndLeaveItWhenTheyLike(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		l, asked := scripted(func(ctx context.Context) (*session, error) {
+			select {
+			case <-release:
+				return &session{address: "only"}, nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		})
+		impatient, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				if s, _, err := l.session(t.Context()); err != nil || s.address != "only" {
+					t.Errorf("%v, %v", s, err)
+				}
+			})
+		}
+		wg.Go(func() {
+			if _, _, err := l.session(impatient); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("the impatient caller got %v", err)
+			}
+		})
+		time.Sleep(2 * time.Second)
+		close(release)
+		wg.Wait()
+		if len(*asked) != 1 {
+			t.Errorf("%d attempts", len(*asked))
+		}
+		l.current = nil // it has no connection to be closed
+	})
+}
+
+func TestAnAttemptEndsWithItsLastCaller(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := scripted(silent)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, _, err := l.session(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if l.flight != nil {
+			t.Error("the attempt goes on")
+		}
+	})
+}
