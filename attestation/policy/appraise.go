@@ -201,6 +201,7 @@ type Request struct {
 	Volume    string
 	Operation Operation
 	Now       time.Time
+	ReadOnly  bool // it maps the volume read-only
 }
 
 // Decision allows a request.
@@ -210,6 +211,9 @@ type Decision struct {
 	Profile    string
 	PolicyHash string
 	Warnings   []Mismatch
+	Writers    Writers       // who may write the volume at the same time
+	Expiry     bool          // a writer whose lease has ended may be replaced
+	Lease      time.Duration // of a writer
 }
 
 // Authorize finds the first grant that allows the request. The error wraps
@@ -233,6 +237,9 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 		case !slices.Contains(g.Operations, r.Operation):
 			why = fmt.Sprintf("grant %q does not allow %q", g.Name, r.Operation)
 			continue
+		case g.Writers == WritersReaders && !r.ReadOnly:
+			why = fmt.Sprintf("grant %q is for readers only", g.Name)
+			continue
 		}
 		if g.when != nil {
 			ok, err := evaluate(g.when, a, r)
@@ -247,7 +254,7 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 			}
 		}
 		return Decision{Grant: g.Name, Owners: append([]string{g.Name}, g.Adopts...), Profile: a.Profile,
-			PolicyHash: p.hash, Warnings: a.Warnings}, nil
+			PolicyHash: p.hash, Warnings: a.Warnings, Writers: g.Writers, Expiry: g.Takeover == takeoverExpiry, Lease: g.lease}, nil
 	}
 	return Decision{}, fmt.Errorf("%w: %s", ErrDenied, why)
 }

@@ -62,7 +62,7 @@ func TestEvidenceThatFitsIsAccepted(t *testing.T) {
 	if p.Lifetime() != 15*time.Minute || !slices.Equal(p.PCRs(), []uint32{4, 7}) {
 		t.Errorf("lifetime %s, PCRs %v", p.Lifetime(), p.PCRs())
 	}
-	d, err := p.Authorize(a, Request{"data-1", Open, time.Unix(0, 0)})
+	d, err := p.Authorize(a, Request{Volume: "data-1", Operation: Open, Now: time.Unix(0, 0)})
 	if err != nil || d.Grant != "data" || d.PolicyHash != p.Hash() {
 		t.Errorf("%+v, %v", d, err)
 	}

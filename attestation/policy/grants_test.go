@@ -62,7 +62,7 @@ func TestAPatternOfManyStarsIsCheap(t *testing.T) {
 }
 
 func request(p *Policy, a *Appraisal, volume string, op Operation) error {
-	_, err := p.Authorize(a, Request{volume, op, time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
+	_, err := p.Authorize(a, Request{Volume: volume, Operation: op, Now: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)})
 	return err
 }
 

@@ -426,14 +426,14 @@ func TestExpressionsSeeHardware(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.Authorize(a, Request{"v", Open, time.Unix(0, 0)}); err != nil {
+	if _, err := p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)}); err != nil {
 		t.Error(err)
 	}
 	a, err = p.Appraise(verified(t, azureClaims()...))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = p.Authorize(a, Request{"v", Open, time.Unix(0, 0)})
+	_, err = p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)})
 	wantErr(t, err, ErrDenied)
 }
 

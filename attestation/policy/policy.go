@@ -41,6 +41,25 @@ const (
 
 var operations = []Operation{Open, Format}
 
+// Writers is who may write a volume at the same time.
+type Writers string
+
+// The writers of a grant.
+const (
+	WritersOne     Writers = "one"     // the holder of the lease
+	WritersMany    Writers = "many"    // any number of nodes, for file systems that are made for it
+	WritersReaders Writers = "readers" // nobody: the volume is opened read-only
+)
+
+// The bounds of a lease, and what it is without a word.
+const (
+	MinLease     = 30 * time.Second
+	MaxLease     = 24 * time.Hour
+	DefaultLease = 2 * time.Minute
+)
+
+const takeoverExpiry = "expiry"
+
 // File is the policy file.
 type File struct {
 	Version  int       `yaml:"version"`
@@ -71,8 +90,16 @@ type Grant struct {
 	Volumes    []string    `yaml:"volumes"`
 	Operations []Operation `yaml:"operations"`
 	When       string      `yaml:"when,omitempty"` // CEL
+	// Writers says who may write a volume at the same time. Default one.
+	Writers Writers `yaml:"writers,omitempty"`
+	// Takeover is "expiry" where another node may write once the lease of one has
+	// ended. Default: an operator's word only.
+	Takeover string `yaml:"takeover,omitempty"`
+	// Lease is how long a writer's lease lasts without renewal. Default 2m.
+	Lease string `yaml:"lease,omitempty"`
 
-	when cel.Program
+	when  cel.Program
+	lease time.Duration
 }
 
 // Policy is a file that was checked as a whole. It is immutable.
@@ -224,10 +251,33 @@ func (c *checker) grant(g *Grant, i int) {
 	for n, name := range g.Adopts {
 		c.demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)
 	}
+	c.writers(g, i)
 	if g.When != "" {
 		var err error
 		if g.when, err = compile(g.When); err != nil {
 			c.fail("%w", []any{err}, "grants", i, "when")
 		}
+	}
+}
+
+// writers checks what a grant says of those who write, and fills in what it does not.
+func (c *checker) writers(g *Grant, i int) {
+	if g.Writers == "" {
+		g.Writers = WritersOne
+	}
+	known := []Writers{WritersOne, WritersMany, WritersReaders}
+	c.demand(slices.Contains(known, g.Writers), fmt.Sprintf("%q is not known (hint: one, many, readers)", g.Writers), "grants", i, "writers")
+	c.demand(g.Writers != WritersReaders || !slices.Contains(g.Operations, Format), "readers create no volume: a grant for them has only the operation open", "grants", i, "writers")
+	c.demand(g.Takeover == "" || g.Takeover == takeoverExpiry, fmt.Sprintf("%q is not known (hint: expiry, or nothing for an operator's word only)", g.Takeover), "grants", i, "takeover")
+	alone := g.Writers == WritersOne
+	c.demand(alone || g.Takeover == "", "there is no lease to take over unless one node writes", "grants", i, "takeover")
+	c.demand(g.Writers != WritersReaders || g.Lease == "", "readers have no lease", "grants", i, "lease")
+	g.lease = DefaultLease
+	if g.Lease == "" {
+		return
+	}
+	var err error
+	if g.lease, err = time.ParseDuration(g.Lease); err != nil || g.lease < MinLease || g.lease > MaxLease {
+		c.fail("must be a duration from %s to %s, such as 2m", []any{MinLease, MaxLease}, "grants", i, "lease")
 	}
 }

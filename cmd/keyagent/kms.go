@@ -18,7 +18,7 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
@@ -207,9 +207,9 @@ old_kms in docs/configuration.md.`,
 }
 
 // progress says how far a walk is, at most once a second.
-func progress(w io.Writer, verb string) func(record.Progress) {
+func progress(w io.Writer, verb string) func(macstore.Progress) {
 	last := time.Now()
-	return func(p record.Progress) {
+	return func(p macstore.Progress) {
 		if now := time.Now(); now.Sub(last) >= time.Second {
 			last = now
 			fmt.Fprintf(w, "%s %d of %d records\n", verb, p.Done, p.Total)

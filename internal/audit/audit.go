@@ -48,6 +48,9 @@ type Entry struct {
 	Grant         string    `json:"grant,omitempty"`
 	Profile       string    `json:"profile,omitempty"`
 	RecordKey     string    `json:"record_key,omitempty"` // ID of the record MAC key
+	Attempt       string    `json:"attempt,omitempty"`    // to create the volume
+	Lease         string    `json:"lease,omitempty"`      // ID of the writer's
+	Holder        string    `json:"holder,omitempty"`     // of the attempt or the lease
 	Result        string    `json:"result"`               // allowed, refused
 	Class         string    `json:"class,omitempty"`
 	Detail        string    `json:"detail,omitempty"`

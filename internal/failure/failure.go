@@ -146,8 +146,11 @@ func Status(err error, message string) error {
 }
 
 // FromStatus turns a gRPC error back into one with a class. A status that a
-// keyagent did not make is a failure of transport.
+// keyagent did not make is a failure of transport. Nil stays nil.
 func FromStatus(err error) error {
+	if err == nil {
+		return nil
+	}
 	st, ok := status.FromError(err)
 	if !ok {
 		return err

@@ -3,13 +3,13 @@ package keyservice
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
 	"time"
 
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/storage"
@@ -21,55 +21,52 @@ var ErrNoRecords = errors.New("storage holds no records")
 // Admin is what an operator does with all records at once. It works beside a key
 // service that runs: every change is a compare-and-swap.
 type Admin struct {
-	kms  kms.KMS
-	book *record.Book
-	now  func() time.Time
+	kms     kms.KMS
+	records *macstore.Store
+	now     func() time.Time
 }
 
 // OpenAdmin opens the records of a storage. recordKey is the ID of their MAC key,
 // if it is known; it must be where anybody can wrap under the KEK.
 func OpenAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string) (*Admin, error) {
-	return newAdmin(ctx, k, s, recordKey, record.OpenExisting)
+	return newAdmin(ctx, k, s, recordKey, macstore.OpenExisting)
 }
 
 // OpenNewAdmin is OpenAdmin for a storage that may be empty. announce is told the ID
 // of a MAC key that is made for it, before it is stored.
 func OpenNewAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, announce func(id string) error) (*Admin, error) {
-	return newAdmin(ctx, k, s, recordKey, func(ctx context.Context, k kms.KMS, s storage.Storage) (*record.Book, error) {
-		return record.Open(ctx, k, s, announce)
+	return newAdmin(ctx, k, s, recordKey, func(ctx context.Context, k kms.KMS, s storage.Storage) (*macstore.Store, error) {
+		return macstore.Open(ctx, k, s, announce)
 	})
 }
 
-func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*record.Book, error)) (*Admin, error) {
-	book, err := open(ctx, k, s)
+func newAdmin(ctx context.Context, k kms.KMS, s storage.Storage, recordKey string, open func(context.Context, kms.KMS, storage.Storage) (*macstore.Store, error)) (*Admin, error) {
+	records, err := open(ctx, k, s)
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil, forOperator(ErrNoRecords)
 	}
 	if err != nil {
 		return nil, forOperator(err)
 	}
-	if err := book.Trust(k, recordKey); err != nil {
-		return nil, errors.Join(forOperator(err), book.Close())
+	if err := records.CheckKey(k, recordKey); err != nil {
+		return nil, errors.Join(forOperator(err), records.Close())
 	}
-	return &Admin{kms: k, book: book, now: time.Now}, nil
+	return &Admin{kms: k, records: records, now: time.Now}, nil
 }
 
 // Close wipes the MAC key. The KMS and the storage are the caller's.
-func (a *Admin) Close() error { return a.book.Close() }
+func (a *Admin) Close() error { return a.records.Close() }
 
 // visits say how the records of each kind hold their keys.
-func visits(now func() time.Time) map[record.Kind]record.Visit {
-	return map[record.Kind]record.Visit{record.Volume: visitVolume(now), record.DEK: dek.Visit}
+func visits(now func() time.Time) map[macstore.Collection]macstore.Visit {
+	return map[macstore.Collection]macstore.Visit{macstore.Volume: visitVolume(now), macstore.DEK: dek.Visit}
 }
 
-func visitVolume(now func() time.Time) record.Visit {
+func visitVolume(now func() time.Time) macstore.Visit {
 	return func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
-		r, err := parseRecord(body)
+		r, err := volume.Parse(id, body)
 		if err != nil {
 			return nil, err
-		}
-		if r.VolumeID != id {
-			return nil, fmt.Errorf("%w: it is of volume %q", ErrRecord, r.VolumeID)
 		}
 		changed := false
 		for i := range r.Keys {
@@ -87,40 +84,40 @@ func visitVolume(now func() time.Time) record.Visit {
 		}
 		r.Revision++
 		r.Updated = now().UTC()
-		return json.Marshal(r)
+		return r.Encode()
 	}
 }
 
 // Status is what records there are, and under which KEKs.
 type Status struct {
-	Current   string         `json:"current_kek"`    // what keys are wrapped under now
-	RecordKey string         `json:"record_key"`     // ID of the record MAC key
-	MACKey    string         `json:"record_key_kek"` // the KEK that it is under
-	Volumes   map[State]int  `json:"volumes"`        // records by state
-	DEKs      int            `json:"deks"`           // of programs without a key service
-	Keys      map[string]int `json:"keys"`           // by KEK
-	Outdated  int            `json:"outdated"`       // keys, the MAC key among them, under another KEK than Current
-	Refused   []string       `json:"refused,omitempty"`
+	Current   string               `json:"current_kek"`    // what keys are wrapped under now
+	RecordKey string               `json:"record_key"`     // ID of the record MAC key
+	MACKey    string               `json:"record_key_kek"` // the KEK that it is under
+	Volumes   map[volume.State]int `json:"volumes"`        // records by state
+	DEKs      int                  `json:"deks"`           // of programs without a key service
+	Keys      map[string]int       `json:"keys"`           // by KEK
+	Outdated  int                  `json:"outdated"`       // keys, the MAC key among them, under another KEK than Current
+	Refused   []string             `json:"refused,omitempty"`
 }
 
 // Status reads every record. It unwraps nothing. Records that are refused are
 // named in it.
 func (a *Admin) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Volumes: map[State]int{}, Keys: map[string]int{}}
+	s := &Status{Volumes: map[volume.State]int{}, Keys: map[string]int{}}
 	var err error
 	if s.Current, err = kms.Current(ctx, a.kms); err != nil {
 		return nil, forOperator(err)
 	}
-	if s.RecordKey, err = a.book.KeyID(); err != nil {
+	if s.RecordKey, err = a.records.KeyID(); err != nil {
 		return nil, err
 	}
-	mac, err := a.book.MACKey(ctx)
+	mac, err := a.records.MACKey(ctx)
 	if err != nil {
 		return nil, forOperator(err)
 	}
 	s.MACKey = mac.KEK
 	var mu sync.Mutex
-	for _, kind := range record.Kinds {
+	for _, kind := range macstore.Collections {
 		visit := visits(a.now)[kind]
 		look := func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
 			if _, err := visit(id, body, f); err != nil {
@@ -128,11 +125,11 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			if kind == record.DEK {
+			if kind == macstore.DEK {
 				s.DEKs++
 				return body, nil
 			}
-			r, err := parseRecord(body)
+			r, err := volume.Parse(id, body)
 			if err == nil {
 				s.Volumes[r.State]++
 			}
@@ -144,8 +141,8 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 			s.Keys[w.KEK]++
 			return w, nil
 		}
-		_, err := a.book.Walk(ctx, kind, look, count, nil)
-		if errors.Is(err, record.ErrIncomplete) {
+		_, err := a.records.Walk(ctx, kind, look, count, nil)
+		if errors.Is(err, macstore.ErrIncomplete) {
 			return nil, forOperator(err)
 		}
 		if err != nil {

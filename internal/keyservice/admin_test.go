@@ -14,8 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/kms/dek"
@@ -47,20 +48,14 @@ const (
 // keys by the names of their objects.
 func fill(t *testing.T, k kms.KMS, s storage.Storage) map[string]*secret.Bytes {
 	t.Helper()
-	r, err := openRecords(t.Context(), k, s, time.Now, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
+	r := openVolumes(t, k, s)
 	for i := range 5 {
 		id := fmt.Sprintf("data-%d", i)
-		if _, err := r.obtain(t.Context(), id, "grant"); err != nil {
+		if _, err := r.Obtain(t.Context(), id, "grant"); err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
-			if _, err := r.confirm(t.Context(), id, 1, 1, testMAC); err != nil {
-				t.Fatal(err)
-			}
+			activate(t, r, id)
 		}
 	}
 	d, err := dek.Open(t.Context(), notClosed{k}, s)
@@ -81,13 +76,13 @@ type notClosed struct{ kms.KMS }
 
 func keysOf(t *testing.T, k kms.KMS, s storage.Storage) map[string]*secret.Bytes {
 	t.Helper()
-	book, err := record.OpenExisting(t.Context(), k, s)
+	book, err := macstore.OpenExisting(t.Context(), k, s)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer book.Close()
 	keys := map[string]*secret.Bytes{}
-	for _, kind := range record.Kinds {
+	for _, kind := range macstore.Collections {
 		ids, err := book.List(t.Context(), kind, "", 100)
 		if err != nil {
 			t.Fatal(err)
@@ -140,13 +135,13 @@ func TestEveryKeyMovesToAnotherKEKAndStaysTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if before.Current != to.KEK() || before.MACKey != from.KEK() || before.Keys[from.KEK()] != 6 || before.Volumes[Active] != 4 ||
-		before.Volumes[Pending] != 1 || before.DEKs != 1 || before.Outdated != 7 || len(before.RecordKey) != 32 {
+	if before.Current != to.KEK() || before.MACKey != from.KEK() || before.Keys[from.KEK()] != 6 || before.Volumes[volume.Active] != 4 ||
+		before.Volumes[volume.Pending] != 1 || before.DEKs != 1 || before.Outdated != 7 || len(before.RecordKey) != 32 {
 		t.Errorf("%+v", before)
 	}
-	var reports []record.Progress
-	p, err := a.Rewrap(t.Context(), func(p record.Progress) { reports = append(reports, p) })
-	if err != nil || p != (record.Progress{Total: 6, Done: 6, Changed: 6}) || len(reports) != 6 {
+	var reports []macstore.Progress
+	p, err := a.Rewrap(t.Context(), func(p macstore.Progress) { reports = append(reports, p) })
+	if err != nil || p != (macstore.Progress{Total: 6, Done: 6, Changed: 6}) || len(reports) != 6 {
 		t.Fatalf("%+v, %v, %d reports", p, err, len(reports))
 	}
 	if p, err := a.Rewrap(t.Context(), nil); err != nil || p.Changed != 0 {
@@ -217,7 +212,7 @@ func TestARecordThatIsRefusedDoesNotHoldUpTheOthers(t *testing.T) {
 		t.Errorf("%+v, %v", status, err)
 	}
 	p, err := a.Rewrap(t.Context(), nil)
-	wantErr(t, err, ErrRecord)
+	wantErr(t, err, volume.ErrRecord)
 	if p.Failed != 1 || p.Changed < 4 {
 		t.Errorf("%+v", p)
 	}
@@ -240,32 +235,32 @@ func (p public) Current(ctx context.Context) (string, error) { return kms.Curren
 // and every record with it.
 func TestAPlantedMACKeyIsRefused(t *testing.T) {
 	k, s := public{clusterKMS(t, oldMaster)}, memfs.New()
-	r, err := openRecords(t.Context(), k, s, time.Now, nil)
+	r, err := macstore.Open(t.Context(), k, s, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.book.Trust(k, ""); err != nil {
+	if err := r.CheckKey(k, ""); err != nil {
 		t.Errorf("its own MAC key: %v", err)
 	}
-	known, err := r.book.KeyID()
+	known, err := r.KeyID()
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.Close()
 	_, err = OpenAdmin(t.Context(), k, s, "")
-	wantErr(t, err, record.ErrMACKey)
+	wantErr(t, err, macstore.ErrMACKey)
 	if err == nil || !strings.Contains(err.Error(), known) {
 		t.Errorf("the error does not name the key that was found: %v", err)
 	}
 	_, err = OpenAdmin(t.Context(), k, s, strings.Repeat("0", 32))
-	wantErr(t, err, record.ErrMACKey)
+	wantErr(t, err, macstore.ErrMACKey)
 	a, err := OpenAdmin(t.Context(), k, s, known)
 	if err != nil {
 		t.Fatal(err)
 	}
 	a.Close()
 	_, err = OpenAdmin(t.Context(), kms.WithOld(clusterKMS(t, newMaster), k), s, "")
-	wantErr(t, err, record.ErrMACKey)
+	wantErr(t, err, macstore.ErrMACKey)
 }
 
 func export(t *testing.T, a *Admin, recipient []byte) ([]byte, string) {
@@ -469,14 +464,7 @@ func TestAnImportGoesOnBehindAVolumeThatWasConfirmedSince(t *testing.T) {
 	if _, err := imports(t, a, file, id, digest); err != nil {
 		t.Fatal(err)
 	}
-	r, err := openRecords(t.Context(), k, to, time.Now, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	if _, err := r.confirm(t.Context(), "data-0", 1, 1, testMAC); err != nil {
-		t.Fatal(err)
-	}
+	activate(t, openVolumes(t, k, to), "data-0")
 	if done, err := imports(t, a, file, id, digest); err != nil || done.Present != 6 {
 		t.Errorf("%+v, %v", done, err)
 	}
@@ -496,7 +484,7 @@ func TestWhatWasInterruptedSaysSo(t *testing.T) {
 		}
 		ctx, cancel = context.WithCancel(t.Context())
 		go cancel()
-		if s, err := a.Status(ctx); err == nil && s.Volumes[Active] != 4 {
+		if s, err := a.Status(ctx); err == nil && s.Volumes[volume.Active] != 4 {
 			t.Fatalf("%+v", s)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
@@ -68,7 +69,7 @@ func TestWhatABackendsErrorMeans(t *testing.T) {
 		{kms.ErrWrongKey, failure.WrongKey, failure.WrongKey, "wrong key"},
 		{storage.ErrCorrupt, failure.Tampered, failure.Tampered, "corrupt"},
 		{context.DeadlineExceeded, failure.Unreachable, failure.Unreachable, "unavailable"},
-		{ErrRollback, failure.Tampered, failure.Tampered, "other"},
+		{volume.ErrRollback, failure.Tampered, failure.Tampered, "other"},
 	} {
 		err := fmt.Errorf("some call: %w", tt.err)
 		if got := failure.Of(classify(err)).Class; got != tt.node {

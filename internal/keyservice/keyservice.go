@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
@@ -21,9 +22,9 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/policysource"
-	"github.com/keyagent/keyagent/internal/record"
-	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
@@ -44,21 +45,28 @@ type Options struct {
 	// RecordKeyPinned says that RecordKey is the operator's word, and not only what
 	// the audit log says.
 	RecordKeyPinned bool
+	// Alone says that no other key service has the storage.
+	Alone bool
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
+
+// ErrOwner means that the volume was made under another grant.
+var ErrOwner = errors.New("volume belongs to another grant")
 
 // Service implements the gRPC service. Create it with New.
 type Service struct {
 	keyservicev1.UnimplementedKeyServiceServer
 	policy  *policysource.Source
 	kms     kms.KMS
-	records *records
+	records *macstore.Store
+	volumes *volume.Store
 	audit   *audit.Log
 	log     *slog.Logger
 	metrics *Metrics
 	now     func() time.Time
 	slots   chan struct{} // bounds the requests under way
+	forget  forgetting
 }
 
 // maxUnderWay bounds how many requests are worked on at once; more wait.
@@ -69,7 +77,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	r, err := openRecords(ctx, opts.KMS, opts.Storage, opts.Now, func(id string) error {
+	records, err := macstore.Open(ctx, opts.KMS, opts.Storage, func(id string) error {
 		// Before it is stored: a crash in between leaves an ID of nothing, and never
 		// a key that is not known.
 		return opts.Audit.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
@@ -78,23 +86,24 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 		return nil, err
 	}
 	known := opts.RecordKey
-	if r.book.Made() && len(opts.Seen) == 0 && !opts.RecordKeyPinned {
+	if records.Created() && len(opts.Seen) == 0 && !opts.RecordKeyPinned {
 		known = "" // an earlier first start was cut short before it stored its key
 	}
-	if err := r.book.Trust(opts.KMS, known); err != nil {
-		return nil, errors.Join(err, r.Close())
+	if err := records.CheckKey(opts.KMS, known); err != nil {
+		return nil, errors.Join(err, records.Close())
 	}
-	for volume, revision := range opts.Seen {
-		r.noteRevision(volume, revision)
+	volumes := volume.NewStore(volume.Options{KMS: opts.KMS, Records: records, Now: opts.Now, Alone: opts.Alone})
+	for id, revision := range opts.Seen {
+		volumes.NoteRevision(id, revision)
 	}
 	return &Service{
-		policy: opts.Policy, kms: opts.KMS, records: r, audit: opts.Audit, log: opts.Log,
+		policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 	}, nil
 }
 
 // RecordKey names the key that authenticates the records.
-func (s *Service) RecordKey() (string, error) { return s.records.book.KeyID() }
+func (s *Service) RecordKey() (string, error) { return s.records.KeyID() }
 
 // Close wipes what the service holds.
 func (s *Service) Close() error { return s.records.Close() }
@@ -123,43 +132,6 @@ var operations = map[keyservicev1.Operation]policy.Operation{
 	keyservicev1.Operation_OPERATION_FORMAT: policy.Format,
 }
 
-var states = map[State]keyservicev1.VolumeState{
-	Pending: keyservicev1.VolumeState_VOLUME_STATE_PENDING,
-	Active:  keyservicev1.VolumeState_VOLUME_STATE_ACTIVE,
-}
-
-// GetKey implements the service.
-func (s *Service) GetKey(ctx context.Context, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
-	var resp *keyservicev1.GetKeyResponse
-	err := s.decide(ctx, "get-key", req.GetVolumeId(), operations[req.GetOperation()], func(d *decision) (err error) {
-		resp, err = s.release(ctx, d, req)
-		return err
-	})
-	return resp, err
-}
-
-// ConfirmVolume implements the service. It needs the grant under which the
-// volume may be formatted.
-func (s *Service) ConfirmVolume(ctx context.Context, req *keyservicev1.ConfirmVolumeRequest) (*keyservicev1.ConfirmVolumeResponse, error) {
-	var resp *keyservicev1.ConfirmVolumeResponse
-	err := s.decide(ctx, "confirm-volume", req.GetVolumeId(), policy.Format, func(d *decision) error {
-		rec, _, err := s.records.get(ctx, req.GetVolumeId())
-		if err != nil {
-			return err
-		}
-		if err := owned(rec, d.Owners); err != nil {
-			return err
-		}
-		if rec, err = s.records.confirm(ctx, req.GetVolumeId(), req.GetGeneration(), req.GetKeyVersion(), req.GetHeaderMac()); err != nil {
-			return err
-		}
-		d.entry.Revision, d.entry.KeyVersion = rec.Revision, rec.KeyVersion
-		resp = &keyservicev1.ConfirmVolumeResponse{State: states[rec.State], Generation: rec.Generation, CorrelationId: d.entry.CorrelationID}
-		return s.audit.Append(*d.entry)
-	})
-	return resp, err
-}
-
 // Reattest implements the service.
 func (s *Service) Reattest(stream keyservicev1.KeyService_ReattestServer) error {
 	ctx, cancel := context.WithTimeout(stream.Context(), atls.DefaultTimeout)
@@ -184,9 +156,17 @@ type decision struct {
 	also func(policy.Operation) error
 }
 
+// ask is what a caller wants: any one of the operations is enough.
+type ask struct {
+	event    string
+	volume   string
+	ops      []policy.Operation
+	readOnly bool
+}
+
 // decide authorises a request, runs act, and records a refusal, whoever refused.
 // act itself appends the entry of what it allows, at the moment that it chooses.
-func (s *Service) decide(ctx context.Context, event, volume string, op policy.Operation, act func(*decision) error) error {
+func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) error {
 	select {
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()
@@ -194,27 +174,27 @@ func (s *Service) decide(ctx context.Context, event, volume string, op policy.Op
 		return ctx.Err()
 	}
 	started := s.now()
-	entry := &audit.Entry{Event: event, CorrelationID: newID(), Volume: volume, Operation: string(op), Result: "allowed"}
-	if !policy.ValidVolume(volume) {
-		entry.Volume = fmt.Sprintf("%q", volume[:min(len(volume), 64)])
+	entry := &audit.Entry{Event: a.event, CorrelationID: newID(), Volume: a.volume, Operation: string(a.ops[0]), Result: "allowed"}
+	if !policy.ValidVolume(a.volume) {
+		entry.Volume = fmt.Sprintf("%q", a.volume[:min(len(a.volume), 64)])
 	}
-	err := s.authorize(ctx, entry, volume, op, act)
-	s.metrics.request(event, err, s.now().Sub(started))
+	err := s.authorize(ctx, entry, a, act)
+	s.metrics.request(a.event, err, s.now().Sub(started))
 	if err == nil {
-		s.log.InfoContext(ctx, "allowed", "event", event, "correlation_id", entry.CorrelationID, "identity", entry.Identity,
+		s.log.InfoContext(ctx, "allowed", "event", a.event, "correlation_id", entry.CorrelationID, "identity", entry.Identity,
 			"volume", entry.Volume, "operation", entry.Operation, "grant", entry.Grant, "profile", entry.Profile, "revision", entry.Revision)
 		return nil
 	}
 	return s.refuse(ctx, entry, err)
 }
 
-func (s *Service) authorize(ctx context.Context, entry *audit.Entry, volume string, op policy.Operation, act func(*decision) error) error {
+func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, act func(*decision) error) error {
 	c, err := callerOf(ctx)
 	if err != nil {
 		return err
 	}
 	entry.Identity, entry.Evidence = c.verified.Identity(), evidenceDigest(c.verified)
-	if op == "" {
+	if ask.ops[0] == "" {
 		return failure.Newf(failure.Usage, "", "unknown operation")
 	}
 	// The policy in force decides, and not the one of the handshake: what was
@@ -225,15 +205,22 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, volume stri
 	if err != nil {
 		return failure.New(failure.EvidenceRefused, err, "")
 	}
-	d, err := p.Authorize(a, policy.Request{Volume: volume, Operation: op, Now: s.now()})
+	allow := func(op policy.Operation) (policy.Decision, error) {
+		d, err := p.Authorize(a, policy.Request{Volume: ask.volume, Operation: op, Now: s.now(), ReadOnly: ask.readOnly})
+		return d, failure.New(failure.PolicyDenied, err, "")
+	}
+	d, err := allow(ask.ops[0])
+	for _, op := range ask.ops[1:] {
+		if err != nil {
+			entry.Operation = string(op)
+			d, err = allow(op)
+		}
+	}
 	if err != nil {
-		return failure.New(failure.PolicyDenied, err, "")
+		return err
 	}
 	entry.Grant, entry.Profile = d.Grant, d.Profile
-	also := func(other policy.Operation) error {
-		_, err := p.Authorize(a, policy.Request{Volume: volume, Operation: other, Now: s.now()})
-		return failure.New(failure.PolicyDenied, err, "")
-	}
+	also := func(other policy.Operation) error { _, err := allow(other); return err }
 	return act(&decision{Decision: d, caller: c, entry: entry, also: also})
 }
 
@@ -249,9 +236,10 @@ func (s *Service) refuse(ctx context.Context, entry *audit.Entry, err error) err
 		s.log.ErrorContext(ctx, "the audit log does not take entries", "error", auditErr)
 	}
 	message := fmt.Sprintf("%s (correlation id %s)", class, entry.CorrelationID)
-	var m *policy.MismatchError
-	if errors.As(err, &m) && m.PeerDetail() != "" {
-		message += ": " + m.PeerDetail()
+	// An error that may be shown says so.
+	var shown interface{ PeerDetail() string }
+	if errors.As(err, &shown) && shown.PeerDetail() != "" {
+		message += ": " + shown.PeerDetail()
 	}
 	return failure.Status(err, message)
 }
@@ -264,20 +252,26 @@ func classify(err error) error {
 		class failure.Class
 		hint  string
 	}{
-		{ErrNoVolume, failure.NotFound, "the volume was never formatted: keyagent format does it, on a blank disk"},
+		{volume.ErrLease, failure.Held, "stop writing: the lease is somebody else's, or an operator ended it"},
+		{volume.ErrHeld, failure.Held, "wait, or have an operator end it on the key service: keyagent volume takeover"},
+		{volume.ErrAttempt, failure.State, "begin again"},
+		{volume.ErrOldNode, failure.State, "upgrade this node's keyagent before it creates volumes, or writes one whose lease ends by itself"},
+		{volume.ErrRetired, failure.State, "an operator ended its life on the key service"},
+		{errProof, failure.WrongKey, ""},
+		{volume.ErrNoVolume, failure.NotFound, "the volume was never formatted: keyagent format does it, on a blank disk"},
 		{ErrOwner, failure.PolicyDenied, ""},
-		{ErrConfirm, failure.State, ""},
-		{ErrTransition, failure.State, ""},
+		{volume.ErrConfirm, failure.State, ""},
+		{volume.ErrTransition, failure.State, ""},
 		{ErrNoRecords, failure.NotFound, "is it the right storage, with the right prefix?"},
 		{ErrRecipient, failure.Configuration, "keyagent kms recipient prints one"},
 		{ErrExport, failure.Tampered, ""},
 		{ErrDigest, failure.Tampered, "export it again, or give the digest that the export printed"},
 		{ErrExists, failure.State, "nothing was overwritten"},
-		{errNotActive, failure.State, "its first format did not finish: run it again"},
-		{ErrRollback, failure.Tampered, ""},
-		{ErrRecord, failure.Tampered, ""},
-		{record.ErrMACKey, failure.Tampered, ""},
-		{record.ErrNotStored, failure.Tampered, ""},
+		{volume.ErrNotActive, failure.State, "its first format did not finish: run it again"},
+		{volume.ErrRollback, failure.Tampered, ""},
+		{volume.ErrRecord, failure.Tampered, ""},
+		{macstore.ErrMACKey, failure.Tampered, ""},
+		{macstore.ErrNotStored, failure.Tampered, ""},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},
 	} {
 		if errors.Is(err, row.is) {
@@ -300,86 +294,20 @@ func classify(err error) error {
 func forOperator(err error) error {
 	for _, row := range backendErrors {
 		// What this package's own errors wrap is no cause of theirs.
-		if errors.Is(err, row.is) && !errors.Is(err, ErrRecord) && !errors.Is(err, ErrRollback) && !errors.Is(err, record.ErrMACKey) {
+		if errors.Is(err, row.is) && !errors.Is(err, volume.ErrRecord) && !errors.Is(err, volume.ErrRollback) && !errors.Is(err, macstore.ErrMACKey) {
 			return failure.New(row.class, err, row.operator)
 		}
 	}
 	return classify(err)
 }
 
-var errNotActive = errors.New("volume is not active")
-
-func owned(rec *Record, owners []string) error {
-	for _, o := range owners {
-		if o == rec.Owner {
-			return nil
-		}
+// owned is for [volume.Store.Update]: it refuses a volume that was made under a grant
+// which the caller's does not adopt.
+func (d *decision) owned(r *volume.Record) error {
+	if r.State == volume.Absent || slices.Contains(d.Owners, r.Owner) {
+		return nil
 	}
-	return fmt.Errorf("%w: volume %q was made under %q", ErrOwner, rec.VolumeID, rec.Owner)
-}
-
-// release seals the key of the volume to the caller.
-func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
-	rec, err := s.recordFor(ctx, d, req)
-	if err != nil {
-		return nil, err
-	}
-	if err := owned(rec, d.Owners); err != nil {
-		return nil, err
-	}
-	d.entry.Revision, d.entry.KeyVersion = rec.Revision, rec.KeyVersion
-	resp := &keyservicev1.GetKeyResponse{
-		State: states[rec.State], Generation: rec.Generation, KeyVersion: rec.KeyVersion,
-		LuksUuid: rec.LUKSUUID, CorrelationId: d.entry.CorrelationID,
-	}
-	if rec.State == Active {
-		if resp.HeaderMac, err = hex.DecodeString(rec.HeaderMAC); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrRecord, err)
-		}
-	}
-	b, w, err := rec.binding()
-	if err != nil {
-		return nil, err
-	}
-	dek, err := s.kms.Unwrap(ctx, b, w)
-	if err != nil {
-		return nil, fmt.Errorf("key of volume %q: %w", rec.VolumeID, err)
-	}
-	defer dek.Close()
-	if resp.SealedDek, err = s.seal(d.caller, req, resp, dek); err != nil {
-		return nil, err
-	}
-	for _, w := range d.Warnings {
-		s.log.WarnContext(ctx, "a reference value is warn_only and does not fit", "correlation_id", d.entry.CorrelationID, "mismatch", w.String())
-		s.metrics.warned(w.Field)
-	}
-	return resp, s.audit.Append(*d.entry)
-}
-
-func (s *Service) seal(c caller, req *keyservicev1.GetKeyRequest, resp *keyservicev1.GetKeyResponse, dek *secret.Bytes) ([]byte, error) {
-	return c.channel.Seal(keyservicev1.SealInfo(req.GetVolumeId(), req.GetOperation(), resp), dek)
-}
-
-// recordFor finds the record that the operation works on. Only an operation
-// that may format makes one.
-func (s *Service) recordFor(ctx context.Context, d *decision, req *keyservicev1.GetKeyRequest) (*Record, error) {
-	var rec *Record
-	var err error
-	if req.GetOperation() == keyservicev1.Operation_OPERATION_FORMAT {
-		rec, err = s.records.obtain(ctx, req.GetVolumeId(), d.Grant)
-	} else {
-		rec, _, err = s.records.get(ctx, req.GetVolumeId())
-	}
-	switch {
-	case err != nil:
-		return nil, err
-	case rec.State == Pending && req.GetOperation() == keyservicev1.Operation_OPERATION_FORMAT:
-		return rec, nil
-	case rec.State == Active:
-		// Who may only create volumes does not get the key of one with data.
-		return rec, d.also(policy.Open)
-	}
-	return nil, fmt.Errorf("%w: it is %s", errNotActive, rec.State)
+	return fmt.Errorf("%w: volume %q was made under %q", ErrOwner, r.VolumeID, r.Owner)
 }
 
 // newID returns a correlation ID.

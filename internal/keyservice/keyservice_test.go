@@ -18,9 +18,13 @@ import (
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation/atls"
+	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/volume"
+	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/memfs"
@@ -39,19 +43,19 @@ func TestTheLifeOfAVolume(t *testing.T) {
 	_, _, err = w.get(m, "data-1", openOp)
 	wantClass(t, err, failure.State)
 
-	confirm := &keyservicev1.ConfirmVolumeRequest{VolumeId: "data-1", Generation: pending.GetGeneration(), KeyVersion: pending.GetKeyVersion(), HeaderMac: testMAC}
-	for range 2 { // the answer to the first may be lost
-		if _, err := m.ConfirmVolume(t.Context(), confirm); err != nil {
-			t.Fatal(err)
-		}
+	n, lease := w.provision(m, "data-1")
+	if len(lease.GetId()) != 16 || lease.GetTermMs() != 120_000 || lease.GetBound() {
+		t.Errorf("%v", lease)
 	}
-	other := &keyservicev1.ConfirmVolumeRequest{VolumeId: "data-1", Generation: 1, KeyVersion: 1, HeaderMac: bytes.Repeat([]byte{8}, 32)}
-	_, err = m.ConfirmVolume(t.Context(), other)
-	wantClass(t, failure.FromStatus(err), failure.State)
+	if err := n.confirm(); err != nil { // the answer to the first may be lost
+		t.Fatal(err)
+	}
+	n.mac = bytesOf(8, 32)
+	wantClass(t, n.confirm(), failure.State)
 
 	for _, op := range []keyservicev1.Operation{openOp, formatOp} {
 		active, again, err := w.get(m, "data-1", op)
-		if err != nil || again != dek || !bytes.Equal(active.GetHeaderMac(), testMAC) ||
+		if err != nil || again != dek || !bytes.Equal(active.GetHeaderMac(), testMAC) || len(active.GetCopyMacs()) != 2 ||
 			active.GetState() != keyservicev1.VolumeState_VOLUME_STATE_ACTIVE || active.GetLuksUuid() != pending.GetLuksUuid() {
 			t.Fatalf("%v: %v, %v", op, active, err)
 		}
@@ -201,15 +205,12 @@ func TestStorageThatLies(t *testing.T) {
 			if _, _, err := w.get(m, "data-2", formatOp); err != nil {
 				t.Fatal(err)
 			}
-			resp, dek, err := w.get(m, "data-1", formatOp)
+			_, dek, err := w.get(m, "data-1", formatOp)
 			if err != nil {
 				t.Fatal(err)
 			}
 			pending := read(t, w.recordPath("data-1"))
-			if _, err := m.ConfirmVolume(t.Context(), &keyservicev1.ConfirmVolumeRequest{
-				VolumeId: "data-1", Generation: resp.GetGeneration(), KeyVersion: 1, HeaderMac: testMAC}); err != nil {
-				t.Fatal(err)
-			}
+			w.provision(m, "data-1")
 			good := read(t, w.recordPath("data-1"))
 			tt.lie(t, w, pending)
 			for _, when := range []string{"at once", "after a restart"} {
@@ -306,7 +307,7 @@ func TestAResponseThatWasChangedDoesNotOpen(t *testing.T) {
 	w := newWorld(t)
 	m := w.machine()
 	var p peer.Peer
-	resp, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp}, grpc.Peer(&p))
+	resp, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp, Protocol: keyservicev1.Protocol}, grpc.Peer(&p))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -328,7 +329,7 @@ func TestReattestationOverGRPC(t *testing.T) {
 	w := newWorld(t)
 	m := w.machine()
 	var p peer.Peer
-	if _, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp}, grpc.Peer(&p)); err != nil {
+	if _, err := m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp, Protocol: keyservicev1.Protocol}, grpc.Peer(&p)); err != nil {
 		t.Fatal(err)
 	}
 	ch, _ := atls.FromPeer(&p)
@@ -386,25 +387,49 @@ func TestAChangeThatLandsDuringAReadIsNoRollback(t *testing.T) {
 		t.Fatal(err)
 	}
 	slow := &slowStorage{Storage: memfs.New()}
-	r, err := openRecords(t.Context(), k, slow, time.Now, nil)
+	r := openVolumes(t, k, slow)
+	slow.afterGet = func() {
+		if _, err := r.Obtain(t.Context(), "data-1", "grant"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.Get(t.Context(), "data-1"); !errors.Is(err, volume.ErrNoVolume) {
+		t.Errorf("while it was created: %v", err)
+	}
+	slow.afterGet = func() { activate(t, r, "data-1") }
+	if rec, err := r.Get(t.Context(), "data-1"); err != nil || rec.State != volume.Pending {
+		t.Errorf("while it was confirmed: %+v, %v", rec, err)
+	}
+}
+
+// openVolumes opens the volumes of a storage without a service.
+func openVolumes(t testing.TB, k kms.KMS, s storage.Storage) *volume.Store {
+	t.Helper()
+	records, err := macstore.Open(t.Context(), k, s, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	slow.afterGet = func() {
-		if _, err := r.obtain(t.Context(), "data-1", "grant"); err != nil {
+	t.Cleanup(func() { records.Close() })
+	return volume.NewStore(volume.Options{KMS: k, Records: records, Now: time.Now, Alone: true})
+}
+
+// activate takes a pending volume through the three steps of a first format.
+func activate(t testing.TB, s *volume.Store, id string) {
+	t.Helper()
+	c := &volume.Caller{Holder: volume.Holder{Machine: "tpm:1", Name: "tpm:1"}, Channel: strings.Repeat("ab", 32), Protocol: keyservicev1.Protocol}
+	attempt := bytesOf(1, 16)
+	for _, step := range []func(*volume.Record) error{
+		func(r *volume.Record) error {
+			return r.Begin(c, attempt, volume.Header{Generation: 1, KeyVersion: 1, MAC: testMAC, CopyMACs: [][]byte{testMAC, testMAC}}, time.Now())
+		},
+		func(r *volume.Record) error {
+			return r.Stands(c, attempt, volume.Terms{Writers: policy.WritersOne, Term: time.Minute}, volume.NewID(), time.Now())
+		},
+		func(r *volume.Record) error { return r.Confirm(attempt, 1, 1, testMAC, true) },
+	} {
+		if _, err := s.Update(t.Context(), id, step); err != nil {
 			t.Error(err)
 		}
-	}
-	if _, _, err := r.get(t.Context(), "data-1"); !errors.Is(err, ErrNoVolume) {
-		t.Errorf("while it was created: %v", err)
-	}
-	slow.afterGet = func() {
-		if _, err := r.confirm(t.Context(), "data-1", 1, 1, testMAC); err != nil {
-			t.Error(err)
-		}
-	}
-	if rec, _, err := r.get(t.Context(), "data-1"); err != nil || rec.State != Pending {
-		t.Errorf("while it was confirmed: %+v, %v", rec, err)
 	}
 }
 
@@ -415,14 +440,7 @@ func TestWhoMayOnlyCreateDoesNotGetTheKeyOfAVolumeWithData(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := w.machine()
-	resp, _, err := w.get(m, "data-1", formatOp)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := m.ConfirmVolume(t.Context(), &keyservicev1.ConfirmVolumeRequest{
-		VolumeId: "data-1", Generation: resp.GetGeneration(), KeyVersion: 1, HeaderMac: testMAC}); err != nil {
-		t.Fatal(err)
-	}
-	_, _, err = w.get(m, "data-1", formatOp)
+	w.provision(m, "data-1")
+	_, _, err := w.get(m, "data-1", formatOp)
 	wantClass(t, err, failure.PolicyDenied)
 }

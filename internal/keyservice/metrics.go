@@ -9,7 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/keyagent/keyagent/internal/failure"
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 )
 
 // Metrics of a key service. Labels come from closed sets: never an error's text,
@@ -87,7 +87,7 @@ func (m *Metrics) reloaded(err error) {
 	m.reloads.WithLabelValues(result).Inc()
 }
 
-func (m *Metrics) rewrapped(p record.Progress) {
+func (m *Metrics) rewrapped(p macstore.Progress) {
 	for name, n := range map[string]int{"total": p.Total, "done": p.Done, "changed": p.Changed, "failed": p.Failed} {
 		m.rewrap.WithLabelValues(name).Set(float64(n))
 	}

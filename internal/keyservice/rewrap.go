@@ -5,28 +5,28 @@ import (
 	"errors"
 	"time"
 
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/kms"
 )
 
 // Rewrap wraps every key that is not under the KEK in force again under that one.
 // The MAC key comes last, so that as long as anything is under an older KEK it is
 // too. It may be ended at any point and run again.
-func (a *Admin) Rewrap(ctx context.Context, report func(record.Progress)) (record.Progress, error) {
-	return rewrap(ctx, a.kms, a.book, a.now, report)
+func (a *Admin) Rewrap(ctx context.Context, report func(macstore.Progress)) (macstore.Progress, error) {
+	return rewrap(ctx, a.kms, a.records, a.now, report)
 }
 
-func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.Time, report func(record.Progress)) (record.Progress, error) {
+func rewrap(ctx context.Context, k kms.KMS, records *macstore.Store, now func() time.Time, report func(macstore.Progress)) (macstore.Progress, error) {
 	current, err := kms.Current(ctx, k)
 	if err != nil {
-		return record.Progress{}, forOperator(err)
+		return macstore.Progress{}, forOperator(err)
 	}
-	again := record.Rewrap(k, current)
-	var sum record.Progress
+	again := macstore.Rewrap(k, current)
+	var sum macstore.Progress
 	var refused error
-	for _, kind := range record.Kinds {
+	for _, kind := range macstore.Collections {
 		before := sum
-		p, err := book.Walk(ctx, kind, visits(now)[kind], again, func(p record.Progress) {
+		p, err := records.Walk(ctx, kind, visits(now)[kind], again, func(p macstore.Progress) {
 			if report != nil {
 				report(before.Plus(p))
 			}
@@ -35,11 +35,11 @@ func rewrap(ctx context.Context, k kms.KMS, book *record.Book, now func() time.T
 		refused = errors.Join(refused, err)
 		// An object that is no record of ours opens under no KEK: whoever writes
 		// the storage must not hold up a change of the KEK by leaving one there.
-		if errors.Is(err, record.ErrIncomplete) {
+		if errors.Is(err, macstore.ErrIncomplete) {
 			return sum, forOperator(refused)
 		}
 	}
-	return sum, forOperator(errors.Join(book.RewrapMACKey(ctx, k), refused))
+	return sum, forOperator(errors.Join(records.RewrapMACKey(ctx, k), refused))
 }
 
 // rewrapLoop re-wraps at intervals until ctx ends. The first run waits as well: while
@@ -56,7 +56,7 @@ func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
 			return
 		case <-timer.C:
 		}
-		p, err := rewrap(ctx, s.kms, s.records.book, s.now, s.metrics.rewrapped)
+		p, err := rewrap(ctx, s.kms, s.records, s.now, s.metrics.rewrapped)
 		s.metrics.rewrapped(p)
 		switch {
 		case ctx.Err() != nil:

@@ -30,6 +30,7 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/policysource"
+	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
@@ -322,8 +323,9 @@ func (s *Server) openService(ctx context.Context) error {
 		return forOperator(err)
 	}
 	s.closers = append(s.closers, s.service)
+	secret.Forget() // the master secret was read, and keys were derived from it
 	id, err := s.service.RecordKey()
-	if err != nil || id == recordKey || s.service.records.book.Made() {
+	if err != nil || id == recordKey || s.service.records.Created() {
 		return err // the log knows it
 	}
 	return log.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
@@ -471,6 +473,7 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 		group.Go(func() error { <-ctx.Done(); return web.Close() })
 	}
+	group.Go(func() error { s.service.forget.loop(ctx); return nil })
 	if every, err := s.cfg.rewrapEvery(); err == nil && every > 0 {
 		group.Go(func() error { s.service.rewrapLoop(ctx, every); return nil })
 	}

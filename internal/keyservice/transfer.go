@@ -18,8 +18,9 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
@@ -78,7 +79,7 @@ func RecipientDigest(recipient []byte) string {
 // Export writes every record with its keys, sealed to recipient. It returns the
 // SHA-256 of what it wrote: anybody can seal to a recipient, so it is by this
 // digest that an import knows the export.
-func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, report func(record.Progress)) (digest string, p record.Progress, err error) {
+func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, report func(macstore.Progress)) (digest string, p macstore.Progress, err error) {
 	key, err := hpke.MLKEM768X25519().NewPublicKey(recipient)
 	if err != nil {
 		return "", p, forOperator(fmt.Errorf("%w: %w", ErrRecipient, err))
@@ -92,12 +93,12 @@ func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, repor
 	if _, err := fmt.Fprintf(e.w, "%s\n%s\n", exportMagic, base64.StdEncoding.EncodeToString(enc)); err != nil {
 		return "", p, err
 	}
-	for _, kind := range record.Kinds {
+	for _, kind := range macstore.Collections {
 		before := p
 		visit := visits(a.now)[kind]
-		q, err := a.book.Walk(ctx, kind, func(id string, body []byte, _ func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
+		q, err := a.records.Walk(ctx, kind, func(id string, body []byte, _ func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
 			return body, a.exportRecord(ctx, e, kind, visit, id, body)
-		}, nil, func(q record.Progress) {
+		}, nil, func(q macstore.Progress) {
 			if report != nil {
 				report(before.Plus(q))
 			}
@@ -138,7 +139,7 @@ func (e *exporter) seal(aad string, plain []byte) error {
 	return err
 }
 
-func (a *Admin) exportRecord(ctx context.Context, e *exporter, kind record.Kind, visit record.Visit, id string, body []byte) error {
+func (a *Admin) exportRecord(ctx context.Context, e *exporter, kind macstore.Collection, visit macstore.Visit, id string, body []byte) error {
 	var keys []*secret.Bytes
 	defer func() {
 		for _, k := range keys {
@@ -242,7 +243,7 @@ func (a *Admin) Import(ctx context.Context, e *Export) (done Imported, err error
 
 // transferred is one record of an export.
 type transferred struct {
-	kind record.Kind
+	kind macstore.Collection
 	id   string
 	body []byte
 	keys []*secret.Bytes
@@ -356,7 +357,7 @@ func parseTransferred(plain []byte) (*transferred, error) {
 	}
 	t := &transferred{}
 	prefix, id, body := part(), part(), part()
-	for _, kind := range record.Kinds {
+	for _, kind := range macstore.Collections {
 		if kind.Prefix == string(prefix) {
 			t.kind = kind
 		}
@@ -394,13 +395,13 @@ func (a *Admin) importRecord(ctx context.Context, t *transferred, done *Imported
 			return kms.Wrapped{}, fmt.Errorf("%w: a key is missing", ErrExport)
 		}
 		i++
-		return record.WrapAndOpen(ctx, a.kms, b, t.keys[i-1])
+		return macstore.WrapAndOpen(ctx, a.kms, b, t.keys[i-1])
 	})
 	if err == nil && i != len(t.keys) {
 		err = fmt.Errorf("%w: there are more keys than the record has", ErrExport)
 	}
 	if err == nil {
-		err = a.book.Put(ctx, t.kind, t.id, body, storage.Absent)
+		err = a.records.Put(ctx, t.kind, t.id, body, storage.Absent)
 	}
 	switch {
 	case err == nil:
@@ -418,7 +419,7 @@ func (a *Admin) importRecord(ctx context.Context, t *transferred, done *Imported
 // same demands that a record that is here has the keys of t, and is otherwise
 // what t was, later changes of its life aside.
 func (a *Admin) same(ctx context.Context, t *transferred) error {
-	body, _, err := a.book.Get(ctx, t.kind, t.id)
+	body, _, err := a.records.Get(ctx, t.kind, t.id)
 	if err != nil {
 		return err
 	}
@@ -441,21 +442,20 @@ func (a *Admin) same(ctx context.Context, t *transferred) error {
 	if err == nil && i != len(t.keys) {
 		err = ErrExists
 	}
-	if err != nil || t.kind != record.Volume {
+	if err != nil || t.kind != macstore.Volume {
 		return err
 	}
-	here, err := parseRecord(body)
+	here, err := volume.Parse(t.id, body)
 	if err != nil {
 		return err
 	}
-	there, err := parseRecord(t.body)
+	there, err := volume.Parse(t.id, t.body)
 	if err != nil {
 		return err
 	}
 	// It may have gone on living since an earlier import was cut short.
-	order := map[State]int{Pending: 1, Active: 2, Retired: 3}
 	if here.LUKSUUID != there.LUKSUUID || here.Generation != there.Generation || here.Owner != there.Owner || here.KeyVersion != there.KeyVersion ||
-		order[here.State] < order[there.State] || (there.HeaderMAC != "" && here.HeaderMAC != there.HeaderMAC) {
+		here.State.Before(there.State) || (there.HeaderMAC != "" && here.HeaderMAC != there.HeaderMAC) {
 		return ErrExists
 	}
 	return nil

@@ -3,7 +3,9 @@ package keyservice
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -20,6 +22,8 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/proof"
+	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
@@ -190,15 +194,12 @@ func (w *world) machine() keyservicev1.KeyServiceClient {
 // get returns the opened DEK of a volume.
 func (w *world) get(m keyservicev1.KeyServiceClient, volume string, op keyservicev1.Operation) (*keyservicev1.GetKeyResponse, string, error) {
 	var p peer.Peer
-	resp, err := m.GetKey(w.t.Context(), &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op}, grpc.Peer(&p))
+	req := &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op, Protocol: keyservicev1.Protocol, Node: "node-1"}
+	resp, err := m.GetKey(w.t.Context(), req, grpc.Peer(&p))
 	if err != nil {
 		return nil, "", failure.FromStatus(err)
 	}
-	ch, ok := atls.FromPeer(&p)
-	if !ok {
-		w.t.Fatal("the channel is not attested")
-	}
-	dek, err := ch.Open(keyservicev1.SealInfo(volume, op, resp), resp.GetSealedDek())
+	dek, err := openedBy(w.t, &p, req, resp)
 	if err != nil {
 		return resp, "", err
 	}
@@ -206,6 +207,113 @@ func (w *world) get(m keyservicev1.KeyServiceClient, volume string, op keyservic
 	text := ""
 	_ = dek.Use(func(b []byte) error { text = hex.EncodeToString(b); return nil })
 	return resp, text, nil
+}
+
+func openedBy(t testing.TB, p *peer.Peer, req *keyservicev1.GetKeyRequest, resp *keyservicev1.GetKeyResponse) (*secret.Bytes, error) {
+	t.Helper()
+	ch, ok := atls.FromPeer(p)
+	if !ok {
+		t.Fatal("the channel is not attested")
+	}
+	return ch.Open(keyservicev1.SealInfo(req.GetVolumeId(), req.GetOperation(), resp), resp.GetSealedDek())
+}
+
+// node is a machine that creates a volume.
+type node struct {
+	t       testing.TB
+	m       keyservicev1.KeyServiceClient
+	name    string
+	volume  string
+	key     *keyservicev1.GetKeyResponse
+	dek     *secret.Bytes
+	binder  []byte
+	attempt []byte
+	mac     []byte
+	copies  [][]byte
+}
+
+// creates gets the key of a volume that is to be created.
+func (w *world) creates(m keyservicev1.KeyServiceClient, name, volume string) (*node, error) {
+	w.t.Helper()
+	var p peer.Peer
+	req := &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: formatOp, Protocol: keyservicev1.Protocol, Node: name}
+	resp, err := m.GetKey(w.t.Context(), req, grpc.Peer(&p))
+	if err != nil {
+		return nil, failure.FromStatus(err)
+	}
+	dek, err := openedBy(w.t, &p, req, resp)
+	if err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(func() { dek.Close() })
+	ch, _ := atls.FromPeer(&p)
+	binder := ch.Binder()
+	id := make([]byte, proof.AttemptSize)
+	rand.Read(id)
+	return &node{w.t, m, name, volume, resp, dek, binder[:], id, testMAC, [][]byte{bytesOf(8, 32), bytesOf(9, 32)}}, nil
+}
+
+func bytesOf(b byte, n int) []byte { return bytes.Repeat([]byte{b}, n) }
+
+func (n *node) proof(step string) []byte {
+	n.t.Helper()
+	p, err := proof.Of(n.dek, proof.Input{Volume: n.volume, Generation: n.key.GetGeneration(), Binder: n.binder, Step: step,
+		Attempt: n.attempt, HeaderMAC: n.mac, CopyMACs: n.copies})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return p[:]
+}
+
+func (n *node) beginning() *keyservicev1.BeginFormatRequest {
+	return &keyservicev1.BeginFormatRequest{VolumeId: n.volume, Generation: n.key.GetGeneration(), KeyVersion: n.key.GetKeyVersion(),
+		Attempt: n.attempt, HeaderMac: n.mac, CopyMacs: n.copies, Proof: n.proof(proof.Begin), Node: n.name}
+}
+
+func (n *node) begin() error {
+	_, err := n.m.BeginFormat(n.t.Context(), n.beginning())
+	return failure.FromStatus(err)
+}
+
+func (n *node) stands() (*keyservicev1.HeaderStandsResponse, error) {
+	resp, err := n.m.HeaderStands(n.t.Context(), &keyservicev1.HeaderStandsRequest{VolumeId: n.volume, Attempt: n.attempt, Proof: n.proof(proof.Stands)})
+	return resp, failure.FromStatus(err)
+}
+
+func (n *node) confirming() *keyservicev1.ConfirmVolumeRequest {
+	return &keyservicev1.ConfirmVolumeRequest{VolumeId: n.volume, Generation: n.key.GetGeneration(), KeyVersion: n.key.GetKeyVersion(), HeaderMac: n.mac, Attempt: n.attempt}
+}
+
+func (n *node) confirm() error {
+	_, err := n.m.ConfirmVolume(n.t.Context(), n.confirming())
+	return failure.FromStatus(err)
+}
+
+// provision makes a volume active, as a node does.
+func (w *world) provision(m keyservicev1.KeyServiceClient, volume string) (*node, *keyservicev1.Lease) {
+	w.t.Helper()
+	n, err := w.creates(m, "node-1", volume)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := n.begin(); err != nil {
+		w.t.Fatal(err)
+	}
+	stands, err := n.stands()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if err := n.confirm(); err != nil {
+		w.t.Fatal(err)
+	}
+	return n, stands.GetLease()
+}
+
+func wantErr(t testing.TB, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("got %v, want %v", err, want)
+	}
 }
 
 func wantClass(t testing.TB, err error, class failure.Class) {

@@ -21,7 +21,7 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/keyagent/keyagent/internal/record"
+	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
@@ -35,17 +35,17 @@ var (
 	// they would be lost.
 	ErrNoStorage = errors.New("this key management backend needs a storage for wrapped keys")
 	// ErrRefused: what storage holds is not what was stored under this name.
-	ErrRefused = record.ErrRefused
+	ErrRefused = macstore.ErrRefused
 	// ErrMACKey: the key that authenticates the storage is gone or was
 	// exchanged.
-	ErrMACKey = record.ErrMACKey
+	ErrMACKey = macstore.ErrMACKey
 )
 
 // Store gives out keys. It is safe for concurrent use, also by several processes.
 type Store struct {
 	kms     kms.KMS
 	storage storage.Storage
-	book    *record.Book
+	records    *macstore.Store
 }
 
 // Open returns a Store over a KMS and a storage. A nil storage is for a KMS that
@@ -56,19 +56,19 @@ func Open(ctx context.Context, k kms.KMS, s storage.Storage) (*Store, error) {
 	if s == nil {
 		return out, nil
 	}
-	book, err := record.Open(ctx, k, s, nil)
+	records, err := macstore.Open(ctx, k, s, nil)
 	if err != nil {
 		return nil, err
 	}
-	out.book = book
+	out.records = records
 	return out, nil
 }
 
 // Close wipes what the Store holds, and closes its KMS and storage.
 func (s *Store) Close() error {
 	var errs []error
-	if s.book != nil {
-		errs = append(errs, s.book.Close())
+	if s.records != nil {
+		errs = append(errs, s.records.Close())
 	}
 	for _, part := range []any{s.kms, s.storage} {
 		if c, ok := part.(io.Closer); ok {
@@ -98,7 +98,7 @@ func (s *Store) GetDEK(ctx context.Context, id string, length int) (*kms.Secret,
 	if err := b.Validate(); err != nil {
 		return nil, err
 	}
-	if s.book == nil {
+	if s.records == nil {
 		return s.derive(ctx, b)
 	}
 	var err error
@@ -120,7 +120,7 @@ const maxTries = 16
 
 // Get returns the key of a volume that has one, else [ErrNotFound].
 func (s *Store) Get(ctx context.Context, id string, length int) (*kms.Secret, error) {
-	if s.book == nil {
+	if s.records == nil {
 		return s.GetDEK(ctx, id, length)
 	}
 	b := kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: 1, Length: length}
@@ -145,7 +145,7 @@ func (s *Store) derive(ctx context.Context, b kms.Binding) (*kms.Secret, error) 
 // get opens the stored form, and nothing else: a key that cannot come back is
 // never given out.
 func (s *Store) get(ctx context.Context, id string, length int) (*kms.Secret, error) {
-	body, _, err := s.book.Get(ctx, record.DEK, id)
+	body, _, err := s.records.Get(ctx, macstore.DEK, id)
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil, fmt.Errorf("%w: %q", ErrNotFound, id)
 	}
@@ -178,7 +178,7 @@ func (s *Store) create(ctx context.Context, b kms.Binding) error {
 	if err != nil {
 		return err
 	}
-	return s.book.Put(ctx, record.DEK, b.VolumeID, body, storage.Absent)
+	return s.records.Put(ctx, macstore.DEK, b.VolumeID, body, storage.Absent)
 }
 
 // parse parses a body that the MAC vouches for, strictly: it must be what
@@ -201,7 +201,7 @@ func parse(id string, body []byte) (*stored, error) {
 	return d, nil
 }
 
-// Visit is the record.Visit of this package's records.
+// Visit is the [macstore.Visit] of this package's records.
 func Visit(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
 	d, err := parse(id, body)
 	if err != nil {

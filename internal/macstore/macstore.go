@@ -1,12 +1,12 @@
-// Package record keeps authenticated records in storage: whoever can write the
+// Package macstore keeps authenticated records in storage: whoever can write the
 // storage can lose or repeat a record, but not change one, make one, or move one
 // to another name.
 //
-// Each record is one object of one line, the kind's magic and a MAC, and a body
-// that belongs to the kind. The MAC covers the object's name. It is made with one
+// Each record is one object of one line, the collection's magic and a MAC, and a body
+// that belongs to the collection. The MAC covers the object's name. It is created with one
 // key, the record MAC key, that lies wrapped in the same storage. The formats are
 // specified in docs/spec/volume-record.md.
-package record
+package macstore
 
 import (
 	"bytes"
@@ -32,13 +32,13 @@ var (
 	ErrRefused = errors.New("record is refused")
 	// ErrMACKey: the MAC key is gone although there are records, or is another
 	// one than it was.
-	ErrMACKey = errors.New("record MAC key is not the one that records were made with")
+	ErrMACKey = errors.New("record MAC key is not the one that records were created with")
 	// ErrNotStored: storage acknowledged a record and does not have it.
 	ErrNotStored = errors.New("storage acknowledged a record that it does not hold")
 )
 
-// Kind is one sort of record.
-type Kind struct {
+// Collection is one sort of record.
+type Collection struct {
 	Prefix string // of the objects' names, for example "volumes/"
 	Magic  string // begins each object, with its version, for example "keyagent volume record 1 "
 	Domain string // of the MAC
@@ -46,12 +46,12 @@ type Kind struct {
 
 // The kinds.
 var (
-	Volume = Kind{"volumes/", "keyagent volume record 1 ", "keyagent volume record mac v1"}
-	DEK    = Kind{"deks/", "keyagent wrapped dek 1 ", "keyagent wrapped dek mac v1"}
+	Volume = Collection{"volumes/", "keyagent volume record 1 ", "keyagent volume record mac v1"}
+	DEK    = Collection{"deks/", "keyagent wrapped dek 1 ", "keyagent wrapped dek mac v1"}
 )
 
-// Kinds are all of them.
-var Kinds = []Kind{Volume, DEK}
+// Collections are all of them.
+var Collections = []Collection{Volume, DEK}
 
 // MaxSize bounds a record in bytes.
 const MaxSize = 32 << 10
@@ -63,37 +63,37 @@ const (
 
 var macBinding = kms.Binding{VolumeID: "keyservice", Purpose: kms.RecordMAC, Version: 1, Length: 32}
 
-// Book reads and writes records. It is safe for concurrent use.
-type Book struct {
+// Store reads and writes records. It is safe for concurrent use.
+type Store struct {
 	storage storage.Storage
 	macKey  *secret.Bytes
-	made    bool // the MAC key, by this Open
+	created bool // the MAC key, by this Open
 }
 
 // OpenExisting unwraps the MAC key of a storage that has one, else
 // [storage.ErrNotFound].
-func OpenExisting(ctx context.Context, k kms.KMS, s storage.Storage) (*Book, error) {
+func OpenExisting(ctx context.Context, k kms.KMS, s storage.Storage) (*Store, error) {
 	w, _, err := readMACKey(ctx, s)
 	if err != nil {
 		return nil, fmt.Errorf("record MAC key: %w", err)
 	}
-	b, err := unwrap(ctx, k, s, w)
+	m, err := unwrap(ctx, k, s, w)
 	if err != nil {
 		return nil, fmt.Errorf("record MAC key: %w", err)
 	}
-	return b, nil
+	return m, nil
 }
 
 // Open unwraps the MAC key, or makes it if the storage is empty. announce, if not
 // nil, is told the ID of a new key before that is stored: who writes it down knows
 // the key whenever the storage has it. Another replica may be faster, and then the
 // key is another one.
-func Open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(id string) error) (*Book, error) {
+func Open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(id string) error) (*Store, error) {
 	var err error
 	for range maxConflicts {
-		var b *Book
-		if b, err = open(ctx, k, s, announce); err == nil {
-			return b, nil
+		var m *Store
+		if m, err = open(ctx, k, s, announce); err == nil {
+			return m, nil
 		}
 		if !errors.Is(err, storage.ErrConflict) {
 			break
@@ -102,10 +102,10 @@ func Open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(id st
 	return nil, fmt.Errorf("record MAC key: %w", err)
 }
 
-func open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(string) error) (*Book, error) {
+func open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(string) error) (*Store, error) {
 	w, _, err := readMACKey(ctx, s)
-	made := errors.Is(err, storage.ErrNotFound)
-	if made {
+	created := errors.Is(err, storage.ErrNotFound)
+	if created {
 		if err = create(ctx, k, s, announce); err == nil {
 			// Only the stored form counts: a key that does not come back from it
 			// must not authenticate anything.
@@ -115,23 +115,23 @@ func open(ctx context.Context, k kms.KMS, s storage.Storage, announce func(strin
 	if err != nil {
 		return nil, err
 	}
-	b, err := unwrap(ctx, k, s, w)
+	m, err := unwrap(ctx, k, s, w)
 	if err != nil {
 		return nil, err
 	}
-	b.made = made
-	return b, nil
+	m.created = created
+	return m, nil
 }
 
-func unwrap(ctx context.Context, k kms.KMS, s storage.Storage, w kms.Wrapped) (*Book, error) {
+func unwrap(ctx context.Context, k kms.KMS, s storage.Storage, w kms.Wrapped) (*Store, error) {
 	key, err := k.Unwrap(ctx, macBinding, w)
 	if errors.Is(err, kms.ErrWrongKey) {
-		err = fmt.Errorf("%w (hint: these records were made under another KEK)", err)
+		err = fmt.Errorf("%w (hint: these records were created under another KEK)", err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	return &Book{storage: s, macKey: key}, nil
+	return &Store{storage: s, macKey: key}, nil
 }
 
 func readMACKey(ctx context.Context, s storage.Storage) (w kms.Wrapped, v storage.Version, err error) {
@@ -151,8 +151,8 @@ func readMACKey(ctx context.Context, s storage.Storage) (w kms.Wrapped, v storag
 // create is for an empty storage only: records without their MAC key mean that
 // something was removed.
 func create(ctx context.Context, k kms.KMS, s storage.Storage, announce func(string) error) error {
-	for _, kind := range Kinds {
-		names, err := s.List(ctx, kind.Prefix, "", 1)
+	for _, c := range Collections {
+		names, err := s.List(ctx, c.Prefix, "", 1)
 		if err != nil {
 			return err
 		}
@@ -186,35 +186,39 @@ func putMACKey(ctx context.Context, s storage.Storage, w kms.Wrapped, expect sto
 }
 
 // Close wipes the MAC key.
-func (b *Book) Close() error { return b.macKey.Close() }
+func (m *Store) Close() error { return m.macKey.Close() }
 
-// Made reports whether this Open made the MAC key.
-func (b *Book) Made() bool { return b.made }
+// Created reports whether this Open created the MAC key.
+func (m *Store) Created() bool { return m.created }
 
 // KeyID names the MAC key without revealing it. Who keeps it elsewhere notices a
 // storage whose MAC key was exchanged together with all of its records.
-func (b *Book) KeyID() (string, error) { return keyID(b.macKey) }
+func (m *Store) KeyID() (string, error) { return keyID(m.macKey) }
 
 func keyID(key *secret.Bytes) (id string, err error) {
+	var sum [sha256.Size]byte
 	err = key.Use(func(k []byte) error {
-		h := hmac.New(sha256.New, k)
-		h.Write([]byte(idDomain))
-		id = hex.EncodeToString(h.Sum(nil)[:16])
+		secret.Do(func() {
+			h := hmac.New(sha256.New, k)
+			h.Write([]byte(idDomain))
+			h.Sum(sum[:0])
+		})
 		return nil
 	})
+	id = hex.EncodeToString(sum[:16])
 	return id, err
 }
 
-// Trust compares the MAC key with the one that is known: the ID that was kept
+// CheckKey compares the MAC key with the one that is known: the ID that was kept
 // elsewhere, or "". Under a KEK with a public half (see [kms.PublicWrapper])
 // whoever writes the storage can exchange the MAC key with all records, so there a
-// key of which nothing is known is refused, unless this Open made it.
-func (b *Book) Trust(k kms.KMS, known string) error {
-	id, err := b.KeyID()
+// key of which nothing is known is refused, unless this Open created it.
+func (m *Store) CheckKey(k kms.KMS, known string) error {
+	id, err := m.KeyID()
 	switch {
 	case err != nil:
 		return err
-	case known == "" && kms.Public(k) && !b.made:
+	case known == "" && kms.Public(k) && !m.created:
 		return fmt.Errorf("%w, as far as is known: anybody can wrap under this KEK, and the ID %s was not kept anywhere (hint: compare it with the one of a key service that you trust, and set record_key)", ErrMACKey, id)
 	case known != "" && known != id:
 		return fmt.Errorf("%w: storage has the one with the ID %s, it was %.32q", ErrMACKey, id, known)
@@ -223,20 +227,20 @@ func (b *Book) Trust(k kms.KMS, known string) error {
 }
 
 // MACKey returns the wrapped form of the MAC key that is in storage.
-func (b *Book) MACKey(ctx context.Context) (kms.Wrapped, error) {
-	w, _, err := readMACKey(ctx, b.storage)
+func (m *Store) MACKey(ctx context.Context) (kms.Wrapped, error) {
+	w, _, err := readMACKey(ctx, m.storage)
 	return w, err
 }
 
-// RewrapMACKey wraps the MAC key of this Book again under the KEK that k has in
+// RewrapMACKey wraps the MAC key of this Store again under the KEK that k has in
 // force. What storage has must be the same key: it stands under no MAC, and
 // wrapping whatever lies there would make an exchanged one ours. It is wrapped
 // again even if its name is that of the KEK in force, because the name stands
 // under no MAC either.
-func (b *Book) RewrapMACKey(ctx context.Context, k kms.KMS) error {
+func (m *Store) RewrapMACKey(ctx context.Context, k kms.KMS) error {
 	err := storage.ErrConflict
 	for range maxConflicts {
-		if err = b.rewrapMACKey(ctx, k); !errors.Is(err, storage.ErrConflict) {
+		if err = m.rewrapMACKey(ctx, k); !errors.Is(err, storage.ErrConflict) {
 			break
 		}
 	}
@@ -246,8 +250,8 @@ func (b *Book) RewrapMACKey(ctx context.Context, k kms.KMS) error {
 	return nil
 }
 
-func (b *Book) rewrapMACKey(ctx context.Context, k kms.KMS) error {
-	w, version, err := readMACKey(ctx, b.storage)
+func (m *Store) rewrapMACKey(ctx context.Context, k kms.KMS) error {
+	w, version, err := readMACKey(ctx, m.storage)
 	if err != nil {
 		return err
 	}
@@ -256,39 +260,39 @@ func (b *Book) rewrapMACKey(ctx context.Context, k kms.KMS) error {
 		return err
 	}
 	defer stored.Close()
-	if !stored.Equal(b.macKey) {
+	if !stored.Equal(m.macKey) {
 		return fmt.Errorf("%w: it was exchanged since these records were opened", ErrMACKey)
 	}
 	current, err := kms.Current(ctx, k)
 	if err != nil || (w.KEK == current && len(w.Blob) == 0) { // derived from the KEK
 		return err
 	}
-	next, err := WrapAndOpen(ctx, k, macBinding, b.macKey)
+	next, err := WrapAndOpen(ctx, k, macBinding, m.macKey)
 	if err != nil {
 		return err
 	}
-	return putMACKey(ctx, b.storage, next, version)
+	return putMACKey(ctx, m.storage, next, version)
 }
 
 // Get returns the body of a record, which the MAC vouches for, and the version
 // of its object. The errors are those of storage, and [ErrRefused].
-func (b *Book) Get(ctx context.Context, kind Kind, id string) ([]byte, storage.Version, error) {
-	data, version, err := b.storage.Get(ctx, kind.Prefix+id)
+func (m *Store) Get(ctx context.Context, c Collection, id string) ([]byte, storage.Version, error) {
+	data, version, err := m.storage.Get(ctx, c.Prefix+id)
 	if err != nil {
 		return nil, "", err
 	}
-	body, err := b.Decode(kind, id, data)
+	body, err := m.Decode(c, id, data)
 	return body, version, err
 }
 
 // Put writes a record and reads it back, so that what storage acknowledged
 // and does not hold is noticed before anybody acts on it: [ErrNotStored].
-func (b *Book) Put(ctx context.Context, kind Kind, id string, body []byte, expect storage.Version) error {
-	data, err := b.Encode(kind, id, body)
+func (m *Store) Put(ctx context.Context, c Collection, id string, body []byte, expect storage.Version) error {
+	data, err := m.Encode(c, id, body)
 	if err != nil {
 		return err
 	}
-	return put(ctx, b.storage, kind.Prefix+id, data, expect)
+	return put(ctx, m.storage, c.Prefix+id, data, expect)
 }
 
 func put(ctx context.Context, s storage.Storage, name string, data []byte, expect storage.Version) error {
@@ -311,25 +315,25 @@ func put(ctx context.Context, s storage.Storage, name string, data []byte, expec
 	return nil
 }
 
-// List returns, in byte order, at most limit IDs of a kind that come after one.
-func (b *Book) List(ctx context.Context, kind Kind, after string, limit int) ([]string, error) {
+// List returns, in byte order, at most limit IDs of a collection that come after one.
+func (m *Store) List(ctx context.Context, c Collection, after string, limit int) ([]string, error) {
 	if after != "" {
-		after = kind.Prefix + after
+		after = c.Prefix + after
 	}
-	names, err := b.storage.List(ctx, kind.Prefix, after, limit)
+	names, err := m.storage.List(ctx, c.Prefix, after, limit)
 	for i := range names {
-		names[i] = strings.TrimPrefix(names[i], kind.Prefix)
+		names[i] = strings.TrimPrefix(names[i], c.Prefix)
 	}
 	return names, err
 }
 
 // Encode makes the object of a record.
-func (b *Book) Encode(kind Kind, id string, body []byte) ([]byte, error) {
-	mac, err := b.mac(kind, id, body)
+func (m *Store) Encode(c Collection, id string, body []byte) ([]byte, error) {
+	mac, err := m.mac(c, id, body)
 	if err != nil {
 		return nil, err
 	}
-	out := append([]byte(kind.Magic+hex.EncodeToString(mac)+"\n"), body...)
+	out := append([]byte(c.Magic+hex.EncodeToString(mac)+"\n"), body...)
 	if len(out) > MaxSize {
 		return nil, fmt.Errorf("%w: %d bytes", ErrRefused, len(out))
 	}
@@ -337,17 +341,17 @@ func (b *Book) Encode(kind Kind, id string, body []byte) ([]byte, error) {
 }
 
 // Decode authenticates an object and returns its body. Parsing comes after.
-func (b *Book) Decode(kind Kind, id string, data []byte) ([]byte, error) {
+func (m *Store) Decode(c Collection, id string, data []byte) ([]byte, error) {
 	if len(data) > MaxSize {
 		return nil, fmt.Errorf("%w: %d bytes", ErrRefused, len(data))
 	}
 	line, body, ok := bytes.Cut(data, []byte("\n"))
-	text, isKind := strings.CutPrefix(string(line), kind.Magic)
+	text, belongs := strings.CutPrefix(string(line), c.Magic)
 	got, err := hex.DecodeString(text)
-	if !ok || !isKind || err != nil {
-		return nil, fmt.Errorf("%w: it does not begin with %q and a MAC", ErrRefused, kind.Magic)
+	if !ok || !belongs || err != nil {
+		return nil, fmt.Errorf("%w: it does not begin with %q and a MAC", ErrRefused, c.Magic)
 	}
-	want, err := b.mac(kind, id, body)
+	want, err := m.mac(c, id, body)
 	if err != nil {
 		return nil, err
 	}
@@ -357,14 +361,20 @@ func (b *Book) Decode(kind Kind, id string, data []byte) ([]byte, error) {
 	return body, nil
 }
 
-func (b *Book) mac(kind Kind, id string, body []byte) (mac []byte, err error) {
-	err = b.macKey.Use(func(k []byte) error {
-		h := hmac.New(sha256.New, k)
-		for _, part := range [][]byte{[]byte(kind.Domain), []byte(kind.Prefix + id), body} {
-			h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(part))))
-			h.Write(part)
-		}
-		mac = h.Sum(nil)
+func (m *Store) mac(c Collection, id string, body []byte) (mac []byte, err error) {
+	// Its own allocations are made before: what is allocated inside waits, erased, for
+	// the next garbage collection.
+	mac = make([]byte, sha256.Size)
+	var message []byte
+	for _, part := range [][]byte{[]byte(c.Domain), []byte(c.Prefix + id), body} {
+		message = append(binary.BigEndian.AppendUint32(message, uint32(len(part))), part...)
+	}
+	err = m.macKey.Use(func(k []byte) error {
+		secret.Do(func() {
+			h := hmac.New(sha256.New, k) // the key's pads are as good as the key
+			h.Write(message)
+			h.Sum(mac[:0])
+		})
 		return nil
 	})
 	return mac, err

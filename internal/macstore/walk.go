@@ -1,4 +1,4 @@
-package record
+package macstore
 
 import (
 	"context"
@@ -16,7 +16,7 @@ import (
 // what f made of them: the same bytes, if f changed nothing.
 type Visit func(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error)
 
-// Progress of a walk over all records of a kind.
+// Progress of a walk over all records of a collection.
 type Progress struct {
 	Total   int `json:"total"`   // records when the walk began
 	Done    int `json:"done"`    // looked at so far
@@ -41,14 +41,14 @@ const maxFailures = 20
 // parallel bounds how many records are worked on at once.
 const parallel = 8
 
-// Walk looks at every record of a kind, changes those whose keys f changes, and
+// Walk looks at every record of a collection, changes those whose keys f changes, and
 // goes on behind those that fail. Whoever changes a record in the meantime wins,
 // and the record is looked at again. It ends early if ctx ends, or the KMS or
 // storage does not work: walking again carries on, since what was changed needs
 // no second change. The error says so by [ErrIncomplete]. report, if not nil, is called after each record, never twice
 // at once.
-func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error), report func(Progress)) (Progress, error) {
-	ids, err := b.all(ctx, kind)
+func (m *Store) Walk(ctx context.Context, c Collection, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error), report func(Progress)) (Progress, error) {
+	ids, err := m.all(ctx, c)
 	if err != nil {
 		return Progress{}, errors.Join(ErrIncomplete, err)
 	}
@@ -63,9 +63,9 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 			break
 		}
 		group.Go(func() error {
-			changed, err := b.change(ctx, kind, id, visit, f)
+			changed, err := m.change(ctx, c, id, visit, f)
 			if stops(ctx, err) {
-				return fmt.Errorf("%s%s: %w", kind.Prefix, id, err)
+				return fmt.Errorf("%s%s: %w", c.Prefix, id, err)
 			}
 			mu.Lock()
 			defer mu.Unlock()
@@ -75,11 +75,11 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 			}
 			if err != nil {
 				p.Failed++
-				if errors.Is(err, ErrRefused) {
+				if Foreign(err) {
 					p.Refused++
 				}
 				if len(failures) < maxFailures { // a stranger can make any number of them
-					failures = append(failures, fmt.Errorf("%s%s: %w", kind.Prefix, id, err))
+					failures = append(failures, fmt.Errorf("%s%s: %w", c.Prefix, id, err))
 				}
 			}
 			if report != nil {
@@ -101,6 +101,13 @@ func (b *Book) Walk(ctx context.Context, kind Kind, visit Visit, f func(context.
 	return p, errors.Join(failures...)
 }
 
+// Foreign reports that an object is no record of ours, or none any more: it has no MAC
+// of ours, or the backend itself says that it is damaged. Nothing can be done with it,
+// and nothing waits for it.
+func Foreign(err error) bool {
+	return errors.Is(err, ErrRefused) || errors.Is(err, storage.ErrCorrupt) || errors.Is(err, storage.ErrTooLarge)
+}
+
 // stops says whether an error would meet the next record as well.
 func stops(ctx context.Context, err error) bool {
 	if err == nil {
@@ -117,9 +124,9 @@ func stops(ctx context.Context, err error) bool {
 // maxConflicts bounds how often a change is tried against other writers.
 const maxConflicts = 16
 
-func (b *Book) change(ctx context.Context, kind Kind, id string, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error)) (bool, error) {
+func (m *Store) change(ctx context.Context, c Collection, id string, visit Visit, f func(context.Context, kms.Binding, kms.Wrapped) (kms.Wrapped, error)) (bool, error) {
 	for range maxConflicts {
-		body, version, err := b.Get(ctx, kind, id)
+		body, version, err := m.Get(ctx, c, id)
 		if errors.Is(err, storage.ErrNotFound) {
 			return false, nil // deleted since it was listed
 		}
@@ -130,17 +137,17 @@ func (b *Book) change(ctx context.Context, kind Kind, id string, visit Visit, f 
 		if err != nil || string(next) == string(body) {
 			return false, err
 		}
-		if err := b.Put(ctx, kind, id, next, version); !errors.Is(err, storage.ErrConflict) {
+		if err := m.Put(ctx, c, id, next, version); !errors.Is(err, storage.ErrConflict) {
 			return err == nil, err
 		}
 	}
 	return false, storage.ErrConflict
 }
 
-// all lists the IDs of a kind to the end.
-func (b *Book) all(ctx context.Context, kind Kind) (ids []string, err error) {
+// all lists the IDs of a collection to the end.
+func (m *Store) all(ctx context.Context, c Collection) (ids []string, err error) {
 	for after := ""; ; after = ids[len(ids)-1] {
-		page, err := b.List(ctx, kind, after, 1000)
+		page, err := m.List(ctx, c, after, 1000)
 		if err != nil {
 			return nil, err
 		}

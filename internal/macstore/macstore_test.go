@@ -1,4 +1,4 @@
-package record
+package macstore
 
 import (
 	"bytes"
@@ -37,7 +37,7 @@ func newKMS(t testing.TB, master string) *cluster.KMS {
 	return k
 }
 
-func newBook(t testing.TB, master string, s storage.Storage) *Book {
+func newStore(t testing.TB, master string, s storage.Storage) *Store {
 	t.Helper()
 	b, err := Open(context.Background(), newKMS(t, master), s, nil)
 	if err != nil {
@@ -51,11 +51,11 @@ const master = "0123456789abcdef"
 
 func TestARecordComesBackAsItWasStored(t *testing.T) {
 	s := memfs.New()
-	b := newBook(t, master, s)
+	b := newStore(t, master, s)
 	if err := b.Put(t.Context(), Volume, "data-1", []byte("{}\n"), storage.Absent); err != nil {
 		t.Fatal(err)
 	}
-	body, version, err := newBook(t, master, s).Get(t.Context(), Volume, "data-1")
+	body, version, err := newStore(t, master, s).Get(t.Context(), Volume, "data-1")
 	if err != nil || string(body) != "{}\n" {
 		t.Fatalf("%q, %v", body, err)
 	}
@@ -79,7 +79,7 @@ func TestARecordComesBackAsItWasStored(t *testing.T) {
 
 // Case 41: who writes the storage and has no MAC key changes nothing.
 func TestARecordThatWasTamperedWithIsRefused(t *testing.T) {
-	b := newBook(t, master, memfs.New())
+	b := newStore(t, master, memfs.New())
 	stored, err := b.Encode(Volume, "data-1", []byte(`{"some":"record"}`))
 	if err != nil {
 		t.Fatal(err)
@@ -113,7 +113,7 @@ func TestARecordThatWasTamperedWithIsRefused(t *testing.T) {
 	wantErr(t, err, ErrRefused)
 	_, err = b.Decode(DEK, "data-1", bytes.Replace(stored, []byte(Volume.Magic), []byte(DEK.Magic), 1))
 	wantErr(t, err, ErrRefused)
-	_, err = newBook(t, "another master secret", memfs.New()).Decode(Volume, "data-1", stored)
+	_, err = newStore(t, "another master secret", memfs.New()).Decode(Volume, "data-1", stored)
 	wantErr(t, err, ErrRefused)
 	_, err = b.Encode(Volume, "data-1", make([]byte, MaxSize))
 	wantErr(t, err, ErrRefused)
@@ -194,7 +194,7 @@ func (l *liar) Put(ctx context.Context, name string, data []byte, expect storage
 // Case 42.
 func TestAWriteThatIsAcknowledgedAndNotStoredIsAnError(t *testing.T) {
 	s := &liar{Storage: memfs.New()}
-	b := newBook(t, master, s)
+	b := newStore(t, master, s)
 	s.put = func(string, []byte, storage.Version) (storage.Version, error) { return "v", nil }
 	wantErr(t, b.Put(t.Context(), DEK, "a", nil, storage.Absent), ErrNotStored)
 	s.put = func(name string, data []byte, expect storage.Version) (storage.Version, error) {
@@ -215,7 +215,7 @@ func TestAWriteThatIsAcknowledgedAndNotStoredIsAnError(t *testing.T) {
 
 func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
 	s := memfs.New()
-	b := newBook(t, master, s)
+	b := newStore(t, master, s)
 	if err := b.Put(t.Context(), DEK, "a", []byte("body"), storage.Absent); err != nil {
 		t.Fatal(err)
 	}
@@ -223,7 +223,7 @@ func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
 	if err := b.RewrapMACKey(t.Context(), kms.WithOld(next, newKMS(t, master))); err != nil {
 		t.Fatal(err)
 	}
-	after := newBook(t, "another master secret", s)
+	after := newStore(t, "another master secret", s)
 	if body, _, err := after.Get(t.Context(), DEK, "a"); err != nil || string(body) != "body" {
 		t.Errorf("%q, %v", body, err)
 	}
@@ -236,7 +236,7 @@ func TestTheMACKeyGetsAnotherWrappedFormAndStaysTheSame(t *testing.T) {
 
 // FuzzDecode: nothing is read that has no MAC.
 func FuzzDecode(f *testing.F) {
-	b := newBook(f, master, memfs.New())
+	b := newStore(f, master, memfs.New())
 	stored, err := b.Encode(Volume, "data-1", []byte("{}"))
 	if err != nil {
 		f.Fatal(err)
@@ -254,7 +254,7 @@ func FuzzDecode(f *testing.F) {
 // wrapped under the KEK to which the records move.
 func TestARewrapDoesNotTakeAMACKeyThatWasExchanged(t *testing.T) {
 	s := memfs.New()
-	b := newBook(t, master, s)
+	b := newStore(t, master, s)
 	old, next := newKMS(t, master), newKMS(t, "another master secret")
 	planted, w, err := wrapping{old}.Generate(t.Context(), macBinding)
 	if err != nil {
@@ -311,7 +311,7 @@ func TestStorageThatContradictsItselfIsGivenUp(t *testing.T) {
 
 // A walk that is cancelled between two records says so.
 func TestAWalkThatWasCancelledSaysSo(t *testing.T) {
-	b := newBook(t, master, memfs.New())
+	b := newStore(t, master, memfs.New())
 	for i := range 20 {
 		if err := b.Put(t.Context(), DEK, fmt.Sprintf("v%d", i), nil, storage.Absent); err != nil {
 			t.Fatal(err)

@@ -1,0 +1,63 @@
+package volume
+
+import (
+	"fmt"
+
+	"github.com/google/uuid"
+
+	"github.com/keyagent/keyagent/kms"
+)
+
+// The events of this file are an operator's word.
+
+// Retire ends the life of the volume. Its wrapped keys are gone from the record.
+func (r *Record) Retire() error {
+	if r.State == Retired {
+		return nil
+	}
+	if !r.State.allows(Retired) || r.State == Absent {
+		return fmt.Errorf("%w: from %q to %q", ErrTransition, r.State, Retired)
+	}
+	r.State, r.Keys, r.Attempt, r.Lease = Retired, []WrappedDEK{}, nil, nil
+	return nil
+}
+
+// Reset begins a new life on another disk: a new generation, with a key of its own.
+// What the old disk holds is lost with the old key.
+func (r *Record) Reset(key WrappedDEK) error {
+	if r.State == Absent {
+		return fmt.Errorf("%w: there is no record", ErrTransition)
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return err
+	}
+	r.State, r.Generation, r.LUKSUUID = Pending, r.Generation+1, id.String()
+	r.KeyVersion, r.Keys = key.Version, []WrappedDEK{key}
+	r.HeaderMAC, r.CopyMACs, r.Attempt, r.Lease = "", nil, nil, nil
+	return nil
+}
+
+// NextKey is the binding of the key that [Record.Reset] takes.
+func (r *Record) NextKey() kms.Binding {
+	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: dekLength}
+}
+
+// End takes the volume from whoever holds it. The holder learns of it when it renews.
+// It reports whether there was one.
+func (r *Record) End() (Holder, bool) {
+	switch {
+	case r.Lease != nil:
+		h := r.Lease.Holder
+		r.Lease = nil
+		if r.Attempt != nil {
+			r.Attempt.ID = NewID()
+		}
+		return h, true
+	case r.State == Pending && r.Attempt != nil:
+		h := r.Attempt.Holder
+		r.Attempt = nil
+		return h, true
+	}
+	return Holder{}, false
+}

@@ -1,0 +1,401 @@
+package volume
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/storage"
+)
+
+var (
+	// ErrNoVolume means that the volume has no record.
+	ErrNoVolume = errors.New("volume does not exist")
+	// ErrRollback means that storage shows less than this key service has seen.
+	ErrRollback = errors.New("storage went back to an older state")
+)
+
+// dekLength of a volume, in bytes.
+const dekLength = 32
+
+// maxConflicts bounds how often a change is tried against other writers.
+const maxConflicts = 16
+
+// Skew is how far the clocks of key services over one storage may be apart. A lease
+// that another one recorded ends so much later here.
+const Skew = 10 * time.Second
+
+// Options configure [NewStore]. All are required.
+type Options struct {
+	KMS     kms.KMS
+	Records *macstore.Store
+	Now     func() time.Time
+	// Alone says that no other key service has the storage: renewals of leases are
+	// remembered here, and not written.
+	Alone bool
+}
+
+// Store keeps the records of volumes. It is safe for concurrent use.
+type Store struct {
+	kms     kms.KMS
+	records *macstore.Store
+	now     func() time.Time
+	alone   bool
+	started time.Time
+	turns   turns
+
+	mu    sync.Mutex
+	seen  map[string]uint64    // highest revision by volume, from the audit log and since
+	lives map[string]time.Time // end of a lease by its ID, as this process granted it
+}
+
+// NewStore returns the volumes of a storage.
+func NewStore(opts Options) *Store {
+	return &Store{kms: opts.KMS, records: opts.Records, now: opts.Now, alone: opts.Alone, started: opts.Now(),
+		seen: map[string]uint64{}, lives: map[string]time.Time{}}
+}
+
+// NoteRevision remembers what was seen of a volume.
+func (s *Store) NoteRevision(volume string, revision uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seen[volume] = max(s.seen[volume], revision)
+}
+
+// Seen returns the highest revision of a volume that was seen.
+func (s *Store) Seen(volume string) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.seen[volume]
+}
+
+// Volumes returns the volumes that were seen.
+func (s *Store) Volumes() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var all []string
+	for v := range s.seen {
+		all = append(all, v)
+	}
+	return all
+}
+
+// Ends returns when the lease of a record ends, as far as this key service can tell.
+func (s *Store) Ends(r *Record) time.Time {
+	l := r.Lease
+	if l == nil {
+		return time.Time{}
+	}
+	ends := l.Until
+	later := func(t time.Time) {
+		if t.After(ends) {
+			ends = t
+		}
+	}
+	s.mu.Lock()
+	mine, known := s.lives[l.ID]
+	s.mu.Unlock()
+	switch {
+	case known:
+		later(mine)
+	case s.alone:
+		// It was granted before this process began, which does not know of its renewals.
+		later(s.started.Add(l.Term()))
+	}
+	if !s.alone {
+		later(l.Until.Add(Skew))
+	}
+	return ends
+}
+
+// Get returns the record of a volume. A volume that was seen and has no record now, or
+// an older one, is never taken for a new one.
+func (s *Store) Get(ctx context.Context, volume string) (*Record, error) {
+	r, _, err := s.get(ctx, volume)
+	return r, err
+}
+
+func (s *Store) get(ctx context.Context, volume string) (*Record, storage.Version, error) {
+	// What was seen before the read: a change that lands during it is newer than
+	// what is read, and no rollback.
+	seen := s.Seen(volume)
+	r, version, err := s.read(ctx, volume)
+	switch {
+	case errors.Is(err, ErrNoVolume) && seen > 0:
+		return nil, "", fmt.Errorf("%w: volume %q is gone, its revision %d was seen", ErrRollback, volume, seen)
+	case err != nil:
+		return nil, "", err
+	case r.Revision < seen:
+		return nil, "", fmt.Errorf("%w: volume %q has revision %d, %d was seen", ErrRollback, volume, r.Revision, seen)
+	}
+	s.NoteRevision(volume, r.Revision)
+	return r, version, nil
+}
+
+// read does not ask what was seen.
+func (s *Store) read(ctx context.Context, volume string) (*Record, storage.Version, error) {
+	body, version, err := s.records.Get(ctx, macstore.Volume, volume)
+	if errors.Is(err, storage.ErrNotFound) {
+		return nil, "", ErrNoVolume
+	}
+	var r *Record
+	if err == nil {
+		r, err = Parse(volume, body)
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("record of %q: %w", volume, err)
+	}
+	return r, version, nil
+}
+
+// Update changes the record of a volume by f, which gets the record as it is stored,
+// and writes it unless somebody else wrote meanwhile: then f gets the new one. A
+// volume without a record gives f one that is [Absent]. An error of f changes
+// nothing, and nothing is written if f changes nothing.
+func (s *Store) Update(ctx context.Context, volume string, f func(*Record) error) (*Record, error) {
+	done, err := s.turns.take(ctx, volume)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return s.update(ctx, volume, s.get, f)
+}
+
+type getter func(ctx context.Context, volume string) (*Record, storage.Version, error)
+
+func (s *Store) update(ctx context.Context, volume string, get getter, f func(*Record) error) (*Record, error) {
+	for range maxConflicts {
+		r, version, err := get(ctx, volume)
+		if errors.Is(err, ErrNoVolume) {
+			r, err = &Record{VolumeID: volume}, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		was, before := r.State, r.Revision
+		old, err := r.Encode()
+		if err != nil {
+			return nil, err
+		}
+		if err := f(r); err != nil {
+			return nil, err
+		}
+		next, err := r.Encode()
+		if err != nil {
+			return nil, err
+		}
+		if bytes.Equal(old, next) {
+			if was == Absent {
+				return nil, ErrNoVolume
+			}
+			return r, nil
+		}
+		if !was.allows(r.State) {
+			return nil, fmt.Errorf("%w: from %q to %q", ErrTransition, was, r.State)
+		}
+		r.Revision, r.Updated = max(before, r.Revision)+1, s.now().UTC()
+		if err := s.put(ctx, r, version); !errors.Is(err, storage.ErrConflict) {
+			return r, err
+		}
+	}
+	return nil, fmt.Errorf("record of %q: %w", volume, storage.ErrConflict)
+}
+
+func (s *Store) put(ctx context.Context, r *Record, expect storage.Version) error {
+	if err := r.check(); err != nil {
+		return fmt.Errorf("record of %q would not be one: %w", r.VolumeID, err)
+	}
+	body, err := r.Encode()
+	if err != nil {
+		return err
+	}
+	if err := s.records.Put(ctx, macstore.Volume, r.VolumeID, body, expect); err != nil {
+		return fmt.Errorf("record of %q: %w", r.VolumeID, err)
+	}
+	s.NoteRevision(r.VolumeID, r.Revision)
+	if r.Lease != nil {
+		s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
+	}
+	return nil
+}
+
+// Obtain returns the record of a volume and makes it, pending, if there is none. All
+// who race to make it get the same one.
+func (s *Store) Obtain(ctx context.Context, volume, owner string) (*Record, error) {
+	r, err := s.Get(ctx, volume)
+	if !errors.Is(err, ErrNoVolume) {
+		return r, err
+	}
+	key, err := s.NewKey(ctx, kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: dekLength})
+	if err != nil {
+		return nil, err
+	}
+	id, err := uuid.NewRandom()
+	if err != nil {
+		return nil, err
+	}
+	return s.Update(ctx, volume, func(r *Record) error {
+		if r.State != Absent {
+			return nil // somebody else was faster
+		}
+		*r = Record{VolumeID: volume, State: Pending, Generation: 1, Owner: owner, LUKSUUID: id.String(),
+			KeyVersion: key.Version, Keys: []WrappedDEK{key}, Created: s.now().UTC()}
+		return nil
+	})
+}
+
+// NewKey makes a key. Only its wrapped form counts: it is unwrapped from that when it
+// is released, so that a key that cannot come back is never used.
+func (s *Store) NewKey(ctx context.Context, b kms.Binding) (WrappedDEK, error) {
+	key, w, err := s.kms.Generate(ctx, b)
+	if err != nil {
+		return WrappedDEK{}, err
+	}
+	return WrappedDEK{b.Version, b.Length, w}, key.Close()
+}
+
+// Renew renews the caller's lease. Where this key service is alone it is remembered,
+// and written only if more than its end changes. before is who held it.
+func (s *Store) Renew(ctx context.Context, volume string, c *Caller, t Terms) (r *Record, before Holder, err error) {
+	done, err := s.turns.take(ctx, volume)
+	if err != nil {
+		return nil, before, err
+	}
+	defer done()
+	remembered := errors.New("remembered")
+	rec, err := s.update(ctx, volume, s.get, func(found *Record) error {
+		r = found
+		old := r.Lease
+		if old != nil {
+			before = old.Holder
+		}
+		if err := r.Renew(c, t, s.now()); err != nil || r.Lease == nil {
+			return err
+		}
+		same := *r.Lease
+		same.Until = old.Until
+		if s.alone && same == *old {
+			s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
+			return remembered
+		}
+		return nil
+	})
+	if errors.Is(err, remembered) {
+		return r, before, nil
+	}
+	return rec, before, err
+}
+
+// remember remembers the end of a lease, and forgets those that ended long ago.
+func (s *Store) remember(id string, until time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lives[id] = until
+	if len(s.lives) > 4096 && len(s.lives)&(len(s.lives)-1) == 0 {
+		for other, end := range s.lives {
+			if until.Sub(end) > 48*time.Hour {
+				delete(s.lives, other)
+			}
+		}
+	}
+}
+
+// Accept makes the record that storage has the one that counts, whatever was seen of
+// the volume. It returns what it went back from.
+func (s *Store) Accept(ctx context.Context, volume string) (r *Record, seen uint64, err error) {
+	done, err := s.turns.take(ctx, volume)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer done()
+	seen = s.Seen(volume)
+	r, err = s.update(ctx, volume, s.read, func(r *Record) error {
+		if r.State == Absent {
+			return ErrNoVolume
+		}
+		if r.Revision >= seen {
+			return nil
+		}
+		// What held it then holds it no more. From here on it is newer than all that was.
+		r.Revision, r.Lease = seen, nil
+		if r.Attempt != nil {
+			r.Attempt.ID = NewID()
+		}
+		return nil
+	})
+	return r, seen, err
+}
+
+// Restored is a volume whose record is older than what was seen of it, or gone.
+type Restored struct {
+	Volume string `json:"volume"`
+	Seen   uint64 `json:"seen"`            // revision
+	Found  uint64 `json:"found,omitempty"` // 0: no record
+	State  State  `json:"state,omitempty"` // that the old record has
+}
+
+// Restored lists the volumes that storage shows in an older state.
+func (s *Store) Restored(ctx context.Context) ([]Restored, error) {
+	var all []Restored
+	for _, v := range s.Volumes() {
+		r, _, err := s.read(ctx, v)
+		seen := s.Seen(v)
+		switch {
+		case errors.Is(err, ErrNoVolume):
+			all = append(all, Restored{Volume: v, Seen: seen})
+		case macstore.Foreign(err):
+			continue // refused, and named by a listing
+		case err != nil:
+			return nil, err
+		case r.Revision < seen:
+			all = append(all, Restored{v, seen, r.Revision, r.State})
+		}
+	}
+	return all, nil
+}
+
+// turns let one change of a volume happen at a time in this process.
+type turns struct {
+	mu  sync.Mutex
+	all map[string]*turn
+}
+
+type turn struct {
+	c     chan struct{}
+	users int
+}
+
+func (t *turns) take(ctx context.Context, volume string) (done func(), err error) {
+	t.mu.Lock()
+	if t.all == nil {
+		t.all = map[string]*turn{}
+	}
+	w := t.all[volume]
+	if w == nil {
+		w = &turn{c: make(chan struct{}, 1)}
+		t.all[volume] = w
+	}
+	w.users++
+	t.mu.Unlock()
+	leave := func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if w.users--; w.users == 0 {
+			delete(t.all, volume)
+		}
+	}
+	select {
+	case w.c <- struct{}{}:
+		return func() { <-w.c; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, ctx.Err()
+	}
+}
