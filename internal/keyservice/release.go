@@ -110,6 +110,9 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	case rec.State == volume.Pending:
 		return rec, rec.Free(c, s.now())
 	}
+	if rec.State == volume.Active && req.GetDiskless() {
+		return withoutDisk(rec)
+	}
 	id := volume.NewID()
 	state := rec.State
 	return s.volumes.Update(ctx, req.GetVolumeId(), func(r *volume.Record) error {
@@ -121,6 +124,20 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		}
 		return r.Take(c, d.terms(), id, s.volumes.Ends(r), s.now())
 	})
+}
+
+// withoutDisk is the record of a key that opens no disk. Any number of nodes may have
+// it, and none holds it. What stands in the place of a header's MACs is one value,
+// which no disk has; records of before have the one alone.
+func withoutDisk(rec *volume.Record) (*volume.Record, error) {
+	for _, m := range rec.CopyMACs {
+		if m != rec.HeaderMAC {
+			return nil, fmt.Errorf("%w: volume %q has a disk", volume.ErrConfirm, rec.VolumeID)
+		}
+	}
+	out := *rec
+	out.Lease = nil
+	return &out, nil
 }
 
 func oldNode(state volume.State) error {

@@ -11,11 +11,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
-	"github.com/keyagent/keyagent/luks"
 )
 
 // local is a KMS with one KEK.
@@ -144,24 +143,27 @@ func TestAWrappedKEKOpensForItsVersionAlone(t *testing.T) {
 
 // released is a key service with one record.
 type released struct {
-	state string // "", "pending", "active"
-	mac   luks.MAC
+	state keyclient.State // zero: none
+	mac   [32]byte
 	dek   string
 }
 
-func (r *released) GetKey(_ context.Context, volume string, format bool) (*agent.Key, error) {
-	if r.state == "" && !format {
+func (r *released) GetKey(_ context.Context, q keyclient.Request) (*keyclient.Key, error) {
+	if !q.Diskless {
+		return nil, failure.Newf(failure.Held, "", "a lease was asked for")
+	}
+	if r.state == 0 && !q.Format {
 		return nil, failure.Newf(failure.NotFound, "", "no record")
 	}
-	if r.state == "" {
-		r.state = "pending"
+	if r.state == 0 {
+		r.state = keyclient.Pending
 	}
 	s, err := secret.From([]byte(r.dek))
-	return &agent.Key{DEK: s, Pending: r.state == "pending", HeaderMAC: r.mac, Identity: luks.Identity{Volume: volume}, Expires: time.Now().Add(time.Hour)}, err
+	return &keyclient.Key{DEK: s, State: r.state, MACs: keyclient.MACs{Header: r.mac}, Volume: q.Volume, Expires: time.Now().Add(time.Hour)}, err
 }
 
-func (r *released) Confirm(_ context.Context, _ *agent.Key, mac luks.MAC) error {
-	r.state, r.mac = "active", mac
+func (r *released) CreateDiskless(_ context.Context, _ *keyclient.Key, mac [32]byte) error {
+	r.state, r.mac = keyclient.Active, mac
 	return nil
 }
 
@@ -190,11 +192,11 @@ func TestAnAttestedKEKIsThatOfItsRecord(t *testing.T) {
 	if _, err := a.Fetch(t.Context()); failure.Of(err).Class != failure.WrongKey {
 		t.Errorf("another key: %v", err)
 	}
-	service.dek, service.mac = kekA, luks.MAC{1}
+	service.dek, service.mac = kekA, [32]byte{1}
 	if err := a.Init(t.Context()); failure.Of(err).Class != failure.WrongKey {
 		t.Errorf("the record of a disk: %v", err)
 	}
-	service.state, service.mac = "pending", luks.MAC{}
+	service.state, service.mac = keyclient.Pending, [32]byte{}
 	if _, err := a.Fetch(t.Context()); failure.Of(err).Class != failure.WrongKey {
 		t.Errorf("a record that was never confirmed: %v", err)
 	}

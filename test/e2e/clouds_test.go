@@ -14,11 +14,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms/setup"
-	"github.com/keyagent/keyagent/luks"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/test/cloud"
 )
@@ -29,7 +28,7 @@ type cloudService struct {
 	dir     string
 	log     string
 	process *exec.Cmd
-	client  *agent.Client
+	client  *keyclient.Client
 	raw     setup.Objects // the storage in the hands of whoever can write it
 }
 
@@ -101,7 +100,7 @@ func (s *cloudService) stop(t *testing.T) {
 // key returns the DEK of a volume, which must be there.
 func (s *cloudService) key(t *testing.T, volume string) *secret.Bytes {
 	t.Helper()
-	k, err := s.client.GetKey(t.Context(), volume, false)
+	k, err := s.client.GetKey(t.Context(), keyclient.Request{Volume: volume})
 	must(t, err)
 	t.Cleanup(func() { must(t, k.Close()) })
 	return k.DEK
@@ -120,10 +119,10 @@ func (s *cloudService) refuses(t *testing.T, class failure.Class, why string, fo
 	must(t, err)
 	for _, format := range formats {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		k, err := s.client.GetKey(ctx, "data", format)
+		k, err := s.client.GetKey(ctx, keyclient.Request{Volume: "data", Format: format})
 		cancel()
 		if err == nil {
-			t.Errorf("format %v: a key of state pending=%v came", format, k.Pending)
+			t.Errorf("format %v: a key of state pending=%v came", format, k.State == keyclient.Pending)
 			must(t, k.Close())
 		} else if got := failure.Of(err).Class; got != class {
 			t.Errorf("format %v: %q, %v, want %q", format, got, err, class)
@@ -147,13 +146,15 @@ func TestEachCloudDeliversKeysAndWhatGoesWrongHasAName(t *testing.T) {
 			s := newCloudService(t, shape)
 			var pending []byte // the record of data before it was confirmed
 			for _, volume := range []string{"data", "other"} {
-				k, err := s.client.GetKey(t.Context(), volume, true)
+				k, err := s.client.GetKey(t.Context(), keyclient.Request{Volume: volume, Format: true})
 				must(t, err)
+				must(t, k.Close())
 				if volume == "data" {
 					pending, _, err = s.raw.Get(t.Context(), "volumes/data")
 					must(t, err)
 				}
-				must(t, s.client.Confirm(t.Context(), k, luks.MAC{1}))
+				k, err = create(t.Context(), s.client, volume, someMACs)
+				must(t, err)
 				must(t, k.Close())
 			}
 			want := s.key(t, "data")

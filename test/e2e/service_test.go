@@ -4,7 +4,9 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"github.com/keyagent/keyagent/attestation/tpm"
 	"io"
 	"log/slog"
 	"net"
@@ -18,11 +20,9 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
-	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/internal/agent"
 	"github.com/keyagent/keyagent/internal/failure"
-	"github.com/keyagent/keyagent/luks"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	nodeconfig "github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/test/e2e/inject"
 	"github.com/keyagent/keyagent/test/pki"
 	"github.com/keyagent/keyagent/test/swtpm"
@@ -182,36 +182,61 @@ func (l *lab) killAt(t *testing.T, n int) inject.Result {
 	return res
 }
 
-func newClient(t *testing.T, dir string) *agent.Client {
+func newClient(t *testing.T, dir string) *keyclient.Client {
 	t.Helper()
-	cfg, err := agent.LoadConfig(filepath.Join(dir, "agent.yaml"))
+	cfg, err := nodeconfig.Load(filepath.Join(dir, "agent.yaml"))
 	must(t, err)
-	issuer, err := tpm.NewIssuer(tpm.IssuerOptions{Device: cfg.TPM.Device, EventLog: cfg.TPM.EventLog})
-	must(t, err)
-	client, err := agent.NewClient(agent.ClientOptions{Config: cfg, Issuers: func(context.Context) ([]attestation.Issuer, error) { return []attestation.Issuer{issuer}, nil }, Log: slog.New(slog.DiscardHandler)})
+	client, _, err := cfg.KeyClient(slog.New(slog.DiscardHandler), nil)
 	must(t, err)
 	return client
 }
 
 // provision is what an agent does with a new volume, without the disk.
-func provision(ctx context.Context, client *agent.Client) error {
-	first, err := client.GetKey(ctx, "data", true)
+func provision(ctx context.Context, client *keyclient.Client) error {
+	first, err := create(ctx, client, "data", someMACs)
 	if err != nil {
-		return fmt.Errorf("first key: %w", err)
+		return err
 	}
 	defer first.Close()
-	if err := client.Confirm(ctx, first, luks.MAC{1}); err != nil {
-		return fmt.Errorf("confirm: %w", err)
-	}
-	second, err := client.GetKey(ctx, "data", false)
+	second, err := client.GetKey(ctx, keyclient.Request{Volume: "data"})
 	if err != nil {
 		return fmt.Errorf("second key: %w", err)
 	}
 	defer second.Close()
-	if !first.DEK.Equal(second.DEK) || first.Identity != second.Identity || second.HeaderMAC != (luks.MAC{1}) {
-		return fmt.Errorf("the volume was %+v, and is %+v", first.Identity, second.Identity)
+	if !first.DEK.Equal(second.DEK) || first.UUID != second.UUID || first.Generation != second.Generation || second.MACs != someMACs {
+		return fmt.Errorf("the volume was %s with %v, and is %s with %v", first.UUID, someMACs, second.UUID, second.MACs)
 	}
 	return nil
+}
+
+// someMACs stand for a header.
+var someMACs = keyclient.MACs{Header: [32]byte{1}, Copies: [2][32]byte{{2}, {3}}}
+
+// create carries a first format. A step whose connection broke begins it again, as
+// an agent does that is restarted.
+func create(ctx context.Context, client *keyclient.Client, volume string, macs keyclient.MACs) (*keyclient.Key, error) {
+	defer client.Hold()()
+	for {
+		key, err := client.GetKey(ctx, keyclient.Request{Volume: volume, Format: true})
+		if err != nil {
+			return nil, fmt.Errorf("first key: %w", err)
+		}
+		if key.State == keyclient.Pending {
+			if _, err = client.BeginFormat(ctx, key, macs); err == nil {
+				err = client.HeaderStands(ctx, key)
+			}
+		}
+		if err == nil && key.State != keyclient.Active {
+			err = client.Confirm(ctx, key)
+		}
+		if err == nil {
+			return key, nil
+		}
+		if class := failure.Of(err).Class; ctx.Err() != nil || class != failure.Unreachable && class != failure.EvidenceRefused {
+			return nil, fmt.Errorf("create: %w", errors.Join(err, key.Close()))
+		}
+		_ = key.Close()
+	}
 }
 
 func stop(t *testing.T, p *inject.Process) {
