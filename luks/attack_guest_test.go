@@ -28,8 +28,9 @@ func refusesAttack(t *testing.T, attack int) {
 			raw := h.forge(t, good)
 			patch(t, v.device, raw, 0)
 			sealed := v
+			sealed.macs = MACs{}
 			var err error
-			sealed.mac, err = headerMAC(guarded{raw: raw}, v.id, v.dek)
+			sealed.macs.Header, err = headerMAC(guarded{raw: raw}, v.id, v.dek)
 			must(t, err)
 			untouched(t, v.device, func() error {
 				_, err := sealed.open("victim")
@@ -40,11 +41,11 @@ func refusesAttack(t *testing.T, attack int) {
 				wantRule(t, err, h.rule)
 				return err
 			}, func() error {
-				_, err := Format(context.Background(), v.device, v.id, v.dek, FormatOptions{})
+				_, err := formatDevice(v.device, v.id, v.dek)
 				wantError(t, err, ErrNotBlank)
 				return err
 			})
-			_, err = authenticate(guarded{raw: raw, uuid: v.id.UUID}, v.id, v.mac, v.dek)
+			err = authenticate(guarded{raw: raw, uuid: v.id.UUID}, v.id, v.macs.Header, v.dek)
 			wantError(t, err, ErrHeaderMAC)
 		})
 	}
@@ -74,7 +75,7 @@ func TestAttack01And02WorkOnTheStockTool(t *testing.T) {
 		patch(t, "/dev/mapper/stock", plain, 0)
 		run(t, "cryptsetup", "close", "stock")
 		got := make([]byte, len(plain))
-		d, err := openShared(v.device)
+		d, err := openShared(context.Background(), v.device)
 		must(t, err)
 		must(t, d.read(got, dataOffset))
 		must(t, d.Close())
@@ -100,16 +101,16 @@ func TestAttack03HeaderSwappedBetweenCheckAndOpen(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
 	good := v.header(t)
 	ctx := context.Background()
-	d, err := openShared(v.device)
+	d, err := openShared(context.Background(), v.device)
 	must(t, err)
 	defer d.Close()
-	header, err := d.examine(ctx, v.id, v.mac, v.dek)
+	header, err := d.examine(v.id, v.macs, v.dek)
 	must(t, err)
 
 	patch(t, v.device, hostileHeaders[0].forge(t, good), 0)
 	m, err := d.activate(ctx, "victim", header, v.dek, OpenOptions{})
 	must(t, err)
-	defer Close(ctx, "victim")
+	defer v.close("victim")
 	if table := run(t, "dmsetup", "table", "victim"); !strings.Contains(table, " crypt aes-xts-plain64 :64:logon:") {
 		t.Errorf("table is %s", table)
 	}
@@ -139,15 +140,15 @@ func TestAttack04AnotherVolumesHeader(t *testing.T) {
 
 func TestAttack05OlderHeaderOfTheSameVolume(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
-	old, oldMAC := v.header(t), v.mac
+	old, oldMACs := v.header(t), v.macs
 	patch(t, v.device, make([]byte, guardedSize), 0)
 	v.id.Generation++
-	var err error
-	v.mac, err = Format(context.Background(), v.device, v.id, v.dek, FormatOptions{})
+	h, err := formatDevice(v.device, v.id, v.dek)
 	must(t, err)
+	v.macs = h.MACs()
 	patch(t, v.device, old, 0)
 	wantError(t, untouched(t, v.device, func() error { _, err := v.open("victim"); return err }), ErrHeaderMAC)
-	v.mac = oldMAC // even the old header's own MAC is of the old generation
+	v.macs = oldMACs // even the old header's own MAC is of the old generation
 	wantError(t, untouched(t, v.device, func() error { _, err := v.open("victim"); return err }), ErrHeaderMAC)
 }
 
@@ -155,25 +156,25 @@ func TestAttack06WipedHeader(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
 	m := v.mustOpen(t, "victim")
 	patch(t, m.Path, []byte("data that must survive"), 0)
-	must(t, Close(context.Background(), "victim"))
+	must(t, v.close("victim"))
 	patch(t, v.device, make([]byte, guardedSize), 0)
 	wantRule(t, untouched(t, v.device, func() error { _, err := v.open("victim"); return err }), RuleMagic)
 	wantError(t, untouched(t, v.device, func() error {
-		_, err := Format(context.Background(), v.device, v.id, v.dek, FormatOptions{})
+		_, err := formatDevice(v.device, v.id, v.dek)
 		return err
 	}), ErrNotBlank)
 }
 
 func TestAttack12ForeignFilesystemUnderTheUUID(t *testing.T) {
-	v := volume{device: blankDevice(t, deviceSize), id: idData, dek: dataKey(t), mac: MAC{1}}
+	v := volume{device: blankDevice(t, deviceSize), id: idData, dek: dataKey(t), macs: MACs{Header: MAC{1}}}
 	run(t, "mkfs.ext4", "-q", "-U", v.id.UUID, "-L", "data", v.device)
 	wantRule(t, untouched(t, v.device, func() error { _, err := v.open("victim"); return err }), RuleMagic)
 	err := untouched(t, v.device, func() error {
-		_, err := Format(context.Background(), v.device, v.id, v.dek, FormatOptions{})
+		_, err := formatDevice(v.device, v.id, v.dek)
 		return err
 	})
 	wantError(t, err, ErrNotBlank)
-	if !strings.Contains(err.Error(), "an ext filesystem") {
+	if !strings.Contains(err.Error(), "ext4") {
 		t.Errorf("error does not name the filesystem: %v", err)
 	}
 }
@@ -218,7 +219,7 @@ func TestAttack13FailingDisk(t *testing.T) {
 		blank := blankDevice(t, deviceSize)
 		bad := mapped(t, fmt.Sprintf("0 40000 linear %s 0\n40000 8 error\n40008 %d linear %s 40008\n", blank, sectors-40008, blank))
 		for name, f := range map[string]func() error{
-			"format": func() error { _, err := Format(ctx, bad, v.id, v.dek, FormatOptions{}); return err },
+			"format": func() error { _, err := formatDevice(bad, v.id, v.dek); return err },
 			"blank":  func() error { return CheckBlank(ctx, bad) },
 			"probe":  func() error { _, err := Probe(ctx, bad, v.id, v.dek); return err },
 		} {
@@ -264,7 +265,7 @@ func TestAttack14WrongKeys(t *testing.T) {
 				wantError(t, err, c.adopt)
 				return err
 			}, func() error {
-				_, err := Format(ctx, v.device, v.id, c.dek, FormatOptions{})
+				_, err := formatDevice(v.device, v.id, c.dek)
 				wantError(t, err, c.format)
 				return err
 			})

@@ -3,7 +3,6 @@
 package luks
 
 import (
-	"context"
 	"crypto/rand"
 	"fmt"
 	"os"
@@ -76,21 +75,11 @@ func TestBenchmarkOpen(t *testing.T) {
 	report("ratio-process-keyagent-to-cryptsetup-pbkdf2-1000", ratio(m[0], m[1]), "x")
 	report("ratio-process-cryptsetup-argon2id-default-to-keyagent", ratio(a[0], m[0]), "x")
 
-	// The same without a process around it, as the agent does it; and
-	// libcryptsetup alone on the same volume, which shows what the guard costs.
+	// The same without a process around it, as the agent does it.
 	v := newVolume(t, idData, dataKey(t))
-	m = medians(51, func() { must(t, Close(context.Background(), "bench")) }, func() {
+	m = medians(51, func() { must(t, v.close("bench")) }, func() {
 		_, err := v.open("bench")
 		must(t, err)
-	}, func() {
-		must(t, withSession(v.device, "", func(s *session) error {
-			if err := s.load(v.id.UUID); err != nil {
-				return err
-			}
-			return s.unlock("bench", v.dek, activation{})
-		}))
 	})
 	report("open-in-process-keyagent", ms(m[0]), "ms")
-	report("open-in-process-libcryptsetup-alone", ms(m[1]), "ms")
-	report("ratio-in-process-keyagent-to-libcryptsetup-alone", ratio(m[0], m[1]), "x")
 }

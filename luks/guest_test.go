@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/secret"
 )
@@ -24,7 +25,7 @@ type volume struct {
 	device string
 	id     Identity
 	dek    *secret.Bytes
-	mac    MAC
+	macs   MACs
 }
 
 func run(t testing.TB, command string, args ...string) string {
@@ -47,14 +48,38 @@ func blankDevice(t testing.TB, size int64) string {
 func newVolume(t testing.TB, id Identity, dek *secret.Bytes) volume {
 	t.Helper()
 	v := volume{device: blankDevice(t, deviceSize), id: id, dek: dek}
-	mac, err := Format(context.Background(), v.device, id, dek, FormatOptions{})
+	h, err := formatDevice(v.device, id, dek)
 	must(t, err)
-	v.mac = mac
+	v.macs = h.MACs()
 	return v
 }
 
-func (v volume) open(name string) (Mapping, error) {
-	return Open(context.Background(), v.device, name, v.id, v.mac, v.dek, OpenOptions{})
+// formatDevice does what a caller with a pending record does.
+func formatDevice(device string, id Identity, dek *secret.Bytes) (*Header, error) {
+	h, err := NewHeader(context.Background(), id, dek)
+	if err != nil {
+		return nil, err
+	}
+	return h, Write(context.Background(), device, id, dek, h, DeadlineIn(time.Minute))
+}
+
+func (v volume) request(name string, opts OpenOptions) OpenRequest {
+	return OpenRequest{Device: v.device, Name: name, Identity: v.id, MACs: v.macs, Options: opts}
+}
+
+func (v volume) existing(name string) Existing {
+	return Existing{Device: v.device, Name: name, Identity: v.id, MACs: v.macs}
+}
+
+func (v volume) open(name string) (Mapping, error) { return v.openWith(name, OpenOptions{}) }
+
+func (v volume) openWith(name string, opts OpenOptions) (Mapping, error) {
+	m, _, err := Open(context.Background(), v.request(name, opts), v.dek)
+	return m, err
+}
+
+func (v volume) close(name string) error {
+	return Close(context.Background(), CloseRequest{Name: name, UUID: v.id.UUID})
 }
 
 func (v volume) mustOpen(t testing.TB, name string) Mapping {
@@ -63,7 +88,7 @@ func (v volume) mustOpen(t testing.TB, name string) Mapping {
 	must(t, err)
 	t.Cleanup(func() {
 		if _, err := Status(context.Background(), name); err == nil {
-			must(t, Close(context.Background(), name))
+			must(t, v.close(name))
 		}
 	})
 	return m
@@ -72,10 +97,10 @@ func (v volume) mustOpen(t testing.TB, name string) Mapping {
 // guarded reads the header back from the device.
 func (v volume) header(t testing.TB) []byte {
 	t.Helper()
-	d, err := openShared(v.device)
+	d, err := openShared(context.Background(), v.device)
 	must(t, err)
 	defer d.Close()
-	raw, err := d.readGuarded(context.Background())
+	raw, err := d.readGuarded()
 	must(t, err)
 	return raw
 }

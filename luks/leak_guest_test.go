@@ -38,7 +38,7 @@ func TestLiveKeysAreGoneFromTheProcess(t *testing.T) {
 	_, err = Adopt(context.Background(), v.device, v.id, v.dek)
 	must(t, err)
 	v.mustOpen(t, "data")
-	must(t, Close(context.Background(), "data"))
+	must(t, v.close("data"))
 	must(t, dek.Close())
 	runtime.GC()
 	runtime.GC()

@@ -22,12 +22,12 @@ func TestLiveVolumeKeepsItsData(t *testing.T) {
 	text := bytes.Repeat([]byte("a line of plaintext that must not be found on the disk\n"), 1000)
 	run(t, "mount", m.Path, dir)
 	must(t, os.WriteFile(filepath.Join(dir, "file"), text, 0o600))
-	wantError(t, Close(ctx, "data"), ErrDeviceBusy)
+	wantError(t, v.close("data"), ErrDeviceBusy)
 	run(t, "umount", dir)
-	must(t, Close(ctx, "data"))
+	must(t, v.close("data"))
 	_, err := Status(ctx, "data")
 	wantError(t, err, ErrNotActive)
-	wantError(t, Close(ctx, "data"), ErrNotActive)
+	wantError(t, v.close("data"), ErrNotActive)
 
 	raw, err := os.ReadFile(v.device)
 	must(t, err)
@@ -91,7 +91,7 @@ func TestLiveForeignMappingIsNeitherOpenedNorClosed(t *testing.T) {
 	defer run(t, "dmsetup", "remove", "foreign")
 	_, err := v.open("foreign")
 	wantError(t, err, ErrNameTaken)
-	wantError(t, Close(ctx, "foreign"), ErrNameTaken)
+	wantError(t, v.close("foreign"), ErrNameTaken)
 	_, err = Status(ctx, "foreign")
 	wantError(t, err, ErrNameTaken)
 }
@@ -123,13 +123,12 @@ func TestLiveTableThatIsNotOursIsAMismatch(t *testing.T) {
 }
 
 func TestLiveOptionsReachTheKernelAndAreReadBack(t *testing.T) {
-	ctx := context.Background()
 	v := newVolume(t, idData, dataKey(t))
 	for _, o := range []OpenOptions{{}, {ReadOnly: true}, {AllowDiscards: true}, {Workqueues: true}, {true, true, true}} {
 		t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
-			m, err := Open(ctx, v.device, "data", v.id, v.mac, v.dek, o)
+			m, err := v.openWith("data", o)
 			must(t, err)
-			defer Close(ctx, "data")
+			defer v.close("data")
 			if m.ReadOnly != o.ReadOnly || m.Discards != o.AllowDiscards || m.Workqueues != o.Workqueues {
 				t.Errorf("mapping is %+v", m)
 			}
@@ -142,7 +141,7 @@ func TestLiveVolumeKeyStaysInNoKeyring(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
 	_, err := v.open("data")
 	must(t, err)
-	defer Close(context.Background(), "data")
+	defer v.close("data")
 	keys, err := os.ReadFile("/proc/keys")
 	must(t, err)
 	for line := range strings.Lines(string(keys)) {
@@ -158,7 +157,6 @@ func TestLiveVolumeKeyStaysInNoKeyring(t *testing.T) {
 }
 
 func TestLiveVolumesOpenConcurrently(t *testing.T) {
-	ctx := context.Background()
 	volumes := []volume{newVolume(t, idData, dataKey(t)), newVolume(t, idLogs, logsKey(t))}
 	for round := range 5 {
 		var wg sync.WaitGroup
@@ -172,9 +170,9 @@ func TestLiveVolumesOpenConcurrently(t *testing.T) {
 			}
 		}
 		wg.Wait()
-		for i := range volumes {
+		for i, v := range volumes {
 			wg.Go(func() {
-				if err := Close(ctx, fmt.Sprintf("v%d", i)); err != nil {
+				if err := v.close(fmt.Sprintf("v%d", i)); err != nil {
 					t.Errorf("round %d: %v", round, err)
 				}
 			})
@@ -184,23 +182,22 @@ func TestLiveVolumesOpenConcurrently(t *testing.T) {
 }
 
 func TestLiveDeviceInUseIsNotFormatted(t *testing.T) {
-	ctx := context.Background()
 	v := newVolume(t, idData, dataKey(t))
 	v.mustOpen(t, "data")
 	wantError(t, untouched(t, v.device, func() error {
-		_, err := Format(ctx, v.device, v.id, v.dek, FormatOptions{})
+		_, err := formatDevice(v.device, v.id, v.dek)
 		return err
 	}), ErrDeviceBusy)
 }
 
 func TestLiveMappingThatIsHeldIsBusy(t *testing.T) {
-	ctx := context.Background()
-	m := newVolume(t, idData, dataKey(t)).mustOpen(t, "data")
+	v := newVolume(t, idData, dataKey(t))
+	m := v.mustOpen(t, "data")
 	f, err := os.Open(m.Path)
 	must(t, err)
-	wantError(t, Close(ctx, "data"), ErrDeviceBusy)
+	wantError(t, v.close("data"), ErrDeviceBusy)
 	must(t, f.Close())
-	must(t, Close(ctx, "data"))
+	must(t, v.close("data"))
 }
 
 // A volume on a disk that the host has cut short is an error, and opens again
@@ -217,5 +214,5 @@ func TestLiveDiskOfAnotherSize(t *testing.T) {
 	}
 	_, err := v.open("data")
 	must(t, err)
-	must(t, Close(context.Background(), "data"))
+	must(t, v.close("data"))
 }

@@ -26,7 +26,7 @@ func TestLiveAnUnfinishedMappingIsMadeAnew(t *testing.T) {
 		wantError(t, err, ErrNotActive)
 		_, err = v.open("data")
 		must(t, err)
-		must(t, Close(ctx, "data"))
+		must(t, v.close("data"))
 	}
 
 	m := v.mustOpen(t, "data") // killed before the node was there
@@ -36,7 +36,7 @@ func TestLiveAnUnfinishedMappingIsMadeAnew(t *testing.T) {
 	if _, err := os.Stat(m.Path); err != nil {
 		t.Error(err)
 	}
-	must(t, Close(ctx, "data"))
+	must(t, v.close("data"))
 
 	// Somebody else's is left alone.
 	run(t, "dmsetup", "create", "data", "--notable", "--uuid", "CRYPT-LUKS2-of-somebody-data")
