@@ -15,6 +15,9 @@ import (
 // formatEnv makes the test binary a program that formats the image it names.
 const formatEnv = "KEYAGENT_TEST_FORMAT"
 
+// hangEnv makes it one that reads the header of a device that does not answer.
+const hangEnv = "KEYAGENT_TEST_HANG"
+
 func TestMain(m *testing.M) {
 	if path := os.Getenv(formatEnv); path != "" {
 		// strace counts the calls of each thread: all writes are the worker's.
@@ -27,6 +30,14 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if path := os.Getenv(hangEnv); path != "" {
+		dek, err := secret.From([]byte("a DEK of thirty-two bytes, 01234"))
+		if err == nil {
+			_, err = ReadHeader(context.Background(), path, idData, MACs{Header: MAC{1}}, dek)
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }

@@ -87,7 +87,13 @@ func (d *disk) open(flags int) error {
 	// Not os.NewFile's poller: the descriptor is a file or a block device.
 	_ = unix.SetNonblock(fd, false)
 	d.file = os.NewFile(uintptr(fd), d.path)
-	return d.stat()
+	if err := d.stat(); err != nil {
+		return err
+	}
+	if flags&unix.O_RDWR != 0 && d.readOnly { // some drivers notice at the first write only
+		return fmt.Errorf("%w: %s", ErrReadOnlyDevice, d.path)
+	}
+	return nil
 }
 
 // isReadOnly says whether the device at path is one that cannot be written.

@@ -199,20 +199,3 @@ func TestLiveMappingThatIsHeldIsBusy(t *testing.T) {
 	must(t, f.Close())
 	must(t, v.close("data"))
 }
-
-// A volume on a disk that the host has cut short is an error, and opens again
-// when the disk is whole.
-func TestLiveDiskOfAnotherSize(t *testing.T) {
-	v := newVolume(t, idData, dataKey(t))
-	file := run(t, "losetup", "-n", "-O", "BACK-FILE", v.device)
-	for _, size := range []int64{dataOffset, 20<<20 - sectorSize, deviceSize} {
-		must(t, os.Truncate(file, size))
-		run(t, "losetup", "-c", v.device)
-		if size != deviceSize {
-			wantError(t, untouched(t, v.device, func() error { _, err := v.open("data"); return err }), ErrDeviceSize)
-		}
-	}
-	_, err := v.open("data")
-	must(t, err)
-	must(t, v.close("data"))
-}

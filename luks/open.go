@@ -5,6 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/internal/secret"
 )
@@ -164,6 +167,9 @@ func (d *disk) activate(ctx context.Context, name string, h *Header, dek *secret
 	if d.readOnly && !opts.ReadOnly {
 		return m, fmt.Errorf("%w: %s can be opened read-only", ErrReadOnlyDevice, d.path)
 	}
+	if err := d.unclaimed(ctx); err != nil {
+		return m, err
+	}
 	vk, err := h.volumeKey(dek)
 	if err != nil {
 		return m, err
@@ -183,7 +189,7 @@ func (d *disk) activate(ctx context.Context, name string, h *Header, dek *secret
 		return m, err
 	}
 	if m, err = d.confirm(name, h.uuid, opts); err == nil {
-		err = ensureNode(m)
+		err = cmp.Or(d.soleHolder(), ensureNode(m))
 	}
 	if err != nil {
 		undo()
@@ -216,4 +222,27 @@ func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
 		return Mapping{}, fmt.Errorf("%w: %s is not mapped as asked for", ErrTableMismatch, name)
 	}
 	return m, nil
+}
+
+// unclaimed refuses a device that is mounted or mapped. dm-crypt alone does not: for
+// the kernel, all mappings are one claimant.
+func (d *disk) unclaimed(ctx context.Context) error {
+	claim, err := openDisk(ctx, d.path, unix.O_RDONLY|unix.O_EXCL)
+	if err != nil {
+		return err
+	}
+	defer claim.Close()
+	if claim.rdev != d.rdev {
+		return fmt.Errorf("%w: %s is another device now", ErrVolumeMismatch, d.path)
+	}
+	return nil
+}
+
+// soleHolder refuses a device that another process has mapped since it was unclaimed.
+func (d *disk) soleHolder() error {
+	holders, err := os.ReadDir(fmt.Sprintf("/sys/dev/block/%v/holders", d.rdev))
+	if err == nil && len(holders) > 1 {
+		return fmt.Errorf("%w: %s has been mapped by somebody else as well", ErrDeviceBusy, d.path)
+	}
+	return nil
 }
