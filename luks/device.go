@@ -68,7 +68,7 @@ func openDisk(ctx context.Context, path string, flags int) (*disk, error) {
 		d.Close()
 		return nil, err
 	}
-	d.medium = d.file
+	d.medium, d.device = d.file, d.file
 	return d, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
 	"sync"
 	"time"
@@ -39,12 +40,14 @@ func patience(ctx context.Context) time.Duration {
 
 // worker does the work of one device, one job at a time.
 type worker struct {
-	ctx   context.Context // of the one call that the device was opened for
-	what  string          // the device, for errors
-	dev   DevNum          // of a block device
-	jobs  chan func()
-	ended chan struct{}
-	lost  error // set when a job was left behind; used by the caller alone
+	ctx    context.Context // of the one call that the device was opened for
+	what   string          // the device, for errors
+	dev    DevNum          // of a block device
+	jobs   chan func()
+	ended  chan struct{}
+	lost   error    // set when a job was left behind; used by the caller alone
+	held   bool     // by another process as well
+	device *os.File // set when it is open; used by the caller alone
 }
 
 // newWorker starts a worker. end runs on its thread when everything is done.
@@ -53,6 +56,7 @@ func newWorker(ctx context.Context, what string, dev DevNum, end func()) *worker
 	go func() {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
+		defer deafen()()
 		defer close(w.ended)
 		for job := range w.jobs {
 			job()
@@ -60,6 +64,23 @@ func newWorker(ctx context.Context, what string, dev DevNum, end func()) *worker
 		end()
 	}()
 	return w
+}
+
+// deafen keeps signals away from the calling thread, and returns what undoes that. The
+// kernel gives a signal for the process to one thread of its choice, the first one by
+// preference. If that one waits for a disk, nobody hears of SIGTERM.
+func deafen() (undo func()) {
+	var all, before unix.Sigset_t
+	for i := range all.Val {
+		all.Val[i] = ^all.Val[i]
+	}
+	for _, fault := range []unix.Signal{unix.SIGSEGV, unix.SIGBUS, unix.SIGFPE, unix.SIGILL, unix.SIGTRAP, unix.SIGABRT} {
+		all.Val[0] &^= 1 << (fault - 1) // the thread's own
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &all, &before); err != nil {
+		return func() {}
+	}
+	return func() { _ = unix.PthreadSigmask(unix.SIG_SETMASK, &before, nil) }
 }
 
 // do runs f on the worker's thread. f must not write to anything that its caller
@@ -74,7 +95,16 @@ func (w *worker) do(f func() error) error {
 	done := make(chan error, 1)
 	w.jobs <- func() { done <- f() }
 	limit := patience(w.ctx)
-	timer := time.NewTimer(limit)
+	slow := time.NewTimer(min(limit, time.Second))
+	defer slow.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-slow.C:
+		w.hold()
+	case <-w.ctx.Done():
+	}
+	timer := time.NewTimer(limit - min(limit, time.Second))
 	defer timer.Stop()
 	select {
 	case err := <-done:
@@ -84,9 +114,33 @@ func (w *worker) do(f func() error) error {
 	case <-w.ctx.Done():
 		w.lost = w.ctx.Err()
 	}
+	w.hold()
 	hung.add(w)
 	close(w.jobs)
 	return w.lost
+}
+
+// hold has another process keep the device open, too, until the worker has closed it.
+// The kernel lets the last process that closes a device wait for every read that was
+// begun: that is to be one that nobody waits for, and not an agent that is told to
+// stop. It is a program that ends with its input.
+func (w *worker) hold() {
+	if w.held || w.device == nil {
+		return
+	}
+	w.held = true
+	cmd := exec.Command("cat")
+	cmd.ExtraFiles = []*os.File{w.device}
+	cmd.Dir, cmd.Env = "/", []string{}
+	input, err := cmd.StdinPipe()
+	if err != nil || cmd.Start() != nil {
+		return // then this process may have to wait, as LIMITATIONS.md says
+	}
+	go func() {
+		<-w.ended
+		_ = input.Close()
+		_ = cmd.Wait()
+	}()
 }
 
 // close ends the worker. A device that hangs is closed when it answers.
@@ -168,6 +222,7 @@ func kernelCall(ctx context.Context, what string, f func() error, undo func()) e
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: keyrings of the thread end with it
+		deafen()
 		err := f()
 		mu.Lock()
 		defer mu.Unlock()
