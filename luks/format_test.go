@@ -281,3 +281,13 @@ func TestTheLibrarysMessagesBecomePartOfTheError(t *testing.T) {
 	}
 	t.Log(err)
 }
+
+// stock runs the stock tool, which must succeed.
+func stock(t testing.TB, args ...string) []byte {
+	t.Helper()
+	out, err := exec.Command("cryptsetup", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("cryptsetup %v (is it installed? `make deps`): %v: %s", args, err, out)
+	}
+	return out
+}
