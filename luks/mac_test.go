@@ -13,7 +13,9 @@ import (
 var update = flag.Bool("update", false, "write the golden files anew")
 
 // macVector is one line of testdata/vectors.json. Another implementation of the
-// formats can be checked against them: message is i mod 251 for i below length.
+// formats can be checked against them: the message is i mod 251 for i below length,
+// and the attempt is 16 bytes that count up from 1. A message that is as long as a
+// header has MACs of its copies.
 type macVector struct {
 	Name       string `json:"name"`
 	DEK        string `json:"dek"`
@@ -24,6 +26,9 @@ type macVector struct {
 	Length     int    `json:"length"`
 	MAC        string `json:"mac"`
 	Marker     string `json:"marker"`
+	Mark       string `json:"filesystem_mark"`
+	Primary    string `json:"primary_mac,omitempty"`
+	Secondary  string `json:"secondary_mac,omitempty"`
 }
 
 func TestTheVectorsHold(t *testing.T) {
@@ -52,6 +57,18 @@ func TestTheVectorsHold(t *testing.T) {
 		got := *v
 		got.MACInfo = hex.EncodeToString([]byte(derivationInfo(macLabel, id)))
 		got.MAC, got.Marker = hex.EncodeToString(mac[:]), hex.EncodeToString(marker)
+		var attempt [16]byte
+		for j := range attempt {
+			attempt[j] = byte(j + 1)
+		}
+		mark, err := NewFilesystemMark(id, attempt, dek)
+		must(t, err)
+		got.Mark = hex.EncodeToString(mark.sector)
+		if v.Length == guardedSize {
+			macs, err := headerMACs(guarded{raw: message}, id, dek)
+			must(t, err)
+			got.Primary, got.Secondary = hex.EncodeToString(macs.Copies[0][:]), hex.EncodeToString(macs.Copies[1][:])
+		}
 		if *update {
 			*v = got
 		} else if got != *v {
