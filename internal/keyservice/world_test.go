@@ -43,8 +43,10 @@ type world struct {
 	cfg    *Config
 	logged *syncBuffer
 	issuer *tpm.Issuer
-	server *Server
-	stop   func()
+	// writers is more of the grant, for the next policy that is written.
+	writers string
+	server  *Server
+	stop    func()
 }
 
 // syncBuffer is a log that tests read while it is written.
@@ -135,8 +137,8 @@ profiles:
       event_log: optional
       pcrs: [{pcr: 4, accept: ["%s"]}]
 grants:
-  - {name: data, profiles: [guest], volumes: %s, operations: %s}
-`, w.tpm.Authority.IssuerPath(), pcr4, volumes, ops)
+  - {name: data, profiles: [guest], volumes: %s, operations: %s%s}
+`, w.tpm.Authority.IssuerPath(), pcr4, volumes, ops, w.writers)
 	if err := os.WriteFile(filepath.Join(w.dir, "policy.yaml"), []byte(text), 0o644); err != nil {
 		w.t.Fatal(err)
 	}
@@ -176,13 +178,30 @@ func (w *world) pcr(n uint) string {
 // machine is a client with this world's TPM.
 func (w *world) machine() keyservicev1.KeyServiceClient {
 	w.t.Helper()
+	return w.machineWith(w.issuer)
+}
+
+// another is a machine with a TPM of its own, which fits the policy as well.
+func (w *world) another() keyservicev1.KeyServiceClient {
+	w.t.Helper()
+	other := world{t: w.t, tpm: swtpm.New(w.t, w.tpm.Authority)}
+	other.extend(4)
+	issuer, err := tpm.NewIssuer(tpm.IssuerOptions{Device: other.tpm.Device, EventLog: "/nonexistent"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return w.machineWith(issuer)
+}
+
+func (w *world) machineWith(issuer attestation.Issuer) keyservicev1.KeyServiceClient {
+	w.t.Helper()
 	id, err := atls.NewIdentity()
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	conn, err := grpc.NewClient("passthrough:///"+w.server.Addr().String(),
 		grpc.WithTransportCredentials(atls.NewClientCredentials(&atls.ClientConfig{
-			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{w.issuer},
+			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{issuer},
 		})))
 	if err != nil {
 		w.t.Fatal(err)
