@@ -180,6 +180,10 @@ func (s *Store) update(ctx context.Context, volume string, get getter, f func(*R
 			return nil, err
 		}
 		was, before := r.State, r.Revision
+		var lease Lease
+		if r.Lease != nil {
+			lease = *r.Lease
+		}
 		old, err := r.Encode()
 		if err != nil {
 			return nil, err
@@ -201,7 +205,11 @@ func (s *Store) update(ctx context.Context, volume string, get getter, f func(*R
 			return nil, fmt.Errorf("%w: from %q to %q", ErrTransition, was, r.State)
 		}
 		r.Revision, r.Updated = max(before, r.Revision)+1, s.now().UTC()
-		if err := s.put(ctx, r, version); !errors.Is(err, storage.ErrConflict) {
+		err = s.put(ctx, r, version)
+		if err == nil && r.Lease != nil && *r.Lease != lease {
+			s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
+		}
+		if !errors.Is(err, storage.ErrConflict) {
 			return r, err
 		}
 	}
@@ -220,9 +228,6 @@ func (s *Store) put(ctx context.Context, r *Record, expect storage.Version) erro
 		return fmt.Errorf("record of %q: %w", r.VolumeID, err)
 	}
 	s.NoteRevision(r.VolumeID, r.Revision)
-	if r.Lease != nil {
-		s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
-	}
 	return nil
 }
 
