@@ -88,7 +88,8 @@ func TestTheGrantSaysWhoWrites(t *testing.T) {
 		t.Error("a machine that is known is bound without the grant's word")
 	}
 	w.grant(", takeover: expiry, lease: 30s")
-	if l, err := renew(t, first, lease.GetId()); err != nil || !l.GetBound() || l.GetTermMs() != 30_000 {
+	// The answer may be lost, so that nobody is bound by a renewal.
+	if l, err := renew(t, first, lease.GetId()); err != nil || l.GetBound() || l.GetTermMs() != 30_000 {
 		t.Errorf("after the grant changed: %v, %v", l, err)
 	}
 	w.grant(", writers: readers")

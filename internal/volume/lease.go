@@ -88,6 +88,18 @@ func (t Terms) lease(h Holder, id string, now time.Time) *Lease {
 	return &Lease{ID: id, Holder: h, Since: now, Until: now.Add(t.Term), TermMS: t.Term.Milliseconds(), Bound: t.bound(h)}
 }
 
+// renewed is a lease that goes on. The answer to a renewal may be lost: until then its
+// holder goes by what it was told before. So it never ends earlier than it did, and
+// whether it is bound stays as it is, whatever the grant says since.
+func (t Terms) renewed(l *Lease, h Holder, now time.Time) *Lease {
+	next := t.lease(h, l.ID, now)
+	next.Since, next.Bound = l.Since, l.Bound
+	if l.Until.After(next.Until) {
+		next.Until = l.Until
+	}
+	return next
+}
+
 // NewID returns an ID of a lease or an attempt, in hex.
 func NewID() string {
 	b := make([]byte, leaseSize)
@@ -120,7 +132,7 @@ func (r *Record) Take(c *Caller, t Terms, id string, ends, now time.Time) error 
 		// The same process, or its successor over the same mapping. Where the machine
 		// is the same and the ID is not known it was restarted, or is a copy: the new
 		// ID ends what the old one may still do.
-		next.ID, next.Since = old.ID, old.Since
+		next = t.renewed(old, c.Holder, now)
 	}
 	r.Lease = next
 	if r.State == Formatted && (old == nil || next.ID != old.ID) {
@@ -143,9 +155,7 @@ func (r *Record) Renew(c *Caller, t Terms, now time.Time) error {
 		held := &HeldError{Volume: r.VolumeID, What: written, Holder: l.Holder}
 		return fmt.Errorf("%w: %w", ErrLease, held)
 	}
-	next := t.lease(c.Holder, l.ID, now)
-	next.Since = l.Since
-	r.Lease = next
+	r.Lease = t.renewed(l, c.Holder, now)
 	return nil
 }
 

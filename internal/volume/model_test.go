@@ -125,7 +125,9 @@ func (w *walk) terms() Terms {
 	if w.m.lease != "" && w.rng.IntN(8) > 0 {
 		return map[bool]Terms{true: expiring, false: one}[w.m.bound] // grants change rarely
 	}
-	return []Terms{one, expiring}[w.rng.IntN(2)]
+	t := []Terms{one, expiring}[w.rng.IntN(2)]
+	t.Term = []time.Duration{30 * time.Second, 2 * time.Minute}[w.rng.IntN(2)]
+	return t
 }
 
 // change runs an event, and returns whether it happened, whatever the node was told.
@@ -186,9 +188,15 @@ func (w *walk) stand(n *modelNode) {
 
 // hold gives the lease to n.
 func (w *walk) hold(n *modelNode, lease string, t Terms, told bool) {
-	w.m.lease, w.m.holder, w.m.machine, w.m.ends, w.m.bound = lease, n, n.Machine, w.now.Add(t.Term), t.Expiry || n.Machine == ""
+	ends := w.now.Add(t.Term)
+	if lease != w.m.lease {
+		w.m.bound = t.Expiry || n.Machine == ""
+	} else if w.m.ends.After(ends) {
+		ends = w.m.ends // a holder that was told more goes by that
+	}
+	w.m.lease, w.m.holder, w.m.machine, w.m.ends = lease, n, n.Machine, ends
 	if told {
-		n.lease, n.until, n.bound = lease, w.m.ends, w.m.bound
+		n.lease, n.until, n.bound = lease, w.now.Add(t.Term), w.m.bound
 	}
 }
 
@@ -336,7 +344,7 @@ func (w *walk) step() {
 		w.release(n)
 	case i < 893:
 		w.operator()
-	case i < 894:
+	case i < 898:
 		w.restart()
 	default:
 		w.clock.move(time.Duration(w.rng.Int64N(int64(50 * time.Second))))

@@ -179,6 +179,7 @@ func (s *Store) update(ctx context.Context, volume string, get getter, f func(*R
 		if err != nil {
 			return nil, err
 		}
+		s.recall(r)
 		was, before := r.State, r.Revision
 		var lease Lease
 		if r.Lease != nil {
@@ -302,7 +303,9 @@ func (s *Store) Renew(ctx context.Context, volume string, c *Caller, t Terms) (r
 func (s *Store) remember(id string, until time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lives[id] = until
+	if until.After(s.lives[id]) {
+		s.lives[id] = until
+	}
 	if len(s.lives) > 4096 && len(s.lives)&(len(s.lives)-1) == 0 {
 		for other, end := range s.lives {
 			if until.Sub(end) > 48*time.Hour {
@@ -336,6 +339,19 @@ func (s *Store) Accept(ctx context.Context, volume string) (r *Record, seen uint
 		return nil
 	})
 	return r, seen, err
+}
+
+// recall puts the renewals that were not written into a record that may be written
+// now: after a restart the record is all that is known of them.
+func (s *Store) recall(r *Record) {
+	if r.Lease == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if until := s.lives[r.Lease.ID]; until.After(r.Lease.Until) {
+		r.Lease.Until = until.UTC()
+	}
 }
 
 // Restored is a volume whose record is older than what was seen of it, or gone.
