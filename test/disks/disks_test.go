@@ -1,0 +1,66 @@
+//go:build !umlguest
+
+package disks
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keyagent/keyagent/test/uml"
+)
+
+func build(t *testing.T, args ...string) {
+	t.Helper()
+	cmd := exec.Command("go", args...)
+	cmd.Dir = "../.."
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go %s: %v\n%s(hint: make deps installs what it needs)", strings.Join(args, " "), err, out)
+	}
+}
+
+// boot runs the guest's half of the tests whose names match.
+func boot(t *testing.T, match string, limit time.Duration) {
+	t.Helper()
+	dir := t.TempDir()
+	build(t, "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, "keyagent"), "./cmd/keyagent")
+	build(t, "test", "-c", "-tags", "umlguest", "-o", filepath.Join(dir, "disks.test"), "./test/disks")
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	env := []string{"KEYAGENT_TEST_PROGRAM=/run/programs/keyagent"}
+	for _, name := range []string{"KEYAGENT_TEST_SEED", "KEYAGENT_TEST_ROUNDS"} {
+		if v := os.Getenv(name); v != "" {
+			env = append(env, name+"="+v)
+		}
+	}
+	result, err := uml.Run(ctx, uml.Guest{
+		Program: "/bin/sh",
+		Args: []string{"-c", `set -e
+/run/modprobe -a ext4 dm-delay
+ip link set lo up
+mkdir /run/programs
+mount --bind "$0" /run/programs
+mount -t tmpfs -o size=90% tmp /tmp
+cat /proc/sys/kernel/random/boot_id >/run/machine-id
+exec /run/programs/disks.test -test.v -test.timeout 0 -test.run "$1"`, dir, match},
+		Env:    env,
+		Memory: 3072,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("guest ran for %v:\n%s", result.Elapsed.Round(100*time.Millisecond), result.Output)
+	if result.ExitCode != 0 || !strings.Contains(result.Output, "--- PASS: ") || strings.Contains(result.Output, "no tests to run") {
+		t.Fatalf("exit code %d", result.ExitCode)
+	}
+}
+
+// Everything that can go wrong with a disk, in one guest.
+func TestVolumesOnRealDisks(t *testing.T) { boot(t, "^TestDisk", 15*time.Minute) }
+
+// Nodes that race for one disk, in another.
+func TestNodesThatRaceForOneDisk(t *testing.T) { boot(t, "^TestRace", 2*time.Hour) }

@@ -1,0 +1,51 @@
+//go:build umlguest
+
+package disks
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestDiskLifeOfAVolume(t *testing.T) {
+	w := newWorld(t)
+	n := w.node(t, "node-1")
+	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
+		t.Run(fs, func(t *testing.T) {
+			size := int64(diskSize)
+			if fs != "ext4" {
+				size = 400 * mib // the least that mkfs.xfs takes, and some
+			}
+			device, at, id := disk(t, size), mountPoint(t, "a/b/"+fs), "v-life-"+fs
+			removed(t, id)
+			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, label: keys, mount: %s}", id, device, fs, at))
+			out := n.must(t, "unlock")
+			if !strings.Contains(out, "open and mounted on "+at) {
+				t.Errorf("unlock says %q", out)
+			}
+			put(t, filepath.Join(at, "note"), "kept")
+			n.must(t, "unlock") // it is open already
+			out = n.must(t, "status")
+			if !strings.Contains(out, "mounted") || !strings.Contains(out, "held") {
+				t.Errorf("status says\n%s", out)
+			}
+			n.must(t, "close", id)
+			if mapped(id) || mounted(at) {
+				t.Error("it is not closed")
+			}
+			n.must(t, "close", id)
+			n.must(t, "unlock")
+			holds(t, filepath.Join(at, "note"), "kept")
+			// The parents of the mount point are for everybody (B9).
+			for _, dir := range []string{filepath.Dir(at), filepath.Dir(filepath.Dir(at))} {
+				if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o755 {
+					t.Errorf("%s has mode %v, %v", dir, st.Mode(), err)
+				}
+			}
+			n.must(t, "close", "--all")
+		})
+	}
+}
