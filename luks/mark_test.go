@@ -110,7 +110,7 @@ func TestACompleteHeaderIsReplacedOnlyBeforeUntouchedData(t *testing.T) {
 }
 
 // Case 47, the node that wakes up: it fails at its next step, wherever it slept.
-func TestAttack47AWriterThatWakesUpLateWritesNoFurther(t *testing.T) {
+func TestAWriterThatWakesUpLateWritesNoFurther(t *testing.T) {
 	dek := dataKey(t)
 	h := newTestHeader(t, idData, dek)
 	for allowed := range 3 {

@@ -107,9 +107,11 @@ func unregister(r reservable, key uint64) error {
 	return pr(r, "unregister", prRegister, unsafe.Pointer(&prRegistration{oldKey: key}))
 }
 
-// Status codes that say that another machine's reservation is in the way.
+// Status codes of the devices. Those of SCSI are in the lowest byte of what the
+// kernel returns; it leaves its own remarks in those above.
 const (
-	scsiConflict = 0x18
+	scsiCheck    = 0x02 // of registering: the disk does not know the command
+	scsiConflict = 0x18 // another machine's reservation is in the way
 	nvmeConflict = 0x83
 )
 
@@ -118,7 +120,9 @@ func pr(r reservable, what string, command uintptr, argument unsafe.Pointer) err
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY), errors.Is(err, unix.EINVAL), errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("%w: %s: %w", ErrNoReservations, what, err)
-	case errors.Is(err, unix.EBADE), errors.Is(err, unix.EBUSY), status == scsiConflict, status&0x7ff == nvmeConflict:
+	case command == prRegister && status&0xff == scsiCheck:
+		return fmt.Errorf("%w: %s: the disk refuses", ErrNoReservations, what)
+	case errors.Is(err, unix.EBADE), errors.Is(err, unix.EBUSY), status&0xff == scsiConflict, status&0x7ff == nvmeConflict:
 		return fmt.Errorf("%w: %s", ErrReserved, what)
 	case err != nil:
 		return fmt.Errorf("%w: %s: %w", ErrIO, what, err)

@@ -48,14 +48,14 @@ func TestHostileDisksInARealKernel(t *testing.T) {
 	boot(t, uml.Guest{
 		Program: build(t),
 		Args:    []string{"-test.v", "-test.run", "^TestAttack"},
-	}, 3*time.Minute)
+	}, 6*time.Minute)
 }
 
 func TestVolumesInARealKernel(t *testing.T) {
 	boot(t, uml.Guest{
 		Program: build(t),
 		Args:    []string{"-test.v", "-test.run", "^TestLive"},
-	}, 3*time.Minute)
+	}, 6*time.Minute)
 }
 
 // BenchmarkOpen runs the guest's comparison once and reports each of its lines
