@@ -35,17 +35,33 @@ func TestLiveKeysAreGoneFromTheProcess(t *testing.T) {
 		t.Fatal("the search does not find a key that is there")
 	}
 	v := newVolume(t, idData, dek)
-	_, err = Adopt(context.Background(), v.device, v.id, v.dek)
+	h, err := Adopt(context.Background(), v.device, v.id, v.dek)
 	must(t, err)
+	vk, err := h.volumeKey(dek)
+	must(t, err)
+	maskedVK := make([]byte, 32) // the first half: the key of the data
+	must(t, vk.Use(func(p []byte) error {
+		for i := range maskedVK {
+			maskedVK[i] = p[i] ^ mask
+		}
+		return nil
+	}))
+	must(t, vk.Close())
 	v.mustOpen(t, "data")
+	v.mustOpen(t, "data") // proves the key
+	must(t, Suspend(context.Background(), "data", v.id.UUID))
+	_, err = Resume(context.Background(), v.existing("data"), v.dek)
+	must(t, err)
 	must(t, v.close("data"))
 	must(t, dek.Close())
 	runtime.GC()
 	runtime.GC()
-	inC, all := copies(t, masked, mask, false), copies(t, masked, mask, true)
-	t.Logf("copies left: %d outside the Go heap, %d in all; runtimesecret: %v", inC, all, secret.Erases)
-	if inC != 0 || secret.Erases && all != 0 {
-		t.Error("copies of the DEK are left")
+	for name, key := range map[string][]byte{"DEK": masked, "volume key": maskedVK} {
+		inC, all := copies(t, key, mask, false), copies(t, key, mask, true)
+		t.Logf("copies of the %s left: %d outside the Go heap, %d in all; runtimesecret: %v", name, inC, all, secret.Erases)
+		if inC != 0 || secret.Erases && all != 0 {
+			t.Errorf("copies of the %s are left", name)
+		}
 	}
 }
 
@@ -68,6 +84,8 @@ func copies(t *testing.T, masked []byte, mask byte, goHeap bool) (found int) {
 	mem, err := os.Open("/proc/self/mem")
 	must(t, err)
 	defer mem.Close()
+	buf := make([]byte, 1<<20+len(masked)-1)
+	chunk := buf[:1<<20]
 	lines := bufio.NewScanner(strings.NewReader(string(maps)))
 	for lines.Scan() {
 		var from, to uint64
@@ -79,25 +97,33 @@ func copies(t *testing.T, masked []byte, mask byte, goHeap bool) (found int) {
 		if !strings.HasPrefix(perms, "rw") || isHeap && !goHeap {
 			continue
 		}
-		p := make([]byte, to-from)
-		if _, err := mem.ReadAt(p, int64(from)); err != nil {
-			continue // a guard page, or memory that the kernel keeps to itself
-		}
 		here := 0
-		for i := 0; i+len(masked) <= len(p); i++ {
-			j := 0
-			for j < len(masked) && p[i+j]^mask == masked[j] {
-				j++
+		for at := from; at < to; at += uint64(len(chunk)) {
+			// A key that lies across two chunks is found in the longer read.
+			p := buf[:min(to-at, uint64(len(buf)))]
+			if _, err := mem.ReadAt(p, int64(at)); err != nil {
+				break // a guard page, or memory that the kernel keeps to itself
 			}
-			if j == len(masked) {
-				here++
-			}
+			here += occurrences(p, masked, mask)
+			secret.Wipe(p)
 		}
-		secret.Wipe(p)
 		if here > 0 {
 			t.Logf("%d in %s", here, lines.Text())
 		}
 		found += here
 	}
 	return found
+}
+
+func occurrences(p, masked []byte, mask byte) (n int) {
+	for i := 0; i+len(masked) <= len(p); i++ {
+		j := 0
+		for j < len(masked) && p[i+j]^mask == masked[j] {
+			j++
+		}
+		if j == len(masked) {
+			n++
+		}
+	}
+	return n
 }
