@@ -23,7 +23,7 @@ const serveConfig = "/etc/keyagent/serve.yaml"
 
 func newServe() *cobra.Command {
 	var path string
-	var check, initMaster bool
+	var check, initMaster, initAudit, initRecords bool
 	var override keyservice.Config
 	var logs logFlags
 	cmd := &cobra.Command{
@@ -49,6 +49,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			if err != nil {
 				return err
 			}
+			cfg.InitAudit, cfg.InitRecords = initAudit, initRecords
 			if initMaster {
 				if err := initMasterSecret(cfg); err != nil {
 					return err
@@ -78,6 +79,8 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 	f.StringVar(&path, "config", serveConfig, "configuration file")
 	f.BoolVar(&check, "check", false, "only check that everything can be opened; what a first start makes is made")
 	f.BoolVar(&initMaster, "init-master-secret", false, "make the master secret's file if it does not exist")
+	f.BoolVar(&initAudit, "init-audit", false, "begin an audit log beside records that are there: for one start, when it was lost or on a new replica")
+	f.BoolVar(&initRecords, "init-records", false, "begin records anew although the audit log knows volumes: for one start, when they are lost for good")
 	f.StringVar(&override.Listen, "listen", "", "address, instead of the file's")
 	f.StringVar(&override.Policy, "policy", "", "policy file, instead of the file's")
 	f.StringVar(&override.KMS, "kms", "", "kms:// URI, instead of the file's")

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -87,10 +88,19 @@ func Open(path string, now func() time.Time, visit func(Entry)) (*Log, error) {
 		return nil, err
 	}
 	l := &Log{file: f, now: now}
-	if err := l.load(visit); err != nil {
+	// A log that was just made is nothing before its folder has it.
+	if err := errors.Join(syncDir(filepath.Dir(path)), l.load(visit)); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
 	}
 	return l, nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 func (l *Log) load(visit func(Entry)) error {

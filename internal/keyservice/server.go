@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -30,7 +29,6 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/policysource"
-	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
@@ -67,6 +65,12 @@ type Config struct {
 	MaxUnattested int `yaml:"max_unattested,omitempty"`
 	// HandshakeTimeout bounds a handshake with its attestation.
 	HandshakeTimeout string `yaml:"handshake_timeout,omitempty"`
+	// Admin is the path of the socket for keyagent volume and keyagent kms. Unset: there
+	// is none.
+	Admin string `yaml:"admin,omitempty"`
+	// InitRecords and InitAudit are an operator's word that what is empty may be so.
+	InitRecords bool `yaml:"-"`
+	InitAudit   bool `yaml:"-"`
 }
 
 // TLSConfig names the certificate of the service.
@@ -285,52 +289,6 @@ func (s *Server) loadCertificate() error {
 	return nil
 }
 
-func (s *Server) openService(ctx context.Context) error {
-	k, err := s.openKMS(ctx)
-	if err != nil {
-		return err
-	}
-	st, err := setup.Storage(ctx, s.cfg.Storage)
-	if err != nil {
-		return BackendError(fmt.Errorf("storage: %w", err))
-	}
-	s.closers = append(s.closers, st)
-	seen, recordKey := map[string]uint64{}, ""
-	log, err := audit.Open(s.cfg.Audit, time.Now, func(e audit.Entry) {
-		if e.Result == "allowed" && e.Volume != "" {
-			seen[e.Volume] = max(seen[e.Volume], e.Revision)
-		}
-		if e.RecordKey != "" {
-			recordKey = e.RecordKey
-		}
-	})
-	if err != nil {
-		return auditError(err)
-	}
-	s.closers = append(s.closers, log)
-	if n := log.Recovered(); n > 0 {
-		s.log.Warn("cut off an unfinished audit entry, as a crash leaves it", "bytes", n)
-	}
-	known := recordKey
-	if s.cfg.RecordKey != "" {
-		known = s.cfg.RecordKey
-	}
-	s.service, err = New(ctx, Options{
-		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
-		Seen: seen, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "",
-	})
-	if err != nil {
-		return forOperator(err)
-	}
-	s.closers = append(s.closers, s.service)
-	secret.Forget() // the master secret was read, and keys were derived from it
-	id, err := s.service.RecordKey()
-	if err != nil || id == recordKey || s.service.records.Created() {
-		return err // the log knows it
-	}
-	return log.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
-}
-
 // openKMS opens the KMS in force with those that only open keys.
 func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
 	var all []kms.KMS
@@ -347,19 +305,6 @@ func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
 		all = append(all, observeKMS(k, uri, s.metrics))
 	}
 	return kms.WithOld(all[0], all[1:]...), nil
-}
-
-func auditError(err error) error {
-	class, hint := failure.Configuration, ""
-	switch {
-	case errors.Is(err, audit.ErrBroken):
-		class, hint = failure.Tampered, "keyagent audit verify says where; nothing is served until it is whole"
-	case errors.Is(err, fs.ErrNotExist):
-		hint = "make its folder"
-	case errors.Is(err, syscall.EWOULDBLOCK):
-		hint = "is another keyagent serve running?"
-	}
-	return failure.New(class, fmt.Errorf("audit log: %w", err), hint)
 }
 
 func (s *Server) wire(ctx context.Context) error {

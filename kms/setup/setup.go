@@ -87,7 +87,7 @@ func Storage(ctx context.Context, uri string) (Objects, error) {
 	}
 	switch u.Name {
 	case "file":
-		return opened[Objects](fileStorage(u))
+		return opened[Objects](fileStorage(u, file.Open))
 	case "aws":
 		return awsStorage(ctx, u)
 	case "azure":
@@ -137,7 +137,7 @@ func storageOrNone(ctx context.Context, uri string) (storage.Storage, error) {
 	return Storage(ctx, uri)
 }
 
-func fileStorage(u *kms.URI) (*file.Storage, error) {
+func fileStorage(u *kms.URI, open func(dir string) (*file.Storage, error)) (*file.Storage, error) {
 	dir, err := u.Required("dir")
 	if err != nil {
 		return nil, err
@@ -145,7 +145,20 @@ func fileStorage(u *kms.URI) (*file.Storage, error) {
 	if err := u.Done(); err != nil {
 		return nil, err
 	}
-	return file.Open(dir)
+	return open(dir)
+}
+
+// StorageOfService is [Storage] for root's commands on the storage of a key service: a
+// folder may be that of the service's user, whose everything in it stays.
+func StorageOfService(ctx context.Context, uri string) (Objects, error) {
+	u, err := parse(uri, "storage")
+	if err != nil {
+		return nil, err
+	}
+	if u.Name == "file" {
+		return opened[Objects](fileStorage(u, file.OpenOfService))
+	}
+	return Storage(ctx, uri)
 }
 
 // opened gives a backend its common type. An error comes with a literal nil: a

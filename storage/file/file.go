@@ -10,6 +10,7 @@ package file
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -27,16 +28,23 @@ import (
 
 const (
 	lockName   = ".lock"
+	claimName  = ".service" // who has it locked is alone
 	tempPrefix = ".tmp-"
 	suffix     = ".obj" // so that an object may have the name of another's folder
 )
 
 // Storage keeps objects in a folder.
 type Storage struct {
-	dir  string
-	lock *os.File
-	turn chan struct{} // the file lock is of the open file, which goroutines share
+	dir   string
+	root  *os.Root // nothing outside of the folder is reached, whatever lies in it
+	owner *owner   // who gets what is written; nil: this process's user
+	lock  *os.File
+	claim *os.File      // see Alone
+	turn  chan struct{} // the file lock is of the open file, which goroutines share
 }
+
+// owner of the folder.
+type owner struct{ uid, gid int }
 
 var (
 	_ storage.Storage = (*Storage)(nil)
@@ -44,42 +52,117 @@ var (
 )
 
 // Open opens the folder dir, and makes it if its parent exists. A folder that
-// others can write to is refused.
-func Open(dir string) (*Storage, error) {
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+// others can write to is refused, and so is one of another user than root and this
+// one.
+func Open(dir string) (*Storage, error) { return openFolder(dir, false) }
+
+// OpenOfService is Open for root's commands on the folder of a key service that runs
+// as another user: what is written there stays that user's.
+func OpenOfService(dir string) (*Storage, error) { return openFolder(dir, true) }
+
+func openFolder(dir string, ofService bool) (_ *Storage, err error) {
+	switch err := os.Mkdir(dir, 0o700); {
+	case err == nil:
+		// A record that is durable in a folder that is not would be lost with it.
+		if err := syncDir(filepath.Dir(dir)); err != nil {
+			return nil, err
+		}
+	case !errors.Is(err, fs.ErrExist):
 		return nil, err
 	}
-	st, err := os.Stat(dir)
-	switch {
-	case err != nil:
-		return nil, err
-	case !st.IsDir():
-		return nil, fmt.Errorf("%s is not a folder", dir)
-	case st.Mode().Perm()&0o022 != 0:
-		return nil, fmt.Errorf("%s has mode %04o, others can write to it (hint: chmod 700 %s)", dir, st.Mode().Perm(), dir)
-	}
-	if sys, ok := st.Sys().(*syscall.Stat_t); ok && sys.Uid != 0 && int(sys.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("%s belongs to uid %d, who can put back older records (hint: chown it to root or to this user)", dir, sys.Uid)
-	}
-	lock, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, err
 	}
-	s := &Storage{dir: dir, lock: lock, turn: make(chan struct{}, 1)}
-	if err := s.locked(context.Background(), s.sweep); err != nil {
-		return nil, errors.Join(err, lock.Close())
+	s := &Storage{dir: dir, root: root, turn: make(chan struct{}, 1)}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if err := s.admit(ofService); err != nil {
+		return nil, err
 	}
-	return s, nil
+	if s.lock, err = s.lockFile(lockName); err != nil {
+		return nil, err
+	}
+	return s, s.locked(context.Background(), s.sweep)
+}
+
+// admit checks the folder itself, and finds out whose it is.
+func (s *Storage) admit(ofService bool) error {
+	st, err := s.root.Stat(".")
+	switch {
+	case err != nil:
+		return err
+	case st.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("%s has mode %04o, others can write to it (hint: chmod 700 %s)", s.dir, st.Mode().Perm(), s.dir)
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || sys.Uid == 0 || int(sys.Uid) == os.Geteuid() {
+		return nil
+	}
+	if !ofService || os.Geteuid() != 0 {
+		return fmt.Errorf("%s belongs to uid %d, who can put back older records (hint: chown it to root or to this user)", s.dir, sys.Uid)
+	}
+	s.owner = &owner{int(sys.Uid), int(sys.Gid)}
+	return nil
+}
+
+// lockFile opens a file that is only there to be locked.
+func (s *Storage) lockFile(name string) (*os.File, error) {
+	f, err := s.root.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(s.give(f), s.syncDir(".")); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// give makes the owner of the folder that of a file.
+func (s *Storage) give(f *os.File) error {
+	if s.owner == nil {
+		return nil
+	}
+	return f.Chown(s.owner.uid, s.owner.gid)
+}
+
+// Alone makes sure, until Close, that no other process has called Alone on the
+// folder: a key service that is alone need not write down each renewal of a lease.
+func (s *Storage) Alone() error {
+	f, err := s.lockFile(claimName)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return errors.Join(fmt.Errorf("another key service has %s: %w (hint: storage://file is for one; several share etcd or a cloud's storage)", s.dir, err), f.Close())
+	}
+	s.claim = f
+	return nil
 }
 
 // Close gives the folder back.
-func (s *Storage) Close() error { return s.lock.Close() }
+func (s *Storage) Close() error {
+	var errs []error
+	for _, f := range []*os.File{s.claim, s.lock} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(append(errs, s.root.Close())...)
+}
 
 // sweep removes what writes that were killed left behind.
 func (s *Storage) sweep() error {
 	return filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.Type().IsRegular() && strings.HasPrefix(d.Name(), tempPrefix) {
-			return os.Remove(path)
+			rel, err := filepath.Rel(s.dir, path)
+			if err != nil {
+				return err
+			}
+			return s.root.Remove(rel)
 		}
 		return err
 	})
@@ -115,7 +198,7 @@ func (s *Storage) locked(ctx context.Context, f func() error) error {
 	return f()
 }
 
-func (s *Storage) path(name string) string { return filepath.Join(s.dir, name+suffix) }
+func (s *Storage) path(name string) string { return filepath.FromSlash(name + suffix) }
 
 // Get implements storage.Storage.
 func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version, error) {
@@ -126,7 +209,7 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 }
 
 func (s *Storage) read(name string) ([]byte, storage.Version, error) {
-	f, err := os.OpenFile(s.path(name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	f, err := s.root.OpenFile(s.path(name), os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err := s.present(); err != nil {
 			return nil, "", err
@@ -189,41 +272,48 @@ func (s *Storage) write(name string, body []byte) (err error) {
 	if err := s.mkdirs(dir); err != nil {
 		return err
 	}
-	tmp, err := os.CreateTemp(dir, tempPrefix)
+	temp := filepath.Join(dir, tempPrefix+rand.Text())
+	tmp, err := s.root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			_ = os.Remove(tmp.Name())
+			_ = s.root.Remove(temp)
 		}
 	}()
 	_, err = tmp.Write(body)
 	// Close is where some filesystems report that the write failed.
-	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+	if err = errors.Join(err, s.give(tmp), tmp.Sync(), tmp.Close()); err != nil {
 		return err
 	}
-	if err := os.Rename(tmp.Name(), path); err != nil {
+	if err := s.root.Rename(temp, path); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return s.syncDir(dir)
 }
 
 // mkdirs makes the folders of an object, each one durable in its parent.
 func (s *Storage) mkdirs(dir string) error {
-	if dir == s.dir {
+	if dir == "." {
 		return nil
 	}
-	if _, err := os.Stat(dir); err == nil {
+	if st, err := s.root.Lstat(dir); err == nil && st.IsDir() {
 		return nil
 	}
 	if err := s.mkdirs(filepath.Dir(dir)); err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+	switch err := s.root.Mkdir(dir, 0o700); {
+	case errors.Is(err, fs.ErrExist):
+	case err != nil:
 		return err
+	case s.owner != nil:
+		if err := s.root.Lchown(dir, s.owner.uid, s.owner.gid); err != nil {
+			return err
+		}
 	}
-	return syncDir(filepath.Dir(dir))
+	return s.syncDir(filepath.Dir(dir))
 }
 
 // Delete implements storage.Deleter.
@@ -238,15 +328,15 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 		if err := s.expect(name, expect); err != nil {
 			return err
 		}
-		if err := os.Remove(s.path(name)); err != nil {
+		if err := s.root.Remove(s.path(name)); err != nil {
 			return err
 		}
 		dir := filepath.Dir(s.path(name))
-		if err := syncDir(dir); err != nil {
+		if err := s.syncDir(dir); err != nil {
 			return err
 		}
 		// A folder that is not empty stays.
-		for ; dir != s.dir && os.Remove(dir) == nil; dir = filepath.Dir(dir) {
+		for ; dir != "." && s.root.Remove(dir) == nil; dir = filepath.Dir(dir) {
 		}
 		return nil
 	})
@@ -274,6 +364,14 @@ func (s *Storage) List(ctx context.Context, prefix, after string, limit int) ([]
 	})
 	slices.Sort(names) // the walk's order is that of paths, not of names
 	return names[:max(0, min(limit, len(names)))], err
+}
+
+func (s *Storage) syncDir(dir string) error {
+	d, err := s.root.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 func syncDir(path string) error {

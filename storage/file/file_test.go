@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -190,4 +192,54 @@ func TestAFolderOfSomebodyElseIsRefused(t *testing.T) {
 	if _, err := Open(dir); err == nil || !strings.Contains(err.Error(), "uid 12345") {
 		t.Error(err)
 	}
+}
+
+// Root's commands leave a key service's folder to the key service.
+func TestWhatRootWritesBelongsToTheOwnerOfTheFolder(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Fatal("this test needs root, to give a folder away")
+	}
+	dir := t.TempDir()
+	must(t, os.Chmod(dir, 0o700))
+	must(t, os.Chown(dir, 12345, 23456))
+	s, err := OpenOfService(dir)
+	must(t, err)
+	defer s.Close()
+	v, err := s.Put(t.Context(), "volumes/a/b", []byte("x"), storage.Absent)
+	must(t, err)
+	_, err = s.Put(t.Context(), "volumes/a/b", []byte("y"), v)
+	must(t, err)
+	must(t, filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		must(t, err)
+		st, err := d.Info()
+		must(t, err)
+		if sys := st.Sys().(*syscall.Stat_t); sys.Uid != 12345 || sys.Gid != 23456 {
+			t.Errorf("%s belongs to %d:%d", path, sys.Uid, sys.Gid)
+		}
+		return nil
+	}))
+	// Whoever owns the folder leads root nowhere else.
+	elsewhere := t.TempDir()
+	must(t, os.RemoveAll(filepath.Join(dir, "volumes")))
+	must(t, os.Symlink(elsewhere, filepath.Join(dir, "volumes")))
+	if _, err := s.Put(t.Context(), "volumes/c", []byte("x"), storage.Absent); err == nil {
+		t.Error("a link led out of the folder")
+	}
+	if names, _ := os.ReadDir(elsewhere); len(names) != 0 {
+		t.Errorf("%v were written elsewhere", names)
+	}
+}
+
+func TestOneKeyServiceIsAlone(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "records")
+	first, second := open(t, dir), open(t, dir)
+	must(t, first.Alone())
+	if err := second.Alone(); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("two are alone: %v", err)
+	}
+	if _, err := second.Put(t.Context(), "a", nil, storage.Absent); err != nil {
+		t.Errorf("a command beside the key service: %v", err)
+	}
+	must(t, first.Close())
+	must(t, second.Alone())
 }
