@@ -173,6 +173,7 @@ func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) 
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	defer s.forget.used() // each request reads a record at least
 	started := s.now()
 	entry := &audit.Entry{Event: a.event, CorrelationID: newID(), Volume: a.volume, Operation: string(a.ops[0]), Result: "allowed"}
 	if !policy.ValidVolume(a.volume) {

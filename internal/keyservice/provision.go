@@ -128,7 +128,6 @@ func (s *Service) prove(ctx context.Context, d *decision, r *volume.Record, step
 		return err
 	}
 	defer dek.Close()
-	s.forget.released()
 	ok, err := proof.Verify(dek, in, got)
 	if err != nil {
 		return fmt.Errorf("%w: %w", errProof, err)

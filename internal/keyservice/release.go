@@ -55,7 +55,6 @@ func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.Ge
 	if resp.SealedDek, err = d.caller.channel.Seal(keyservicev1.SealInfo(req.GetVolumeId(), req.GetOperation(), resp), dek); err != nil {
 		return nil, err
 	}
-	s.forget.released()
 	for _, w := range d.Warnings {
 		s.log.WarnContext(ctx, "a reference value is warn_only and does not fit", "correlation_id", d.entry.CorrelationID, "mismatch", w.String())
 		s.metrics.warned(w.Field)

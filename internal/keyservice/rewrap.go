@@ -58,6 +58,7 @@ func (s *Service) rewrapLoop(ctx context.Context, every time.Duration) {
 		}
 		p, err := rewrap(ctx, s.kms, s.records, s.now, s.metrics.rewrapped)
 		s.metrics.rewrapped(p)
+		s.forget.used()
 		switch {
 		case ctx.Err() != nil:
 			return

@@ -43,6 +43,8 @@ type world struct {
 	cfg    *Config
 	logged *syncBuffer
 	issuer *tpm.Issuer
+	// address of the service, if it is a process of its own.
+	address string
 	// writers is more of the grant, for the next policy that is written.
 	writers string
 	server  *Server
@@ -199,7 +201,11 @@ func (w *world) machineWith(issuer attestation.Issuer) keyservicev1.KeyServiceCl
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	conn, err := grpc.NewClient("passthrough:///"+w.server.Addr().String(),
+	address := w.address
+	if address == "" {
+		address = w.server.Addr().String()
+	}
+	conn, err := grpc.NewClient("passthrough:///"+address,
 		grpc.WithTransportCredentials(atls.NewClientCredentials(&atls.ClientConfig{
 			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{issuer},
 		})))
@@ -212,9 +218,13 @@ func (w *world) machineWith(issuer attestation.Issuer) keyservicev1.KeyServiceCl
 
 // get returns the opened DEK of a volume.
 func (w *world) get(m keyservicev1.KeyServiceClient, volume string, op keyservicev1.Operation) (*keyservicev1.GetKeyResponse, string, error) {
+	return w.getIn(w.t.Context(), m, volume, op)
+}
+
+func (w *world) getIn(ctx context.Context, m keyservicev1.KeyServiceClient, volume string, op keyservicev1.Operation) (*keyservicev1.GetKeyResponse, string, error) {
 	var p peer.Peer
 	req := &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: op, Protocol: keyservicev1.Protocol, Node: "node-1"}
-	resp, err := m.GetKey(w.t.Context(), req, grpc.Peer(&p))
+	resp, err := m.GetKey(ctx, req, grpc.Peer(&p))
 	if err != nil {
 		return nil, "", failure.FromStatus(err)
 	}
