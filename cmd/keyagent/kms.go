@@ -52,6 +52,36 @@ func (f *backendFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.recordKey, "record-key", "", "ID that the record MAC key must have, as keyagent kms status prints it")
 }
 
+// records is what can be done with all records at once: by the key service that runs,
+// on its admin socket, or on the storage itself.
+type records interface {
+	Status(context.Context) (*keyservice.Status, error)
+	Rewrap(context.Context, func(macstore.Progress)) (macstore.Progress, error)
+	Export(ctx context.Context, w io.Writer, recipient []byte, report func(macstore.Progress)) (string, macstore.Progress, error)
+}
+
+// through calls do with the key service of the configuration if that runs, and else
+// with its storage.
+func (f *backendFlags) through(ctx context.Context, do func(records) error) error {
+	if f.kms == "" && f.storage == "" && len(f.old) == 0 && f.recordKey == "" {
+		path := f.config
+		if path == "" {
+			path = serveConfig
+		}
+		cfg, err := keyservice.LoadConfig(path, keyservice.Config{})
+		if err != nil {
+			return err
+		}
+		if cfg.Admin != "" {
+			c := keyservice.NewAdminClient(cfg.Admin)
+			if c.Running(ctx) {
+				return errors.Join(do(c), c.Close())
+			}
+		}
+	}
+	return f.with(ctx, nil, func(a *keyservice.Admin) error { return do(a) })
+}
+
 // with opens the records and calls do. An empty storage is refused unless fresh is
 // set, which is told the ID of the MAC key that is made for it.
 func (f *backendFlags) with(ctx context.Context, fresh func(id string) error, do func(*keyservice.Admin) error) (err error) {
@@ -86,7 +116,7 @@ func (f *backendFlags) with(ctx context.Context, fresh func(id string) error, do
 		defer k.Close()
 		all = append(all, k)
 	}
-	s, err := setup.Storage(ctx, f.storage)
+	s, err := setup.StorageOfService(ctx, f.storage)
 	if err != nil {
 		return keyservice.BackendError(fmt.Errorf("%s: %w", setup.Redact(f.storage), err))
 	}
@@ -133,7 +163,7 @@ if a record is refused.`,
 	f.add(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
+		return f.through(cmd.Context(), func(a records) error {
 			s, err := a.Status(cmd.Context())
 			if err != nil {
 				return err
@@ -193,7 +223,7 @@ old_kms in docs/configuration.md.`,
 	f.add(cmd)
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
+		return f.through(cmd.Context(), func(a records) error {
 			p, err := a.Rewrap(cmd.Context(), progress(cmd.ErrOrStderr(), "looked at"))
 			if err != nil {
 				return fmt.Errorf("after %d of %d records, and run again it goes on where it was: %w", p.Done, p.Total, err)
@@ -280,7 +310,7 @@ the import knows that the file is this one.`,
 		if got := keyservice.RecipientDigest(recipient); !strings.EqualFold(got, *recipientDigest) {
 			return failure.Newf(failure.Tampered, "ask the other side for the digest again", "recipient: it has the digest %s, which is not the one that was given", got)
 		}
-		return f.with(cmd.Context(), nil, func(a *keyservice.Admin) error {
+		return f.through(cmd.Context(), func(a records) error {
 			out, err := os.OpenFile(*file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 			if err != nil {
 				hint := ""
@@ -290,11 +320,14 @@ the import knows that the file is this one.`,
 				return failure.New(failure.Configuration, err, hint)
 			}
 			digest, p, err := a.Export(cmd.Context(), out, recipient, progress(cmd.ErrOrStderr(), "exported"))
-			if err = errors.Join(err, out.Sync(), out.Close()); err != nil {
+			if written := errors.Join(out.Sync(), out.Close()); digest == "" || written != nil {
 				// A part of an export cannot be imported.
-				return failure.New(failure.Internal, errors.Join(err, os.Remove(*file)), "")
+				return failure.New(failure.Internal, errors.Join(err, written, os.Remove(*file)), "")
 			}
-			cmd.Printf("%d records\ndigest %s\n", p.Done, digest)
+			cmd.Printf("%d records\ndigest %s\n", p.Done-p.Failed, digest)
+			if err != nil {
+				return fmt.Errorf("%d objects were left out, which are no records: %w", p.Refused, err)
+			}
 			return nil
 		})
 	}

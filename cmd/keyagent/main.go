@@ -83,7 +83,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 		}
 	}
 	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newKubeKMS())
-	add("service", newServe(), newAudit(), newKMS())
+	add("service", newServe(), newVolume(), newAudit(), newKMS())
 	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())
 	root.SetHelpCommandGroupID("other")

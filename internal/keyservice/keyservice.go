@@ -271,6 +271,7 @@ func classify(err error) error {
 		{volume.ErrNotActive, failure.State, "its first format did not finish: run it again"},
 		{volume.ErrRollback, failure.Tampered, ""},
 		{volume.ErrRecord, failure.Tampered, ""},
+		{storage.ErrCorrupt, failure.Tampered, ""},
 		{macstore.ErrMACKey, failure.Tampered, ""},
 		{macstore.ErrNotStored, failure.Tampered, ""},
 		{atls.ErrExpired, failure.EvidenceRefused, "attest again"},

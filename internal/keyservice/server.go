@@ -130,7 +130,7 @@ func LoadConfig(path string, override Config) (*Config, error) {
 		return nil, failure.New(failure.Configuration, err, config.Hint(err))
 	}
 	// Files that the configuration names lie where it says, or beside it.
-	for _, p := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.Policy, &c.Audit} {
+	for _, p := range []*string{&c.TLS.Certificate, &c.TLS.Key, &c.Policy, &c.Audit, &c.Admin} {
 		if *p != "" && !filepath.IsAbs(*p) {
 			*p = filepath.Join(filepath.Dir(path), *p)
 		}
@@ -230,6 +230,7 @@ type Server struct {
 	gate     *atls.Gate
 	grpc     *grpc.Server
 	web      net.Listener
+	admin    net.Listener
 	closers  []io.Closer
 	cert     atomic.Pointer[tls.Certificate]
 	stopping atomic.Bool
@@ -264,6 +265,9 @@ func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, e
 		s.closers = append(s.closers, ignoreClosed{s.web})
 	}
 	if err = s.openService(ctx); err != nil {
+		return nil, err
+	}
+	if err = s.openAdmin(); err != nil {
 		return nil, err
 	}
 	return s, s.wire(ctx)
@@ -419,6 +423,9 @@ func (s *Server) Run(ctx context.Context) error {
 		group.Go(func() error { <-ctx.Done(); return web.Close() })
 	}
 	group.Go(func() error { s.service.forget.loop(ctx); return nil })
+	if s.admin != nil {
+		s.serveAdmin(ctx, group)
+	}
 	if every, err := s.cfg.rewrapEvery(); err == nil && every > 0 {
 		group.Go(func() error { s.service.rewrapLoop(ctx, every); return nil })
 	}

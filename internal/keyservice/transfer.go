@@ -78,7 +78,8 @@ func RecipientDigest(recipient []byte) string {
 
 // Export writes every record with its keys, sealed to recipient. It returns the
 // SHA-256 of what it wrote: anybody can seal to a recipient, so it is by this
-// digest that an import knows the export.
+// digest that an import knows the export. An error beside a digest names objects that
+// were left out because they are no records: the rest is whole.
 func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, report func(macstore.Progress)) (digest string, p macstore.Progress, err error) {
 	key, err := hpke.MLKEM768X25519().NewPublicKey(recipient)
 	if err != nil {
@@ -93,6 +94,7 @@ func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, repor
 	if _, err := fmt.Fprintf(e.w, "%s\n%s\n", exportMagic, base64.StdEncoding.EncodeToString(enc)); err != nil {
 		return "", p, err
 	}
+	var refused error
 	for _, kind := range macstore.Collections {
 		before := p
 		visit := visits(a.now)[kind]
@@ -104,14 +106,16 @@ func (a *Admin) Export(ctx context.Context, w io.Writer, recipient []byte, repor
 			}
 		})
 		p = p.Plus(q)
-		if err != nil {
+		if errors.Is(err, macstore.ErrIncomplete) {
 			return "", p, forOperator(err)
 		}
+		// What is no record of ours, or none any more, holds nothing up.
+		refused = errors.Join(refused, err)
 	}
 	if err := e.seal(aadEnd, binary.BigEndian.AppendUint64(nil, e.records)); err != nil {
 		return "", p, err
 	}
-	return hex.EncodeToString(e.sum.Sum(nil)), p, nil
+	return hex.EncodeToString(e.sum.Sum(nil)), p, forOperator(refused)
 }
 
 // exporter writes lines in turn, for records that are read at the same time.

@@ -40,7 +40,7 @@ func (r *Record) Reset(key WrappedDEK) error {
 
 // NextKey is the binding of the key that [Record.Reset] takes.
 func (r *Record) NextKey() kms.Binding {
-	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: dekLength}
+	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: DEKLength}
 }
 
 // End takes the volume from whoever holds it. The holder learns of it when it renews.

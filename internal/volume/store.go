@@ -22,8 +22,8 @@ var (
 	ErrRollback = errors.New("storage went back to an older state")
 )
 
-// dekLength of a volume, in bytes.
-const dekLength = 32
+// DEKLength is the length of a volume's DEK, in bytes.
+const DEKLength = 32
 
 // maxConflicts bounds how often a change is tried against other writers.
 const maxConflicts = 16
@@ -139,6 +139,32 @@ func (s *Store) get(ctx context.Context, volume string) (*Record, storage.Versio
 	return r, version, nil
 }
 
+// Peek returns the record that storage has, whatever was seen of the volume. It is for
+// people; nothing follows from it.
+func (s *Store) Peek(ctx context.Context, volume string) (*Record, error) {
+	r, _, err := s.read(ctx, volume)
+	return r, err
+}
+
+// Import makes a record that was lost, unless there is one. It is newer than all that
+// was seen of the volume.
+func (s *Store) Import(ctx context.Context, r *Record) (*Record, error) {
+	done, err := s.turns.take(ctx, r.VolumeID)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return s.update(ctx, r.VolumeID, s.read, func(found *Record) error {
+		if found.State != Absent {
+			return fmt.Errorf("%w: there is a record, and it is %s", ErrTransition, found.State)
+		}
+		seen := s.Seen(r.VolumeID)
+		*found = *r
+		found.Revision, found.Created = seen, s.now().UTC()
+		return nil
+	})
+}
+
 // read does not ask what was seen.
 func (s *Store) read(ctx context.Context, volume string) (*Record, storage.Version, error) {
 	body, version, err := s.records.Get(ctx, macstore.Volume, volume)
@@ -239,7 +265,7 @@ func (s *Store) Obtain(ctx context.Context, volume, owner string) (*Record, erro
 	if !errors.Is(err, ErrNoVolume) {
 		return r, err
 	}
-	key, err := s.NewKey(ctx, kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: dekLength})
+	key, err := s.NewKey(ctx, kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: DEKLength})
 	if err != nil {
 		return nil, err
 	}
