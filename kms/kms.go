@@ -16,9 +16,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/internal/secret"
 )
 
@@ -146,7 +146,7 @@ type Binding struct {
 	Length   int     // in bytes, MinLength to MaxLength
 }
 
-var idPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+var idPattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
 // Validate returns an error that wraps [ErrBinding] if a field is out of
 // bounds.

@@ -2,8 +2,8 @@ package luks
 
 import (
 	"fmt"
-	"regexp"
 
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/internal/secret"
 )
 
@@ -28,11 +28,11 @@ const (
 )
 
 var (
-	volumePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
-	uuidPattern   = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+	volumePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+	uuidPattern   = pattern.New(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	// A device-mapper UUID has 128 characters, of which the prefix and the LUKS
 	// UUID take 45; what is left is kept for the name.
-	namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$`)
+	namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$`)
 )
 
 func (id Identity) validate() error {

@@ -11,8 +11,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // MaxObject bounds an object in bytes.
@@ -81,7 +82,7 @@ type Deleter interface {
 	Delete(ctx context.Context, name string, expect Version) error
 }
 
-var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
+var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
 
 // CheckName returns an error that wraps [ErrName] unless name consists of 1 to
 // 255 bytes of segments of letters, digits, dots, dashes and underscores,

@@ -11,10 +11,11 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // A file holds one document:
@@ -35,7 +36,7 @@ const (
 	temporary = ".tmp-"
 )
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$`)
+var nameForm = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$`)
 
 // errName is a fault of the caller's, and no document's.
 var errName = errors.New("name of an endorsement is not letters, digits, dots and dashes")

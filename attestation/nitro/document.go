@@ -9,9 +9,10 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/big"
-	"regexp"
 
 	"github.com/fxamacker/cbor/v2"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // strict reads CBOR in which every value has one meaning: no key twice, no field
@@ -92,7 +93,7 @@ func parse(data []byte) (*signed, *document, error) {
 
 // module is how a NitroTPM is named: the instance and its TPM. The modules of
 // enclaves are named "-enc" and a number.
-var module = regexp.MustCompile(`^(i-[0-9a-f]{8,17})-tpm[0-9a-f]{16}$`)
+var module = pattern.New(`^(i-[0-9a-f]{8,17})-tpm[0-9a-f]{16}$`)
 
 func (d *document) check() error {
 	if d.Enclave != nil || !module.MatchString(d.ModuleID) {

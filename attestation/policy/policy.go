@@ -20,7 +20,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -28,6 +27,7 @@ import (
 	"github.com/google/cel-go/cel"
 
 	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // Operation is what a grant allows on a volume.
@@ -187,7 +187,7 @@ func (c *checker) demand(ok bool, message string, path ...any) {
 	}
 }
 
-var namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 func (c *checker) check(p *Policy) {
 	f := c.file

@@ -1,15 +1,16 @@
 package policy
 
 import (
-	"regexp"
 	"strings"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // A volume ID is what grants, records and key derivation speak of. The grammar
 // leaves no room for paths, control characters or look-alikes.
-var volumePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+var volumePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 
-var globPattern = regexp.MustCompile(`^[A-Za-z0-9*][A-Za-z0-9._*-]{0,127}$`)
+var globPattern = pattern.New(`^[A-Za-z0-9*][A-Za-z0-9._*-]{0,127}$`)
 
 // ValidVolume reports whether id is a volume ID: 1 to 128 ASCII letters, digits,
 // dots, dashes and underscores, the first one a letter or digit, and no "..".

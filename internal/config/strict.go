@@ -10,11 +10,12 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // ErrInvalid is wrapped by every error about a file's content.
@@ -77,7 +78,7 @@ func Hint(err error) string {
 	return "docs/configuration.md lists every field"
 }
 
-var unknownField = regexp.MustCompile(`field (\S+) not found in type \S+`)
+var unknownField = pattern.New(`field (\S+) not found in type \S+`)
 
 // readable turns the decoder's words into a person's.
 func readable(err error) string {

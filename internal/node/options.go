@@ -2,8 +2,9 @@ package node
 
 import (
 	"fmt"
-	"regexp"
 	"strings"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // refusedOptions are mount options that would lead data round the volume, lose what
@@ -26,7 +27,7 @@ var refusedValues = map[string]string{
 	"barrier=0":       "a power cut would lose what was acknowledged",
 }
 
-var plainOption = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.:+@%/=-]{0,254}$`)
+var plainOption = pattern.New(`^[A-Za-z0-9][A-Za-z0-9_.:+@%/=-]{0,254}$`)
 
 // CheckOption accepts a mount option, as mount(8) knows it, that does no harm here.
 func CheckOption(o string) error {

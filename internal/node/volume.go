@@ -4,11 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // Kind is what a volume is for.
@@ -62,7 +62,7 @@ var ErrVolume = errors.New("volume is not described correctly")
 // it is part of.
 const maxName = 80
 
-var mappingName = regexp.MustCompile(fmt.Sprintf(`^[A-Za-z0-9][A-Za-z0-9._-]{0,%d}$`, maxName-1))
+var mappingName = pattern.New(fmt.Sprintf(`^[A-Za-z0-9][A-Za-z0-9._-]{0,%d}$`, maxName-1))
 
 // Filesystems are those that can be made.
 var Filesystems = []string{"ext4", "xfs", "btrfs"}

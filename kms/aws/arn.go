@@ -1,17 +1,18 @@
 package aws
 
 import (
-	"regexp"
 	"strings"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // arn names one key in one Region.
 type arn struct{ partition, region, account, id string }
 
 var (
-	idPattern    = regexp.MustCompile(`^(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32})$`)
-	aliasPattern = regexp.MustCompile(`^alias/[a-zA-Z0-9/_-]{1,250}$`)
-	arnPattern   = regexp.MustCompile(`^arn:(aws[a-z0-9-]{0,20}):kms:([a-z0-9-]{1,32}):([0-9]{12}):(.*)$`)
+	idPattern    = pattern.New(`^(?:[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|mrk-[0-9a-f]{32})$`)
+	aliasPattern = pattern.New(`^alias/[a-zA-Z0-9/_-]{1,250}$`)
+	arnPattern   = pattern.New(`^arn:(aws[a-z0-9-]{0,20}):kms:([a-z0-9-]{1,32}):([0-9]{12}):(.*)$`)
 )
 
 // parseARN reads the ARN of a key.

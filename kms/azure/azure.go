@@ -34,7 +34,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -44,6 +43,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/security/keyvault/azkeys"
 
 	"github.com/keyagent/keyagent/internal/endpoint"
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -101,9 +101,9 @@ var domains = map[string]map[string]string{
 }
 
 var (
-	vaultPattern   = regexp.MustCompile(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
-	keyPattern     = regexp.MustCompile(`^[0-9A-Za-z-]{1,127}$`)
-	versionPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
+	vaultPattern   = pattern.New(`^[a-z][a-z0-9-]{1,22}[a-z0-9]$`)
+	keyPattern     = pattern.New(`^[0-9A-Za-z-]{1,127}$`)
+	versionPattern = pattern.New(`^[0-9a-f]{32}$`)
 )
 
 // New asks the vault for the key, and demands that it can wrap and unwrap.

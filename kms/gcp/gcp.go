@@ -30,7 +30,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/url"
-	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -44,6 +43,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/keyagent/keyagent/internal/endpoint"
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/kms"
 )
 
@@ -86,8 +86,8 @@ var errClosed = fmt.Errorf("gcp kms: %w", kms.ErrClosed)
 const cloudScope = "https://www.googleapis.com/auth/cloudkms"
 
 var (
-	keyPattern     = regexp.MustCompile(`^projects/[a-z0-9][a-z0-9.:-]{0,98}[a-z0-9]/locations/[a-z0-9-]{1,63}/keyRings/[A-Za-z0-9_-]{1,63}/cryptoKeys/[A-Za-z0-9_-]{1,63}$`)
-	versionPattern = regexp.MustCompile(`^(.{1,500})/cryptoKeyVersions/([1-9][0-9]{0,17})$`)
+	keyPattern     = pattern.New(`^projects/[a-z0-9][a-z0-9.:-]{0,98}[a-z0-9]/locations/[a-z0-9-]{1,63}/keyRings/[A-Za-z0-9_-]{1,63}/cryptoKeys/[A-Za-z0-9_-]{1,63}$`)
+	versionPattern = pattern.New(`^(.{1,500})/cryptoKeyVersions/([1-9][0-9]{0,17})$`)
 )
 
 // New returns a KMS. It asks the service nothing yet.

@@ -28,11 +28,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/storage"
@@ -236,7 +236,7 @@ func duration(u *kms.URI, name string) (time.Duration, error) {
 
 // backendName is what the name of a backend can be. Whatever else stands there may be
 // part of what was meant to be a parameter.
-var backendName = regexp.MustCompile(`^[a-z][a-z-]{0,19}$`)
+var backendName = pattern.New(`^[a-z][a-z-]{0,19}$`)
 
 // Redact returns uri without its parameters, for logs and reports.
 func Redact(uri string) string {

@@ -24,11 +24,11 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 )
@@ -72,9 +72,9 @@ var (
 )
 
 var (
-	pathPattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
+	pathPattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)
 	// ciphertextPattern is what transit gives: a version and base64.
-	ciphertextPattern = regexp.MustCompile(`^vault:(v[1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}$`)
+	ciphertextPattern = pattern.New(`^vault:(v[1-9][0-9]{0,8}):[A-Za-z0-9+/]+={0,2}$`)
 )
 
 // New returns a KMS. It asks the server nothing yet.

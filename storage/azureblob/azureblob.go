@@ -30,7 +30,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"regexp"
 	"strings"
 	"time"
 
@@ -39,6 +38,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 
 	"github.com/keyagent/keyagent/internal/endpoint"
+	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/storage"
 )
 
@@ -134,8 +134,8 @@ func New(ctx context.Context, opts Options) (*Storage, error) {
 }
 
 var (
-	accountPattern   = regexp.MustCompile(`^[a-z0-9]{3,24}$`)
-	containerPattern = regexp.MustCompile(`^[a-z0-9](-?[a-z0-9]){2,62}$`)
+	accountPattern   = pattern.New(`^[a-z0-9]{3,24}$`)
+	containerPattern = pattern.New(`^[a-z0-9](-?[a-z0-9]){2,62}$`)
 )
 
 func (o *Options) check() (plain bool, err error) {

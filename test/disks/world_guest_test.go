@@ -113,7 +113,8 @@ policy: policy.yaml
 kms: kms://cluster-kms?file=master.secret
 storage: storage://file?dir=records
 audit: audit.log
-`, w.port))
+admin: %s/admin.sock
+`, w.port, w.dir))
 	t.Cleanup(func() { w.stop() })
 	return w
 }

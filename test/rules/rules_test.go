@@ -203,3 +203,42 @@ func TestEveryPackageSaysWhatItIsFor(t *testing.T) {
 		}
 	}
 }
+
+// TestNoExpressionIsCompiledAtStart: each costs every command some of its time, and
+// most commands use none. Package pattern compiles them when they are used.
+func TestNoExpressionIsCompiledAtStart(t *testing.T) {
+	files(t, func(name string, file *ast.File) {
+		if strings.HasPrefix(name, "test/") {
+			return
+		}
+		for _, d := range file.Decls {
+			g, ok := d.(*ast.GenDecl) // of the package: what functions declare is in them
+			if !ok || g.Tok != token.VAR {
+				continue
+			}
+			ast.Inspect(g, func(n ast.Node) bool {
+				if s, ok := n.(*ast.SelectorExpr); ok && s.Sel.Name == "MustCompile" {
+					t.Errorf("%s compiles a regular expression at start", name)
+				}
+				return true
+			})
+		}
+	})
+}
+
+// TestTheKubernetesPluginNeedsNoDisk: it gets keys by the same client as the node
+// does, and links neither libcryptsetup nor what speaks to systemd of disks.
+func TestTheKubernetesPluginNeedsNoDisk(t *testing.T) {
+	cmd := exec.Command("go", "list", "-deps", "./internal/kubekms", "./internal/keyclient", "./internal/node")
+	cmd.Dir = "../.."
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for pkg := range strings.Lines(string(out)) {
+		pkg = strings.TrimSpace(strings.TrimPrefix(pkg, module))
+		if pkg == "luks" || below(pkg, "luks") || pkg == "internal/agent" || pkg == "systemd" {
+			t.Errorf("the plugin's packages link %s", pkg)
+		}
+	}
+}

@@ -1,0 +1,189 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
+	good := Volume{ID: "data", Device: "/dev/vdb", Filesystem: "ext4", Mount: "/data/"}
+	v := good
+	if err := v.Validate(); err != nil || v.Name != "data" || v.Mount != "/data" || v.Kind != Data || fmt.Sprint(v.Options) != "[nosuid nodev]" {
+		t.Fatalf("%+v, %v", v, err)
+	}
+	for name, tt := range map[string]struct {
+		change func(*Volume)
+		field  string
+	}{
+		"no ID":                         {func(v *Volume) { v.ID = "" }, "id"},
+		"a path for an ID":              {func(v *Volume) { v.ID = "../x" }, "id"},
+		"a name of 81 characters":       {func(v *Volume) { v.Name = strings.Repeat("x", 81) }, "name"},
+		"the device-mapper's own name":  {func(v *Volume) { v.Name = "control" }, "name"},
+		"no device":                     {func(v *Volume) { v.Device = "" }, "device"},
+		"a relative device":             {func(v *Volume) { v.Device = "vdb" }, "device"},
+		"a device with dots":            {func(v *Volume) { v.Device = "/dev/../etc/x" }, "device"},
+		"an empty label":                {func(v *Volume) { v.Device = "LABEL=" }, "device"},
+		"a label that climbs":           {func(v *Volume) { v.Device = "LABEL=../../sda" }, "device"},
+		"an unknown filesystem":         {func(v *Volume) { v.Filesystem = "ntfs" }, "filesystem"},
+		"a label of 17 bytes":           {func(v *Volume) { v.Label = strings.Repeat("x", 17) }, "label"},
+		"a label that is a flag":        {func(v *Volume) { v.Label = "-d" }, "label"},
+		"a mount point of nothing":      {func(v *Volume) { v.Filesystem = "none" }, "mount"},
+		"the root":                      {func(v *Volume) { v.Mount = "//" }, "mount"},
+		"integrity":                     {func(v *Volume) { v.Integrity = "hmac-sha256" }, "integrity"},
+		"a journal elsewhere":           {func(v *Volume) { v.Options = []string{"noatime", "journal_path=/dev/sda"} }, "options"},
+		"a btrfs device elsewhere":      {func(v *Volume) { v.Options = []string{"device=/dev/sda"} }, "options"},
+		"two options in one":            {func(v *Volume) { v.Options = []string{"noatime,bind"} }, "options"},
+		"errors that are passed over":   {func(v *Volume) { v.Options = []string{"errors=continue"} }, "options"},
+		"itself as what it comes after": {func(v *Volume) { v.After = []string{"data"} }, "after"},
+		"created and read-only":         {func(v *Volume) { v.Format, v.ReadOnly = true, true }, "read_only"},
+		"swap with a filesystem":        {func(v *Volume) { v.Kind, v.Format = Swap, true }, "kind"},
+		"swap without format":           {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
+		"another kind":                  {func(v *Volume) { v.Kind = "tape" }, "kind"},
+	} {
+		v := good
+		tt.change(&v)
+		var f *FieldError
+		if err := v.Validate(); !errors.As(err, &f) || f.Field != tt.field || !errors.Is(err, ErrVolume) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, o := range []string{"ro", "noatime", "relatime", "discard", "data=ordered", "compress=zstd:3", "subvol=@data", "x-systemd.automount", "context=system_u:object_r:data_t:s0"} {
+		if err := CheckOption(o); err != nil {
+			t.Errorf("%s: %v", o, err)
+		}
+	}
+}
+
+func TestAReadOnlyMountHasAReadOnlyMapping(t *testing.T) {
+	v := Volume{ID: "data", Device: "/dev/vdb", Filesystem: "ext4", Mount: "/data", Options: []string{"ro"}}
+	if err := v.Validate(); err != nil || !v.ReadOnly {
+		t.Errorf("%+v, %v", v, err)
+	}
+}
+
+func TestADeviceByTagIsUdevsLink(t *testing.T) {
+	for device, want := range map[string]string{
+		"/dev/vdb":           "/dev/vdb",
+		"UUID=0b5f-11":       "/dev/disk/by-uuid/0b5f-11",
+		"PARTLABEL=my data":  `/dev/disk/by-partlabel/my\x20data`,
+		"LABEL=größe":        "/dev/disk/by-label/größe",
+		"PARTUUID=1-2":       "/dev/disk/by-partuuid/1-2",
+		"/dev/disk/a=b":      "/dev/disk/a=b",
+		"LABEL=a=b":          "/dev/disk/by-label/a=b",
+		"LABEL=semi;quote\"": `/dev/disk/by-label/semi\x3bquote\x22`,
+	} {
+		v := Volume{ID: "data", Device: device}
+		if err := v.Validate(); err != nil || v.DevicePath() != want {
+			t.Errorf("%s is %s, %v", device, v.DevicePath(), err)
+		}
+	}
+}
+
+func TestVolumesComeUpInAnOrder(t *testing.T) {
+	all := []Volume{
+		{ID: "deep", Device: "/dev/a", Filesystem: "ext4", Mount: "/m/sub/deep"},
+		{ID: "m", Device: "/dev/b", Filesystem: "ext4", Mount: "/m"},
+		{ID: "alike", Device: "/dev/c", Filesystem: "ext4", Mount: "/mm"},
+		{ID: "sub", Device: "/dev/d", Filesystem: "ext4", Mount: "/m/sub"},
+		{ID: "swap", Device: "/dev/e", Kind: Swap, Format: true, After: []string{"alike"}},
+	}
+	for i := range all {
+		if err := all[i].Validate(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := CheckVolumes(all); err != nil {
+		t.Fatal(err)
+	}
+	stages, stuck := Order(all)
+	if got := fmt.Sprint(stages); got != "[[1 2] [3 4] [0]]" || stuck != -1 {
+		t.Errorf("stages are %s, stuck %d", got, stuck)
+	}
+	if got := Needs(all, &all[0]); !slices.Equal(got, []string{"m", "sub"}) {
+		t.Errorf("deep needs %v", got)
+	}
+	all[1].After = []string{"deep"}
+	if i, err := CheckVolumes(all); err == nil || !strings.Contains(err.Error(), "waits for itself") {
+		t.Errorf("%d, %v", i, err)
+	}
+}
+
+func TestWhatIsNamedTwiceIsAnErrorOfTheConfiguration(t *testing.T) {
+	for name, second := range map[string]Volume{
+		"device": {ID: "b", Device: "/dev/disk/by-uuid/x"},
+		"id":     {ID: "a", Device: "/dev/b"},
+		"name":   {ID: "b", Name: "a", Device: "/dev/b"},
+		"mount":  {ID: "b", Device: "/dev/b", Filesystem: "ext4", Mount: "/m"},
+		"after":  {ID: "b", Device: "/dev/b", After: []string{"c"}},
+	} {
+		all := []Volume{{ID: "a", Device: "UUID=x", Filesystem: "ext4", Mount: "/m"}, second}
+		for i := range all {
+			if err := all[i].Validate(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var f *FieldError
+		if i, err := CheckVolumes(all); !errors.As(err, &f) || f.Field != name || i != 1 {
+			t.Errorf("%s: volume %d, %v", name, i, err)
+		}
+	}
+}
+
+const head = `servers: [{address: "127.0.0.1:1", pins: ["sha256:0000000000000000000000000000000000000000000000000000000000000000"]}]
+`
+
+func TestANodeWithoutVolumesIsAGoodNode(t *testing.T) {
+	load := func(text string) (*Config, error) {
+		path := filepath.Join(t.TempDir(), "agent.yaml")
+		if err := os.WriteFile(path, []byte(head+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return Load(path)
+	}
+	for _, text := range []string{"", "volumes: []\n", `dynamic: [{uids: [0], volumes: ["pvc-*"], devices: ["/dev/disk/by-id/*"], format: true}]` + "\n"} {
+		if _, err := load(text); err != nil {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+	for text, want := range map[string]string{
+		`dynamic: [{volumes: ["*"], devices: ["/dev/*"]}]`:                              "dynamic[0].uids: empty",
+		`dynamic: [{uids: [0], devices: ["/dev/*"]}]`:                                   "dynamic[0].volumes: empty",
+		`dynamic: [{uids: [0], volumes: ["*"]}]`:                                        "dynamic[0].devices: empty",
+		`dynamic: [{uids: [0], volumes: ["*"], devices: ["dev/*"]}]`:                    "dynamic[0].devices[0]: must be an absolute path",
+		`dynamic: [{uids: [0], volumes: ["*"], devices: ["/dev/[a"]}]`:                  "dynamic[0].devices[0]",
+		`dynamic: [{uids: [0], volumes: ["*"], devices: ["/dev/*"], options: [bind]}]`:  "dynamic[0].options[0]",
+		`dynamic: [{uids: [0], volumes: ["*"], devices: ["/dev/*"], filesystem: ntfs}]`: "must be of ext4",
+		`volumes: [{id: a, device: /dev/a, options: [noatime, bind]}]`:                  "volumes[0].options[1]",
+		"watch: 1ms": "watch: must be a duration",
+	} {
+		if _, err := load(text + "\n"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func FuzzVolume(f *testing.F) {
+	f.Add("data", "/dev/vdb", "data", "ext4", "/data", "noatime")
+	f.Add("a", "LABEL=x y", "", "none", "", "ro")
+	f.Fuzz(func(t *testing.T, id, device, name, fs, mount, option string) {
+		v := Volume{ID: id, Device: device, Name: name, Filesystem: fs, Mount: mount, Options: []string{option}}
+		if v.Validate() != nil {
+			return
+		}
+		again := v
+		if err := again.Validate(); err != nil || again.Name != v.Name || again.Mount != v.Mount {
+			t.Errorf("%+v does not stay valid: %v", v, err)
+		}
+		if p := v.DevicePath(); !filepath.IsAbs(p) || filepath.Clean(p) != p {
+			t.Errorf("device is %q", p)
+		}
+		if strings.ContainsAny(option, ", \n") {
+			t.Errorf("option %q", option)
+		}
+	})
+}
