@@ -39,10 +39,6 @@ func TestTheBindingOpensWhatWeFormat(t *testing.T) {
 	if err := d.ActivateByPassphrase("", 0, keyString(t, logsKey(t)), 0); err == nil {
 		t.Error("another key opens it")
 	}
-	vk, _, err := d.VolumeKeyGet(0, keyString(t, dataKey(t)))
-	if err != nil || len(vk) != volumeKeySize {
-		t.Errorf("volume key has %d bytes, %v", len(vk), err)
-	}
 }
 
 func TestWhatTheBindingFormatsIsJudgedByTheGuard(t *testing.T) {
