@@ -2,7 +2,7 @@
 // somebody hostile.
 //
 // In a confidential VM the hypervisor owns the disk, and with it the LUKS2
-// header. A header says how to decrypt, so whoever writes it can ask for no
+// header. A header says how to decrypt, so its writer can ask for no
 // encryption at all: a null cipher, an offset of its choosing, a key derivation
 // that never ends. Stock tools do as they are told. This package reads the header
 // once, accepts one form of it, demands a MAC that the host cannot forge, and

@@ -8,7 +8,6 @@ import (
 	"encoding/binary"
 	"io"
 	"net"
-	"os"
 	"path/filepath"
 	"testing"
 
@@ -104,55 +103,42 @@ func opinions(t *testing.T, offer *attestv1.TPMOffer, e *attestv1.TPMEvidence, p
 	return ours, theirs
 }
 
-func TestGooglesSimulatorAndVerifierAgreeWithUs(t *testing.T) {
-	log, values := genuineLog(t)
-	_, events := split(t, log)
+// simulatedBoot replays the fixture's boot into the simulator, and has our verifier
+// accept it, which knows its endorsement key.
+func simulatedBoot(t *testing.T, events []rawEvent, values map[uint32][]byte, pcrs []uint32) (*attestv1.TPMOffer, *attestv1.TPMEvidence) {
+	t.Helper()
 	p := simulated(t)
 	replayInto(t, p, events)
-	path := filepath.Join(t.TempDir(), "log")
-	if err := os.WriteFile(path, log, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	i := newIssuer(t, p, IssuerOptions{EventLog: path})
-	a, err := i.Begin(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
+	ctx := context.Background()
+	a := must[attestation.Attempt](t)(newIssuer(t, p, IssuerOptions{EventLog: "testdata/ovmf.eventlog"}).Begin(ctx))
 	defer a.Close()
-	var offer attestv1.TPMOffer
-	var e attestv1.TPMEvidence
-	if err := proto.Unmarshal(a.Offer(), &offer); err != nil {
+	offer, e := &attestv1.TPMOffer{}, &attestv1.TPMEvidence{}
+	if err := proto.Unmarshal(a.Offer(), offer); err != nil {
 		t.Fatal(err)
 	}
 	ek := must[*tpm2.TPMTPublic](t)(tpm2.Unmarshal[tpm2.TPMTPublic](offer.GetEkPublic()))
-	key, err := tpm2.Pub(*ek)
-	if err != nil {
-		t.Fatal(err)
-	}
-	digest, err := EKDigest(key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pcrs := []uint32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14}
+	digest := must[string](t)(EKDigest(must[crypto.PublicKey](t)(tpm2.Pub(*ek))))
 	v := newVerifier(t, Trust{Enrolled: []Enrolled{{"simulator", digest}}, PCRs: pcrs})
-	q, err := v.Begin(context.Background(), a.Offer())
-	if err != nil {
-		t.Fatal(err)
-	}
-	evidence, err := a.Evidence(context.Background(), q.Ask(), testBinder)
-	if err != nil {
-		t.Fatal(err)
-	}
-	claims, err := q.Verify(context.Background(), evidence, testBinder)
+	q := must[attestation.Question](t)(v.Begin(ctx, a.Offer()))
+	evidence := must[[]byte](t)(a.Evidence(ctx, q.Ask(), testBinder))
+	claims, err := q.Verify(ctx, evidence, testBinder)
 	if err != nil {
 		t.Fatalf("our verifier refuses Microsoft's TPM: %v", err)
 	}
 	if got := claims[0].Measurements["pcr7"].Value; !bytes.Equal(got, values[7]) {
 		t.Errorf("pcr7 is %x, want %x", got, values[7])
 	}
-	if err := proto.Unmarshal(evidence, &e); err != nil {
+	if err := proto.Unmarshal(evidence, e); err != nil {
 		t.Fatal(err)
 	}
+	return offer, e
+}
+
+func TestGooglesSimulatorAndVerifierAgreeWithUs(t *testing.T) {
+	log, values := genuineLog(t)
+	_, events := split(t, log)
+	pcrs := []uint32{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 14}
+	offer, e := simulatedBoot(t, events, values, pcrs)
 	other := testBinder
 	other[0] ^= 1
 	for name, change := range map[string]func(e *attestv1.TPMEvidence, b *attestation.Binder){
@@ -170,11 +156,11 @@ func TestGooglesSimulatorAndVerifierAgreeWithUs(t *testing.T) {
 		"a value that is too much": func(e *attestv1.TPMEvidence, _ *attestation.Binder) { e.PcrValues[3] = append(e.PcrValues[3], 0) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			changed, binder := proto.Clone(&e).(*attestv1.TPMEvidence), testBinder
+			changed, binder := proto.Clone(e).(*attestv1.TPMEvidence), testBinder
 			if change != nil {
 				change(changed, &binder)
 			}
-			ours, theirs := opinions(t, &offer, changed, pcrs, binder)
+			ours, theirs := opinions(t, offer, changed, pcrs, binder)
 			if (ours == nil) != (change == nil) || (theirs == nil) != (change == nil) {
 				t.Errorf("we say %v, they say %v", ours, theirs)
 			}
