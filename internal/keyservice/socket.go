@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/unixsocket"
@@ -167,6 +168,11 @@ func (s *Service) serveExport(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	defer s.forget.used()
+	who, _ := req.Context().Value(whoKey{}).(string)
+	if err := s.audit.Append(audit.Entry{Event: "export", CorrelationID: newID(), Identity: who, Result: "allowed", Detail: "to recipient " + RecipientDigest(in.Recipient)}); err != nil {
+		writeAdminError(w, err)
+		return
+	}
 	w.Header().Set("Trailer", trailerDigest+", "+trailerRecords+", "+trailerError)
 	w.WriteHeader(http.StatusOK)
 	digest, p, err := s.Admin().Export(req.Context(), w, in.Recipient, nil)
