@@ -175,8 +175,13 @@ func (r *Record) Stands(c *Caller, id []byte, lease Terms, leaseID string, now t
 		return fmt.Errorf("%w: it was taken over, or never began", ErrAttempt)
 	case a.Channel != c.Channel:
 		return fmt.Errorf("%w: it began on another connection", ErrAttempt)
+	case r.State == Formatted && r.Lease != nil:
+		// The first answer may have been lost. The caller counts the term of this one
+		// from now, so that the lease must last as long.
+		r.Lease = lease.renewed(r.Lease, a.Holder, now)
+		return nil
 	case r.State == Formatted:
-		return nil // the first answer may have been lost
+		return nil // it gave the lease back since
 	}
 	r.State, r.HeaderMAC, r.CopyMACs = Formatted, a.HeaderMAC, a.CopyMACs
 	r.Attempt = &Attempt{ID: a.ID, Holder: a.Holder, Channel: a.Channel}

@@ -180,9 +180,13 @@ func (w *walk) stand(n *modelNode) {
 	ok := n.attempt != nil && (w.m.state == Pending || w.m.state == Formatted) && w.m.attempt == id && w.m.channel == n.Channel
 	already := w.m.state == Formatted
 	happened, told := w.change("stands", yes(ok), func(r *Record) error { return r.Stands(n.Caller, n.attempt, t, lease, w.now) })
-	if happened && ok && !already {
+	switch {
+	case happened && ok && !already:
 		w.m.state, w.m.mac = Formatted, n.mac
 		w.hold(n, lease, t, told)
+	case happened && ok && w.m.lease != "":
+		// The first answer was lost: it is the holder from now on, as far as it knows.
+		w.hold(w.m.holder, w.m.lease, t, told)
 	}
 }
 
