@@ -10,7 +10,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: all deps build node demo test test-cloud lint bench fuzz generate clean
+.PHONY: all deps build node demo test test-full test-cloud lint bench fuzz generate clean
 
 all: build
 
@@ -46,6 +46,9 @@ test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/kubernetes && $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname -- ./...
 	$(TOOL) gotestsum --format pkgname -- -race -timeout 30m -p 1 $(ALONE)
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(ALONE:./%=-e /%$$))
+
+test-full: test ## test, and the matrices that it samples as a whole
+	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/model
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
 	@./test/cloud/run $(TOOL) gotestsum --format pkgname --
