@@ -21,17 +21,19 @@
  *                  one rule is left out each: spin must find what follows. That only
  *                  one attempt lives at a time is no such rule: it spares the loser its
  *                  work, and safety rests on the second compare-and-swap
- *   -DSMALL        fewer faults, for every run of the tests
+ *   -DSMALL        fewer leases and freezes, for every run of the tests
  */
 
+/* How many attempts and leases there are, less one, and how much goes wrong. */
+#ifndef IDS
 #ifdef SMALL
 #define IDS 5
-#define FAULTS 1
 #define FREEZES 1
 #else
 #define IDS 6
-#define FAULTS 2
 #define FREEZES 2
+#endif
+#define FAULTS 1
 #endif
 
 #define NOBODY 2

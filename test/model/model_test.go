@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -58,17 +59,16 @@ func check(t *testing.T, defines ...string) string {
 // not name, do two nodes write, or does an active volume lack its header or its file
 // system; and each rule that is left out is missed.
 func TestTheModelOfAVolumesLifeHolds(t *testing.T) {
-	size := []string{"-DSMALL"}
+	sizes := [][]string{{"-DSMALL"}}
 	if os.Getenv(full) != "" {
-		size = nil
+		sizes = [][]string{nil, {"-DIDS=5", "-DFAULTS=2", "-DFREEZES=1"}}
 	}
-	for _, variant := range []string{"", "-DMACHINE"} {
-		defines := size
-		if variant != "" {
-			defines = append([]string{variant}, size...)
-		}
-		if broken := check(t, defines...); broken != "" {
-			t.Errorf("%v: it does not hold that %s", defines, broken)
+	for _, size := range sizes {
+		for _, variant := range [][]string{nil, {"-DMACHINE"}} {
+			defines := slices.Concat(variant, size)
+			if broken := check(t, defines...); broken != "" {
+				t.Errorf("%v: it does not hold that %s", defines, broken)
+			}
 		}
 	}
 	for _, variant := range []string{"-DBROKEN_STANDS", "-DBROKEN_AGAIN", "-DBROKEN_CONFIRM", "-DBROKEN_EXPIRY", "-DBROKEN_WATCH", "-DLATE_WRITES"} {
