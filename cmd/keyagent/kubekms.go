@@ -335,6 +335,9 @@ func (f *kekSourceFlags) openAttested(ctx context.Context, log *slog.Logger) (ku
 	if err != nil {
 		return nil, nil, err
 	}
+	// The KEK stays in this process's memory, so that its session may, too: a key is
+	// fetched every few seconds.
+	client.Hold()
 	source := &kubekms.Attested{Keys: client, Volume: f.volume}
 	if f.init {
 		if err := source.Init(ctx); err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
@@ -110,7 +111,7 @@ type Request struct {
 	LeaseID  []byte // of a lease that this machine may still have
 }
 
-// GetKey returns the key of a volume. The caller closes it, within a Hold.
+// GetKey returns the key of a volume. The caller closes it.
 func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	req := &keyservicev1.GetKeyRequest{
 		VolumeId: r.Volume, Operation: keyservicev1.Operation_OPERATION_OPEN, Protocol: protocol,
@@ -119,8 +120,9 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	if r.Format {
 		req.Operation = keyservicev1.Operation_OPERATION_FORMAT
 	}
-	release := c.Hold()
-	defer release()
+	// A first format goes on in the session that brought the key: it is held until
+	// the key is closed.
+	release := sync.OnceFunc(c.Hold())
 	var key *Key
 	err := c.try(ctx, func(ctx context.Context) error {
 		return c.keys.call(ctx, func(ctx context.Context, s *session) error {
@@ -133,7 +135,12 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 			return err
 		})
 	})
-	return key, err
+	if err != nil {
+		release()
+		return nil, err
+	}
+	key.release = release
+	return key, nil
 }
 
 // BeginFormat tells the key service which header is about to be written. Until is

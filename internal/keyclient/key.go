@@ -71,10 +71,18 @@ type Key struct {
 	Expires       time.Time // of the verdict under which it was released
 
 	session *session // the key service ties the first format to it
+	release func()
 }
 
-// Close wipes the DEK.
-func (k *Key) Close() error { return k.DEK.Close() }
+// Close wipes the DEK, and ends the session that brought it unless another key is
+// open.
+func (k *Key) Close() error {
+	err := k.DEK.Close()
+	if k.release != nil {
+		k.release()
+	}
+	return err
+}
 
 // proof shows that this side has the DEK, on the connection that brought it.
 func (k *Key) proof(step string, attempt []byte, m MACs) ([]byte, error) {
