@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
@@ -81,14 +82,19 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 	f.BoolVar(&initMaster, "init-master-secret", false, "make the master secret's file if it does not exist")
 	f.BoolVar(&initAudit, "init-audit", false, "begin an audit log beside records that are there: for one start, when it was lost or on a new replica")
 	f.BoolVar(&initRecords, "init-records", false, "begin records anew although the audit log knows volumes: for one start, when they are lost for good")
+	overrideFlags(f, &override)
+	logs.add(cmd)
+	return cmd
+}
+
+// overrideFlags stand for fields of the configuration file.
+func overrideFlags(f *pflag.FlagSet, override *keyservice.Config) {
 	f.StringVar(&override.Listen, "listen", "", "address, instead of the file's")
 	f.StringVar(&override.Policy, "policy", "", "policy file, instead of the file's")
 	f.StringVar(&override.KMS, "kms", "", "kms:// URI, instead of the file's")
 	f.StringVar(&override.Storage, "storage", "", "storage:// URI, instead of the file's")
 	f.StringVar(&override.Audit, "audit", "", "audit log, instead of the file's")
 	f.StringVar(&override.Metrics, "metrics", "", "address of /metrics, /healthz and /readyz, instead of the file's")
-	logs.add(cmd)
-	return cmd
 }
 
 // initMasterSecret leaves a file that exists alone.

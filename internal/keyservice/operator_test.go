@@ -3,6 +3,7 @@ package keyservice
 import (
 	"bytes"
 	"errors"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,4 +154,22 @@ func TestJunkInTheStorageStopsNothing(t *testing.T) {
 		t.Errorf("what was exported beside it: %+v, %v", done, err)
 	}
 	sameKeys(t, keysOf(t, other, there), was)
+}
+
+// FuzzAdminRequest: what is not a request of this program is refused, and nothing is
+// read beyond its bound.
+func FuzzAdminRequest(f *testing.F) {
+	f.Add([]byte(`{"volume":"data-1"}`))
+	f.Add([]byte(`{"lost":{"volume":"data-1","generation":1}}`))
+	f.Add([]byte(`{"more":1}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var in adminRequest
+		req, err := http.NewRequest(http.MethodPost, "/", bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := readAdmin(req, &in); err != nil && failure.Of(err).Class != failure.Usage {
+			t.Fatal(err)
+		}
+	})
 }
