@@ -109,9 +109,11 @@ func TestTheSearchOfMemoryFindsWhatIsThere(t *testing.T) {
 	rand.Read(key)
 	h := hmac.New(sha256.New, key)
 	h.Write([]byte("x"))
+	planted := bytes.Clone(key)
 	forms := keyForms("planted", key)
 	found := searchMemory(t, os.Getpid(), forms)
 	runtime.KeepAlive(h)
+	runtime.KeepAlive(planted)
 	for _, name := range []string{"planted", "planted, inner pad", "planted, outer pad"} {
 		if found[name] < 2 { // the needle itself, and what it is to find
 			t.Errorf("%s is found %d times", name, found[name])
