@@ -165,7 +165,11 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	callCtx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	got, err := c.Keys.Renew(callCtx, d.id, d.lease.id)
-	if err == nil {
+	switch {
+	case err == nil && got == nil:
+		c.drop(ctx, d.e)
+		return
+	case err == nil:
 		c.renewed(ctx, d, got)
 		return
 	}

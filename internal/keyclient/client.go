@@ -3,7 +3,6 @@ package keyclient
 import (
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -202,7 +201,8 @@ func (c *Client) Confirm(ctx context.Context, k *Key) error {
 }
 
 // Renew extends a lease, trying once. A refusal means that another node has the
-// volume, or an operator took it away.
+// volume, or an operator took it away. No lease and no error mean that the policy
+// asks for none any more.
 func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, error) {
 	var lease *Lease
 	err := c.leases.call(ctx, func(ctx context.Context, s *session) error {
@@ -212,9 +212,6 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 			return failure.FromStatus(err)
 		}
 		lease, err = leaseOf(resp.GetLease(), sent)
-		if err == nil && lease == nil {
-			err = errors.New("the key service renewed nothing")
-		}
 		return err
 	})
 	return lease, err
