@@ -101,7 +101,7 @@ func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 		}
 	}
 	return o.step(ctx, "filesystem", func() error {
-		return filesystem.Make(ctx, o.mapping.Path, o.v.Filesystem, filesystem.Options{Label: o.v.Label, OneWriter: o.e.lease != nil})
+		return filesystem.Make(ctx, o.mapping.Path, o.v.Filesystem, filesystem.Options{Label: o.v.Label, OneWriter: o.e.lease != nil && !o.v.NoMMP})
 	})
 }
 

@@ -21,7 +21,8 @@ var ErrNeedsRepair = errors.New("filesystem needs repair by hand")
 type Options struct {
 	Label string
 	// OneWriter asks for protection against a second mount, where the filesystem
-	// has it.
+	// has it. The kernel then waits eleven seconds at each mount, to see whether
+	// another machine writes.
 	OneWriter bool
 }
 
@@ -31,6 +32,7 @@ type kind struct {
 	make func(device string, o Options) []string
 	// check is run before a mount, and verdict says what its exit code means.
 	check   []string
+	isClean func(device string) bool // says that the check would find nothing to do
 	verdict func(code int) (repaired bool, err error)
 	// grow gets the device or the mount point, see onMount.
 	grow    []string
@@ -55,7 +57,8 @@ var kinds = map[string]kind{
 			}
 			return append(args, device)
 		},
-		check: []string{"e2fsck", "-p"},
+		check:   []string{"e2fsck", "-p"},
+		isClean: cleanExt4,
 		verdict: func(code int) (bool, error) {
 			switch {
 			case code&4 != 0:
@@ -96,6 +99,8 @@ var kinds = map[string]kind{
 		repair: "btrfs check %s",
 	},
 }
+
+func (k kind) clean(device string) bool { return k.isClean != nil && k.isClean(device) }
 
 func of(fstype string) (kind, error) {
 	k, ok := kinds[fstype]
@@ -139,7 +144,7 @@ func Sync(device string) error {
 // [ErrNeedsRepair] if a person has to decide.
 func Check(ctx context.Context, device, fstype string, readOnly bool) (repaired bool, err error) {
 	k, err := of(fstype)
-	if err != nil || k.check == nil || readOnly {
+	if err != nil || k.check == nil || readOnly || k.clean(device) {
 		return false, err
 	}
 	code, out, err := run(ctx, k.pkg, append(slices.Clone(k.check), device)...)

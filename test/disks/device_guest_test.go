@@ -15,11 +15,11 @@ import (
 // Sizes that are no multiple of 4096, disks that grow to one, read-only disks, and
 // what is no disk.
 func TestDiskOddSizesAndReadOnlyDisks(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	file, at := image(t, diskSize+7*512), mountPoint(t, "data")
 	device := loop(t, file)
 	removed(t, "v-odd", "v-ro", "v-file")
-	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, format: true, filesystem: ext4, mount: %s}", device, at))
+	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", device, at))
 	n.must(t, "unlock")
 	put(t, filepath.Join(at, "note"), "kept")
 	n.must(t, "close", "--all")
@@ -30,9 +30,9 @@ func TestDiskOddSizesAndReadOnlyDisks(t *testing.T) {
 	n.must(t, "close", "--all")
 
 	readonly := loop(t, file, "-r")
-	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, filesystem: ext4, mount: %s}", readonly, at))
+	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", readonly, at))
 	n.fails(t, 3, "read_only", "unlock")
-	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, filesystem: ext4, mount: %s, options: [ro]}", readonly, at))
+	n.configure(t, fmt.Sprintf("{id: v-odd, device: %s, filesystem: ext4, no_mmp: true, mount: %s, options: [ro]}", readonly, at))
 	n.must(t, "unlock")
 	holds(t, filepath.Join(at, "note"), "kept")
 	if err := os.WriteFile(filepath.Join(at, "more"), nil, 0o600); err == nil {
@@ -50,11 +50,12 @@ func TestDiskOddSizesAndReadOnlyDisks(t *testing.T) {
 
 // Case 55: a disk that does not answer stops no other volume, and no SIGTERM.
 func TestDiskAHungDiskStopsNothingElse(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	good, bad, at := disk(t, diskSize), disk(t, diskSize), mountPoint(t, "good")
 	removed(t, "v-good", "v-hung", "below", "v-other")
 	sectors := diskSize / 512
 	tool(t, "dmsetup", "create", "below", "--table", fmt.Sprintf("0 %d linear %s 0", sectors, bad))
+	tool(t, "dmsetup", "mknodes")
 	n.configure(t, fmt.Sprintf("{id: v-hung, device: /dev/mapper/below, format: true}"))
 	n.must(t, "unlock")
 	n.must(t, "close", "--all")
@@ -63,7 +64,7 @@ func TestDiskAHungDiskStopsNothingElse(t *testing.T) {
 	resume := func() { tool(t, "dmsetup", "resume", "below") }
 	n.configure(t,
 		"{id: v-hung, device: /dev/mapper/below, optional: true}",
-		fmt.Sprintf("{id: v-good, device: %s, format: true, filesystem: ext4, mount: %s}", good, at))
+		fmt.Sprintf("{id: v-good, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", good, at))
 	began := time.Now()
 	a := n.start(t)
 	a.waitFor(t, "msg=ready")
@@ -90,10 +91,10 @@ func TestDiskAHungDiskStopsNothingElse(t *testing.T) {
 
 // A disk that comes late is opened when it comes; an optional one delays nobody.
 func TestDiskALateDiskIsOpenedWhenItComes(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-late")
 	link := filepath.Join(n.dir, "by-id")
-	n.configure(t, fmt.Sprintf("{id: v-late, device: %s, filesystem: ext4, mount: %s, optional: true}", link, at))
+	n.configure(t, fmt.Sprintf("{id: v-late, device: %s, filesystem: ext4, no_mmp: true, mount: %s, optional: true}", link, at))
 	began := time.Now()
 	a := n.start(t)
 	a.waitFor(t, "msg=ready")

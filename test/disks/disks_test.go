@@ -4,6 +4,7 @@ package disks
 
 import (
 	"context"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,7 +42,12 @@ func boot(t *testing.T, match string, limit time.Duration) {
 			env = append(env, name+"="+v)
 		}
 	}
+	var tee io.Writer
+	if testing.Verbose() {
+		tee = os.Stderr
+	}
 	result, err := uml.Run(ctx, uml.Guest{
+		Tee:     tee,
 		Program: "/bin/sh",
 		Args: []string{"-c", `set -e
 /run/modprobe -a ext4 dm-delay

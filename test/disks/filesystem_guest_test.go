@@ -15,15 +15,15 @@ import (
 
 // Case 51: a record from a backup calls a volume new that is in use.
 func TestDiskARestoredRecordDoesNotFormatAFilesystemInUse(t *testing.T) {
-	w := newWorld(t)
-	n := w.node(t, "node-1")
+	n := first(t)
+	w := n.world
 	for _, state := range []string{"pending", "formatted"} {
 		for _, inside := range []string{"ext4", "old ext4", "xfs", "lvm", "swap", "btrfs"} {
 			t.Run(state+" over "+inside, func(t *testing.T) {
 				id := "v-" + state + "-" + strings.ReplaceAll(inside, " ", "")
 				device := disk(t, 400*mib)
 				removed(t, id)
-				n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, mount: %s}", id, device, mountPoint(t, "data")))
+				n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, device, mountPoint(t, "data")))
 				saved := w.recordIn(t, n, id, state)
 				n.must(t, "unlock", id)
 				n.must(t, "close", id)
@@ -49,7 +49,7 @@ func TestDiskARestoredRecordDoesNotFormatAFilesystemInUse(t *testing.T) {
 				n.must(t, "close", id)
 				w.putRecord(t, id, saved)
 				before := tool(t, "sha256sum", device)
-				n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, mount: %s}", id, device, mountPoint(t, "again")))
+				n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, device, mountPoint(t, "again")))
 				out, code := n.run(t, "unlock", id)
 				if code == 0 || code == 1 {
 					t.Errorf("exit code %d: %s", code, out)
@@ -109,12 +109,12 @@ func (w *world) putRecord(t *testing.T, id string, data []byte) {
 
 // Case 52: a damaged filesystem is repaired by its own tool, or not mounted.
 func TestDiskADamagedFilesystemIsNotMountedInSilence(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fs, func(t *testing.T) {
 			id, device, at := "v-damaged-"+fs, disk(t, 400*mib), mountPoint(t, "data")
 			removed(t, id)
-			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, mount: %s}", id, device, fs, at))
+			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, no_mmp: true, mount: %s}", id, device, fs, at))
 			n.must(t, "unlock", id)
 			if options := tool(t, "findmnt", "-no", "OPTIONS", at); fs == "ext4" && !strings.Contains(options, "errors=remount-ro") {
 				t.Errorf("mounted with %s", options)
@@ -128,7 +128,7 @@ func TestDiskADamagedFilesystemIsNotMountedInSilence(t *testing.T) {
 				tool(t, "debugfs", "-w", "-R", "ssv state 2", "/dev/mapper/"+id)
 				tool(t, "debugfs", "-w", "-R", "ssv free_blocks_count 7", "/dev/mapper/"+id)
 				n.must(t, "close", id)
-				n.configure(t, fmt.Sprintf("{id: %s, device: %s, filesystem: ext4, mount: %s}", id, device, at))
+				n.configure(t, fmt.Sprintf("{id: %s, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", id, device, at))
 				if out := n.must(t, "unlock", id); !strings.Contains(out, "repaired the filesystem") {
 					t.Errorf("unlock says %q", out)
 				}
@@ -159,13 +159,13 @@ func TestDiskADamagedFilesystemIsNotMountedInSilence(t *testing.T) {
 
 // An open volume grows with its disk, under load.
 func TestDiskAVolumeGrowsOnline(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fs, func(t *testing.T) {
 			id, file, at := "v-grow-"+fs, image(t, 400*mib), mountPoint(t, "data")
 			device := loop(t, file)
 			removed(t, id)
-			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, mount: %s}", id, device, fs, at))
+			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, no_mmp: true, mount: %s}", id, device, fs, at))
 			n.must(t, "unlock", id)
 			writer := exec.Command("/bin/sh", "-c", `i=0; while :; do dd if=/dev/urandom of=file bs=64k count=8 conv=fsync 2>/dev/null || exit 1; sha256sum file >sum.new && mv sum.new sum; done`)
 			writer.Dir = at
@@ -199,12 +199,12 @@ func TestDiskAVolumeGrowsOnline(t *testing.T) {
 
 // Swap and scratch volumes have keys that nobody ever sees.
 func TestDiskSwapAndScratchLeaveNothing(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	swap, scratch, at := disk(t, diskSize), disk(t, diskSize), mountPoint(t, "tmp")
 	removed(t, "v-swap", "v-scratch")
 	n.configure(t,
 		fmt.Sprintf("{id: v-swap, kind: swap, device: %s, format: true}", swap),
-		fmt.Sprintf("{id: v-scratch, kind: scratch, device: %s, format: true, filesystem: ext4, mount: %s}", scratch, at))
+		fmt.Sprintf("{id: v-scratch, kind: scratch, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", scratch, at))
 	out := n.must(t, "unlock")
 	if swaps := tool(t, "cat", "/proc/swaps"); !strings.Contains(swaps, "dm-") && !strings.Contains(swaps, "v-swap") {
 		t.Errorf("%s\n/proc/swaps:\n%s", out, swaps)

@@ -16,7 +16,7 @@ func (m *machine) one(t *testing.T, id string, more ...string) (device, at strin
 	t.Helper()
 	device, at = disk(t, diskSize), mountPoint(t, "data")
 	removed(t, id)
-	m.configure(t, append([]string{fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, mount: %s}", id, device, at)}, more...)...)
+	m.configure(t, append([]string{fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, device, at)}, more...)...)
 	m.must(t, "unlock", id)
 	put(t, filepath.Join(at, "note"), "kept")
 	m.must(t, "close", id)
@@ -25,7 +25,7 @@ func (m *machine) one(t *testing.T, id string, more ...string) (device, at strin
 
 // Case 50: one byte of one copy is changed.
 func TestDiskADamagedCopyOfTheHeaderIsRebuilt(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	for i, name := range []string{"primary", "secondary"} {
 		t.Run(name, func(t *testing.T) {
 			id := "v-" + name
@@ -56,7 +56,7 @@ func TestDiskADamagedCopyOfTheHeaderIsRebuilt(t *testing.T) {
 
 // Case 50: all of the header is gone, and a backup brings it back.
 func TestDiskABackupOfTheHeaderIsWrittenBack(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-backup")
 	n.must(t, "backup-header", "v-backup", "saved")
 	n.fails(t, 2, "exists", "backup-header", "v-backup", "saved")
@@ -79,7 +79,7 @@ func TestDiskABackupOfTheHeaderIsWrittenBack(t *testing.T) {
 // Case 50: the host writes over the header while the volume is open. The node that
 // holds the lease has it in memory.
 func TestDiskTheHeaderOfAnOpenVolumeIsWatched(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-watched")
 	whole := peek(t, device, 0, 290816)
 	a := n.start(t)
@@ -99,7 +99,7 @@ func TestDiskTheHeaderOfAnOpenVolumeIsWatched(t *testing.T) {
 
 // Case 53: a stock tool opened the host's header under the volume's name.
 func TestDiskAMappingOfAnotherToolIsNotAdopted(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-adopted")
 	whole := peek(t, device, 0, 16<<20)
 	uuid := tool(t, "cryptsetup", "luksUUID", device)

@@ -11,8 +11,7 @@ import (
 )
 
 func TestDiskLifeOfAVolume(t *testing.T) {
-	w := newWorld(t)
-	n := w.node(t, "node-1")
+	n := first(t)
 	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(fs, func(t *testing.T) {
 			size := int64(diskSize)
@@ -21,7 +20,7 @@ func TestDiskLifeOfAVolume(t *testing.T) {
 			}
 			device, at, id := disk(t, size), mountPoint(t, "a/b/"+fs), "v-life-"+fs
 			removed(t, id)
-			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, label: keys, mount: %s}", id, device, fs, at))
+			n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: %s, no_mmp: true, label: keys, mount: %s}", id, device, fs, at))
 			out := n.must(t, "unlock")
 			if !strings.Contains(out, "open and mounted on "+at) {
 				t.Errorf("unlock says %q", out)

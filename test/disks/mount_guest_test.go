@@ -14,15 +14,15 @@ import (
 // Case 49: mount points inside each other, in either order of the file, with the
 // outer disk late.
 func TestDiskNestedMountPointsComeUpInOrder(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	outer, inner := disk(t, diskSize), disk(t, diskSize)
 	at := mountPoint(t, "m")
 	sub := filepath.Join(at, "sub")
 	removed(t, "v-inner", "v-outer")
 	late := filepath.Join(n.dir, "late")
 	n.configure(t,
-		fmt.Sprintf("{id: v-inner, device: %s, format: true, filesystem: ext4, mount: %s}", inner, sub),
-		fmt.Sprintf("{id: v-outer, device: %s, format: true, filesystem: ext4, mount: %s}", late, at))
+		fmt.Sprintf("{id: v-inner, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", inner, sub),
+		fmt.Sprintf("{id: v-outer, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", late, at))
 	done := make(chan error, 1)
 	go func() {
 		cmd := n.command("unlock")
@@ -51,18 +51,18 @@ func TestDiskNestedMountPointsComeUpInOrder(t *testing.T) {
 	}
 	n.must(t, "close", "v-outer")
 	n.configure(t,
-		fmt.Sprintf("{id: v-a, device: %s, format: true, filesystem: ext4, mount: %s}", inner, sub),
-		fmt.Sprintf("{id: v-b, device: %s, format: true, filesystem: ext4, mount: %s}", outer, sub))
+		fmt.Sprintf("{id: v-a, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", inner, sub),
+		fmt.Sprintf("{id: v-b, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", outer, sub))
 	n.fails(t, 3, "is used twice", "agent", "--config", "agent.yaml", "--check")
 }
 
 // Case 49: a mount target that is a link, or becomes one.
 func TestDiskAMountTargetIsNoLinkOfSomebodyElse(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-link")
 	dir := filepath.Dir(at)
 	configure := func(mount string) {
-		n.configure(t, fmt.Sprintf("{id: v-link, device: %s, filesystem: ext4, mount: %s}", device, mount))
+		n.configure(t, fmt.Sprintf("{id: v-link, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", device, mount))
 	}
 	// A user owns the parent, and leads it elsewhere.
 	theirs, etc := filepath.Join(dir, "theirs"), filepath.Join(dir, "etc")
@@ -111,10 +111,10 @@ func TestDiskAMountTargetIsNoLinkOfSomebodyElse(t *testing.T) {
 
 // The unit's umask is not that of other people's folders.
 func TestDiskParentsOfAMountPointAreForEverybody(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, _ := n.one(t, "v-umask")
 	base := mountPoint(t, "srv")
-	n.configure(t, fmt.Sprintf("{id: v-umask, device: %s, filesystem: ext4, mount: %s/app/data}", device, base))
+	n.configure(t, fmt.Sprintf("{id: v-umask, device: %s, filesystem: ext4, no_mmp: true, mount: %s/app/data}", device, base))
 	cmd := exec.Command("/bin/sh", "-c", "umask 077; exec \"$@\"", "sh", program(), "unlock", "--config", filepath.Join(n.dir, "agent.yaml"))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -129,7 +129,7 @@ func TestDiskParentsOfAMountPointAreForEverybody(t *testing.T) {
 
 // Case 54: a close that cannot finish changes nothing, and names who is in the way.
 func TestDiskACloseThatCannotFinishChangesNothing(t *testing.T) {
-	n := newWorld(t).node(t, "node-1")
+	n := first(t)
 	device, at := n.one(t, "v-busy")
 	n.must(t, "unlock", "v-busy")
 	reader := exec.Command("sleep", "600")

@@ -49,6 +49,7 @@ func share(t *testing.T, round int, delays [2]int) *shared {
 		lo := tool(t, "losetup", "-f", "--show", "--direct-io=on", s.image)
 		name := fmt.Sprintf("delay-%d-%d", round, i)
 		tool(t, "dmsetup", "create", name, "--table", fmt.Sprintf("0 %d delay %s 0 %d", diskSize/512, lo, delays[i]))
+		tool(t, "dmsetup", "mknodes", name)
 		s.devices[i] = "/dev/mapper/" + name
 		t.Cleanup(func() {
 			_ = exec.Command("dmsetup", "remove", "--retry", "--force", name).Run()
@@ -96,8 +97,7 @@ func disturb(r *rand.Rand, cmd *exec.Cmd) (what string, wait func()) {
 // have the volume.
 func TestRaceTwoNodesForOneBlankDisk(t *testing.T) {
 	r := seed.Rand(t)
-	w := newWorld(t)
-	nodes := [2]*machine{w.node(t, "node-1"), w.node(t, "node-2")}
+	w, nodes := lab()
 	opened := [2]int{}
 	for round := range rounds(t, 12) {
 		ok := t.Run(fmt.Sprint(round), func(t *testing.T) {
@@ -108,7 +108,7 @@ func TestRaceTwoNodesForOneBlankDisk(t *testing.T) {
 			for i, n := range nodes {
 				a := &attempt{n: n, at: mountPoint(t, "data"), name: fmt.Sprintf("%s-%d", id, i)}
 				removed(t, a.name)
-				n.configure(t, fmt.Sprintf("{id: %s, name: %s, device: %s, format: true, filesystem: ext4, mount: %s}", id, a.name, s.devices[i], a.at))
+				n.configure(t, fmt.Sprintf("{id: %s, name: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, a.name, s.devices[i], a.at))
 				all[i] = a
 				cmd := n.command("unlock", id)
 				var out bytes.Buffer
@@ -195,13 +195,13 @@ func (w *world) settle(t *testing.T, id string, nodes [2]*machine, all [2]*attem
 // TestRaceASecondWriterIsToldWhoHasTheVolume is case 48: failover while the old node
 // lives, and an operator's word.
 func TestRaceASecondWriterIsToldWhoHasTheVolume(t *testing.T) {
-	w := newWorld(t)
-	a, b := w.node(t, "node-1"), w.node(t, "node-2")
+	w, nodes := lab()
+	a, b := nodes[0], nodes[1]
 	s := share(t, 1000, [2]int{0, 0})
 	atA, atB := mountPoint(t, "a"), mountPoint(t, "b")
 	removed(t, "w-a", "w-b")
-	a.configure(t, fmt.Sprintf("{id: v-two, name: w-a, device: %s, format: true, filesystem: ext4, mount: %s}", s.devices[0], atA))
-	b.configure(t, fmt.Sprintf("{id: v-two, name: w-b, device: %s, filesystem: ext4, mount: %s}", s.devices[1], atB))
+	a.configure(t, fmt.Sprintf("{id: v-two, name: w-a, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[0], atA))
+	b.configure(t, fmt.Sprintf("{id: v-two, name: w-b, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[1], atB))
 	running := a.start(t)
 	running.waitFor(t, "msg=ready")
 	put(t, filepath.Join(atA, "note"), "of a")
@@ -243,18 +243,18 @@ func TestRaceASecondWriterIsToldWhoHasTheVolume(t *testing.T) {
 // TestRaceABoundHolderStopsByItself is case 48: with takeover: expiry the holder that
 // cannot renew suspends itself before another node may have the volume.
 func TestRaceABoundHolderStopsByItself(t *testing.T) {
-	w := newWorld(t)
-	a, b := w.node(t, "node-1"), w.node(t, "node-2")
+	w, nodes := lab()
+	a, b := nodes[0], nodes[1]
 	s := share(t, 1001, [2]int{0, 0})
 	atA, atB := mountPoint(t, "a"), mountPoint(t, "b")
 	removed(t, "x-a", "x-b")
 	// The first node reaches the service by a way that can be cut.
 	relay := newRelay(t, "127.0.0.1:"+w.port)
-	port := w.port
+	cut := *a // the same machine, by that way
+	a = &cut
 	a.world = &world{dir: w.dir, port: relay.port, log: w.log}
-	a.configure(t, fmt.Sprintf("{id: x-bound, name: x-a, device: %s, format: true, filesystem: ext4, mount: %s}", s.devices[0], atA))
-	b.configure(t, fmt.Sprintf("{id: x-bound, name: x-b, device: %s, filesystem: ext4, mount: %s}", s.devices[1], atB))
-	_ = port
+	a.configure(t, fmt.Sprintf("{id: x-bound, name: x-a, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[0], atA))
+	b.configure(t, fmt.Sprintf("{id: x-bound, name: x-b, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[1], atB))
 	running := a.start(t)
 	running.waitFor(t, "msg=ready")
 	put(t, filepath.Join(atA, "note"), "of a")

@@ -96,6 +96,33 @@ grants:
   - {name: expiry, profiles: [node], volumes: ["x-*"], operations: [open, format], takeover: expiry, lease: 30s}
 `
 
+// lab is the key service and the two nodes that all tests of a guest share: making a
+// TPM takes longer than most tests do.
+var lab = sync.OnceValues(func() (*world, [2]*machine) {
+	t := &onlyFatal{}
+	w := newWorld(t)
+	return w, [2]*machine{w.node(t, "node-1"), w.node(t, "node-2")}
+})
+
+// onlyFatal is a testing.TB for what lives as long as the guest does.
+type onlyFatal struct{ testing.TB }
+
+func (*onlyFatal) Helper()                      {}
+func (*onlyFatal) Cleanup(func())               {}
+func (*onlyFatal) Logf(string, ...any)          {}
+func (*onlyFatal) Fatal(args ...any)            { panic(fmt.Sprint(args...)) }
+func (*onlyFatal) Fatalf(f string, args ...any) { panic(fmt.Sprintf(f, args...)) }
+func (o *onlyFatal) TempDir() string            { return must[string](o)(os.MkdirTemp("", "lab")) }
+
+// first is the node that most tests are about.
+func first(t *testing.T) *machine {
+	t.Helper()
+	_, nodes := lab()
+	began := time.Now()
+	t.Cleanup(func() { t.Logf("took %v", time.Since(began).Round(10*time.Millisecond)) })
+	return nodes[0]
+}
+
 // newWorld starts a key service.
 func newWorld(t testing.TB) *world {
 	t.Helper()

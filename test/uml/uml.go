@@ -15,6 +15,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,10 +34,11 @@ var initScript string
 
 // Guest is one boot.
 type Guest struct {
-	Program string   // absolute path of what to run; its directory is the guest's working directory
-	Args    []string // its arguments
-	Env     []string // additions to its environment, as NAME=value
-	Memory  int      // in MiB; 0 means 512
+	Program string    // absolute path of what to run; its directory is the guest's working directory
+	Args    []string  // its arguments
+	Env     []string  // additions to its environment, as NAME=value
+	Memory  int       // in MiB; 0 means 512
+	Tee     io.Writer // is shown what the guest prints while it runs; may be nil
 }
 
 // Result is what came of it.
@@ -79,7 +81,11 @@ func Run(ctx context.Context, g Guest) (Result, error) {
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
 	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Stdout = &out
+	if g.Tee != nil {
+		cmd.Stdout = io.MultiWriter(&out, g.Tee)
+	}
+	cmd.Stderr = cmd.Stdout
 
 	began := time.Now()
 	err = cmd.Run()
