@@ -172,7 +172,7 @@ if a record is refused.`,
 				return err
 			}
 			if len(s.Refused) > 0 {
-				return failure.Newf(failure.Tampered, "they were changed, or made under another record MAC key", "records are refused")
+				return failure.Newf(failure.Tampered, "they were changed, or created under another record MAC key", "records are refused")
 			}
 			return nil
 		})

@@ -133,7 +133,7 @@ func (r *checkReport) checkKMS(ctx context.Context, backend, uri string) error {
 	if err := r.step(backend, "name the KEK in force", func() error {
 		name, err := k.Current(ctx)
 		if err == nil && w.KEK != name {
-			err = fmt.Errorf("%w: a key was made under another KEK than the one in force", errCheck)
+			err = fmt.Errorf("%w: a key was created under another KEK than the one in force", errCheck)
 		}
 		return err
 	}); err != nil {

@@ -61,7 +61,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				return err
 			}
 			if check {
-				cmd.Println("the configuration is good")
+				cmd.Println("the configuration is valid")
 				return server.Close()
 			}
 			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases)

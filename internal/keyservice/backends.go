@@ -43,7 +43,7 @@ var backendErrors = []struct {
 	{storage.ErrNoBucket, "no bucket", failure.Configuration, "create it, or look for a misspelt name", false},
 	{storage.ErrCorrupt, "corrupt", failure.Tampered, "put back a good copy of the object", true},
 	{storage.ErrTooLarge, "corrupt", failure.Tampered, "put back a good copy of the object", true},
-	{kms.ErrKEKVersion, "kek version", failure.WrongKey, "is the KEK that it was made under in kms or old_kms?", false},
+	{kms.ErrKEKVersion, "kek version", failure.WrongKey, "is the KEK that it was created under in kms or old_kms?", false},
 	{kms.ErrWrongKey, "wrong key", failure.WrongKey, "", true},
 	{kms.ErrKEK, "kek", failure.Configuration, "enable the key, or cancel its deletion", false},
 	{kms.ErrThrottled, "throttled", failure.Unreachable, "try again later", false},

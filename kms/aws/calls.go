@@ -175,7 +175,7 @@ func (k *KMS) allowed(ctx context.Context, kek string) (arn, error) {
 			return a, nil
 		}
 	}
-	return arn{}, fmt.Errorf("%w: it was made under %q, which is neither the key nor an old key", kms.ErrKEKVersion, kek)
+	return arn{}, fmt.Errorf("%w: it was created under %q, which is neither the key nor an old key", kms.ErrKEKVersion, kek)
 }
 
 func (k *KMS) find(named arn) (arn, bool) {

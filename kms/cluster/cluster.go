@@ -188,7 +188,7 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 		return nil, err
 	}
 	if w.KEK != k.id {
-		return nil, fmt.Errorf("%w: it was made under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.id)
+		return nil, fmt.Errorf("%w: it was created under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.id)
 	}
 	switch w.Scheme {
 	case schemeDerived, schemeConstellation:

@@ -263,7 +263,7 @@ func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id
 		if fresh && ctx.Err() == nil {
 			// The KEK here is good; it is another one that is wanted, and
 			// somebody else may have it.
-			return fmt.Errorf("%w: it was made under %q: %w", kms.ErrKEKVersion, want, err)
+			return fmt.Errorf("%w: it was created under %q: %w", kms.ErrKEKVersion, want, err)
 		}
 		return err
 	}
@@ -299,7 +299,7 @@ func (k *KMS) useCached(ctx context.Context, want string, f func(kek *secret.Byt
 }
 
 func (k *KMS) foreignErr(want string) error {
-	return fmt.Errorf("%w: it was made under %q, the command prints %q", kms.ErrKEKVersion, want, k.id)
+	return fmt.Errorf("%w: it was created under %q, the command prints %q", kms.ErrKEKVersion, want, k.id)
 }
 
 func (k *KMS) fresh() bool {

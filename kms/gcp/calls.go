@@ -119,14 +119,14 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 	case !ours || !ok:
 		return nil, fmt.Errorf("%w: it names no key version of gcp kms", kms.ErrKEKVersion)
 	case !slices.Contains(k.keys, kek):
-		return nil, fmt.Errorf("%w: it was made under %q, which is neither the key nor an old key", kms.ErrKEKVersion, kek)
+		return nil, fmt.Errorf("%w: it was created under %q, which is neither the key nor an old key", kms.ErrKEKVersion, kek)
 	}
 	made, ciphertext, ok := splitBlob(w.Blob)
 	switch {
 	case !ok:
 		return nil, fmt.Errorf("%w: not a blob of gcp kms", kms.ErrWrongKey)
 	case made != version:
-		return nil, fmt.Errorf("%w: it was made under version %d of its key, and goes by the name of version %d", kms.ErrWrongKey, made, version)
+		return nil, fmt.Errorf("%w: it was created under version %d of its key, and goes by the name of version %d", kms.ErrWrongKey, made, version)
 	}
 	calling, cancel := context.WithTimeout(ctx, k.opts.Timeout)
 	defer cancel()

@@ -163,7 +163,7 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 	case version == nil:
 		return nil, fmt.Errorf("%w: not a transit ciphertext", kms.ErrWrongKey)
 	case w.KEK != k.kek+":"+string(version[1]):
-		return nil, fmt.Errorf("%w: it was made under %q, and its blob under version %s; here is %q", kms.ErrKEKVersion, w.KEK, version[1], k.kek)
+		return nil, fmt.Errorf("%w: it was created under %q, and its blob under version %s; here is %q", kms.ErrKEKVersion, w.KEK, version[1], k.kek)
 	}
 	body, err := json.Marshal(map[string]string{
 		"ciphertext": string(w.Blob), "associated_data": base64.StdEncoding.EncodeToString(b.Encode(domain)),
