@@ -1,11 +1,10 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-
-	"errors"
 
 	"github.com/spf13/cobra"
 
@@ -27,6 +26,10 @@ on the disk was overwritten since. A file that exists is not overwritten.`,
 		Example: "  keyagent backup-header data data.header",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			// Before a key is asked for in vain.
+			if _, err := os.Lstat(args[1]); err == nil {
+				return exists(args[1])
+			}
 			vs, done, err := v.connect(cmd)
 			if err != nil {
 				return err
@@ -51,13 +54,17 @@ on the disk was overwritten since. A file that exists is not overwritten.`,
 func writeNew(path string, data []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return failure.Newf(failure.Usage, "choose another name, or remove it", "%s exists", path)
+		return exists(path)
 	}
 	if err != nil {
 		return err
 	}
 	_, err = f.Write(data)
 	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func exists(path string) error {
+	return failure.Newf(failure.Usage, "choose another name, or remove it", "%s exists", path)
 }
 
 func newRestoreHeader() *cobra.Command {

@@ -132,6 +132,22 @@ func (d *described) flags(cmd *cobra.Command) {
 	f.BoolVar(&d.req.Discards, "discards", false, "pass TRIM on to the disk")
 }
 
+// check refuses flags that would be passed over.
+func (d *described) check(cmd *cobra.Command, ids []string) error {
+	if d.req.GetDevice() != "" {
+		if len(ids) != 1 {
+			return failure.Newf(failure.Usage, "name one volume beside --device", "--device describes one volume")
+		}
+		return nil
+	}
+	for _, name := range []string{"name", "filesystem", "mount", "options", "read-only", "discards"} {
+		if cmd.Flags().Changed(name) {
+			return failure.Newf(failure.Usage, "add --device, or change the configuration", "--%s describes a volume that is not configured", name)
+		}
+	}
+	return nil
+}
+
 // request is what opens one volume.
 func (d *described) request(id string, format bool) *nodev1.OpenRequest {
 	return &nodev1.OpenRequest{Id: id, Format: format, Device: d.req.GetDevice(), Name: d.req.GetName(), Filesystem: d.req.GetFilesystem(),
@@ -148,8 +164,8 @@ func newUnlock() *cobra.Command {
   keyagent unlock --standalone --config /etc/keyagent/agent.yaml   # in the initrd
   keyagent unlock backup --device /dev/sdc --filesystem xfs --mount /backup --read-only`,
 		RunE: func(cmd *cobra.Command, ids []string) error {
-			if d.req.GetDevice() != "" && len(ids) != 1 {
-				return failure.Newf(failure.Usage, "name one volume beside --device", "--device describes one volume")
+			if err := d.check(cmd, ids); err != nil {
+				return err
 			}
 			vs, done, err := v.connect(cmd)
 			if err != nil {
@@ -224,9 +240,15 @@ formatted again. What was interrupted goes on where it stopped.`,
 		Example: "  keyagent format data",
 		Args:    cobra.ExactArgs(1),
 	}
-	cmd.RunE = v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
+	one := v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
 		return vs.open(ctx, d.request(id, true))
 	})
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		if err := d.check(cmd, ids); err != nil {
+			return err
+		}
+		return one(cmd, ids)
+	}
 	v.flags(cmd)
 	d.flags(cmd)
 	return cmd
@@ -283,13 +305,18 @@ The key service is asked for the key again. A volume never shrinks.`, "  keyagen
 
 func newSuspend() *cobra.Command {
 	return simple("suspend VOLUME", "Stop all I/O of an open volume and take its key from the kernel",
-		"", "  keyagent suspend data",
+		`Stop all I/O of an open volume and take its key from the kernel.
+
+What uses the volume waits until keyagent resume. Do not suspend the volume that
+the system itself runs from: keyagent would wait with it.`, "  keyagent suspend data",
 		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.suspend(ctx, id) })
 }
 
 func newResume() *cobra.Command {
 	return simple("resume VOLUME", "Fetch the key of a suspended volume and let its I/O go on",
-		"", "  keyagent resume data",
+		`Fetch the key of a suspended volume and let its I/O go on.
+
+The key service decides again whether this machine may have the key.`, "  keyagent resume data",
 		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.resume(ctx, id) })
 }
 

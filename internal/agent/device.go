@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"time"
@@ -28,7 +29,7 @@ func (o *opening) await(ctx context.Context) error {
 			return err
 		}
 		if o.intent.NoWait || !time.Now().Before(deadline) {
-			return failure.New(failure.NotFound, errors.Join(errAbsent, err), "is the disk attached, and is device right?")
+			return failure.New(failure.NotFound, fmt.Errorf("%w: %w", errAbsent, err), "is the disk attached, and is device right?")
 		}
 		if first {
 			o.Log.Info("waiting for the disk", "volume", o.v.ID, "device", device, "at_most", o.AppearWait)

@@ -33,6 +33,12 @@ func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, e
 	if err := v.Validate(); err != nil {
 		return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")
 	}
+	if wanted := v; in.Format {
+		wanted.Format = true
+		if err := wanted.Validate(); err != nil {
+			return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")
+		}
+	}
 	e, err := c.claim(v, in.Dynamic)
 	if err != nil {
 		return Volume{ID: v.ID}, err
