@@ -52,8 +52,9 @@ func (n *node) serveFiles(t *testing.T) []bed.File {
 
 // exposure is what systemd-analyze may at most say, from 0 to 10. The agent mounts
 // for the whole machine, which rules out every setting that needs a mount
-// namespace; its unit says which ones those are.
-var exposure = map[string]float64{"serve": 1.5, "agent": 4.5}
+// namespace; its unit says which ones those are. Half a point is for growing ext4, for
+// swap, and for naming who keeps a volume busy.
+var exposure = map[string]float64{"serve": 1.5, "agent": 5.0}
 
 // unitsHold asserts that both units do their work in their sandboxes, and that
 // the sandboxes are as tight as they were.
@@ -87,10 +88,11 @@ func TestTheAgentsUnitTriesAgainWhatMayChange(t *testing.T) {
 		}
 	}
 	for class, again := range map[failure.Class]bool{
-		failure.Internal: true, failure.Unreachable: true, failure.DeviceBusy: true,
+		failure.Internal: true, failure.Unreachable: true, failure.DeviceBusy: true, failure.Held: true,
 		failure.Usage: false, failure.Configuration: false, failure.ServerUntrusted: false, failure.EvidenceRefused: false,
 		failure.PolicyDenied: false, failure.WrongKey: false, failure.HeaderRefused: false, failure.NotFound: false,
 		failure.NotBlank: false, failure.NoDevice: false, failure.Tampered: false, failure.State: false,
+		failure.NeedsRepair: false,
 	} {
 		if slices.Contains(final, strconv.Itoa(failure.ExitCode(class))) == again {
 			t.Errorf("%s, exit code %d: tried again must be %v", class, failure.ExitCode(class), again)
