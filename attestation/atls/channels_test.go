@@ -150,7 +150,7 @@ func change[B any](of func(*attestv1.Frame) (B, bool), f func(B)) func(*attestv1
 	}
 }
 
-// Case 48: what is bound to a connection stays bound to it when the client attests
+// Case 47: what is bound to a connection stays bound to it when the client attests
 // itself again, and fits no other connection.
 func TestAConnectionKeepsItsBinder(t *testing.T) {
 	w := newWorld(t)

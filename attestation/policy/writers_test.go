@@ -40,7 +40,7 @@ func TestAGrantSaysWhoWrites(t *testing.T) {
 	}
 }
 
-// Case 64: a grant for readers allows nobody to write, and another grant may.
+// Case 48: a grant for readers allows nobody to write, and another grant may.
 func TestAGrantForReadersIsForReaders(t *testing.T) {
 	p := parse(t, strings.Replace(whole, "[open, format]\n", "[open]\n    writers: readers\n", 1))
 	a, err := appraise(t, p, nil)

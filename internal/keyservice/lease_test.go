@@ -34,7 +34,7 @@ func release(t *testing.T, m keyservicev1.KeyServiceClient, id []byte) error {
 	return failure.FromStatus(err)
 }
 
-// Case 64: a volume has one writer, until it gives the volume back.
+// Case 48: a volume has one writer, until it gives the volume back.
 func TestAnActiveVolumeHasOneWriter(t *testing.T) {
 	w := newWorld(t)
 	first, second := w.machine(), w.another()
@@ -75,7 +75,7 @@ func TestAnActiveVolumeHasOneWriter(t *testing.T) {
 	}
 }
 
-// Case 64: what the grant says of writers counts, on channels that are open too.
+// Case 48: what the grant says of writers counts, on channels that are open too.
 func TestTheGrantSaysWhoWrites(t *testing.T) {
 	w := newWorld(t)
 	first, second := w.machine(), w.another()

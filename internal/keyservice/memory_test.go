@@ -166,7 +166,7 @@ func (w *world) process() (pid int) {
 	return cmd.Process.Pid
 }
 
-// Case 65: the service's own memory holds no key outside of
+// Case 45: the service's own memory holds no key outside of
 // the pages that are there for keys.
 func TestTheServiceForgetsItsKeys(t *testing.T) {
 	w := newWorld(t)

@@ -32,7 +32,7 @@ func (w *world) operator() *AdminClient {
 	return c
 }
 
-// Case 64: an operator's word lets another node write, and the first one is told.
+// Case 48: an operator's word lets another node write, and the first one is told.
 func TestAnOperatorTakesAVolumeOver(t *testing.T) {
 	w := newWorld(t)
 	c := w.operator()
@@ -58,7 +58,7 @@ func TestAnOperatorTakesAVolumeOver(t *testing.T) {
 	}
 }
 
-// Case 65: the end of a life, and the beginning of the next one.
+// Case 64: the end of a life, and the beginning of the next one.
 func TestARetiredVolumeGivesItsKeyToNobody(t *testing.T) {
 	w := newWorld(t)
 	c := w.operator()
@@ -91,7 +91,7 @@ func TestARetiredVolumeGivesItsKeyToNobody(t *testing.T) {
 	}
 }
 
-// Case 65: only root and the service's own user administer.
+// Case 64: only root and the service's own user administer.
 func TestTheAdminSocketIsForItsOwner(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Fatal("this test needs root, to become somebody else")
@@ -111,7 +111,7 @@ print $s "POST /v1/list HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"; $s-
 	}
 }
 
-// Case 65: five bytes that are no object stop neither a status, nor an export, nor a
+// Case 64: five bytes that are no object stop neither a status, nor an export, nor a
 // change of the KEK.
 func TestJunkInTheStorageStopsNothing(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "records")

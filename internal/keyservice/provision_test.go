@@ -97,7 +97,7 @@ func TestOfEightNodesThatBeginAtOnceOneWrites(t *testing.T) {
 	}
 }
 
-// Case 48: who has no key of this volume, or has it from another connection, cannot
+// Case 47: who has no key of this volume, or has it from another connection, cannot
 // say what its header is.
 func TestAStepWithoutItsProofIsRefused(t *testing.T) {
 	w := newWorld(t)
@@ -154,7 +154,7 @@ func TestAStepWithoutItsProofIsRefused(t *testing.T) {
 	wantClass(t, n.confirm(), failure.State) // nobody said that it stands
 }
 
-// Case 48: a confirmation out of nowhere, as an older node or somebody else sends it.
+// Case 47: a confirmation out of nowhere, as an older node or somebody else sends it.
 func TestAVolumeIsNotConfirmedWithoutAnAttempt(t *testing.T) {
 	w := newWorld(t)
 	m := w.machine()
