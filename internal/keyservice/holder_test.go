@@ -8,7 +8,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 )
 
-// Case 64: what tells one machine from another, for each kind of evidence.
+// Case 48: what tells one machine from another, for each kind of evidence.
 func TestWhatTellsMachinesApart(t *testing.T) {
 	claim := func(kind, via attestation.Kind, identity string) attestation.Claims {
 		return attestation.Claims{Kind: kind, Via: via, Identity: identity, Facts: map[string]any{"vm_id": "x"}}

@@ -56,7 +56,7 @@ func TestTheProofHasItsVectors(t *testing.T) {
 	}
 }
 
-// Case 48: a proof is worth nothing for anything else.
+// Case 47: a proof is worth nothing for anything else.
 func TestAProofIsOfOneThingOnly(t *testing.T) {
 	dek := key(t, counting(32))
 	proof, err := Of(dek, good())
@@ -90,7 +90,7 @@ func TestAProofIsOfOneThingOnly(t *testing.T) {
 	}
 }
 
-// Case 48: what nobody filled in is proved by nobody.
+// Case 47: what nobody filled in is proved by nobody.
 func TestThereIsNoProofOfNothing(t *testing.T) {
 	dek := key(t, counting(32))
 	for name, change := range map[string]func(*Input){

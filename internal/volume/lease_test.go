@@ -10,7 +10,7 @@ import (
 	"github.com/keyagent/keyagent/storage/memfs"
 )
 
-// Case 64: who writes a volume, who has to wait, and for what.
+// Case 48: who writes a volume, who has to wait, and for what.
 func TestOneNodeWritesAVolume(t *testing.T) {
 	const long = 100 * 365 * 24 * time.Hour
 	for _, tt := range []struct {
@@ -83,7 +83,7 @@ func TestAReleasedVolumeIsFree(t *testing.T) {
 	is(t, "the next node", err, nil)
 }
 
-// Case 64: readers wait for a writer, and leave no trace.
+// Case 48: readers wait for a writer, and leave no trace.
 func TestReadersAndManyWritersHaveNoLease(t *testing.T) {
 	for name, terms := range map[string]Terms{"readers": readers, "many": many} {
 		w := newWorld(t)
@@ -111,7 +111,7 @@ func TestReadersAndManyWritersHaveNoLease(t *testing.T) {
 	}
 }
 
-// Case 64: a node that cannot renew gets no lease that ends by itself.
+// Case 48: a node that cannot renew gets no lease that ends by itself.
 func TestAnOldNodeGetsNoLeaseThatEnds(t *testing.T) {
 	for _, tt := range []struct {
 		machine string
@@ -162,7 +162,7 @@ func TestARenewalIsRememberedOrWritten(t *testing.T) {
 	}
 }
 
-// Case 64: after a restart nobody knows of the renewals before it.
+// Case 48: after a restart nobody knows of the renewals before it.
 func TestAfterARestartALeaseLivesForAnotherTerm(t *testing.T) {
 	w := newWorld(t)
 	holder := caller("node-1", "")
@@ -183,7 +183,7 @@ func TestAfterARestartALeaseLivesForAnotherTerm(t *testing.T) {
 	is(t, "not renewed", err, nil)
 }
 
-// Case 64: an operator's word ends a lease at once.
+// Case 48: an operator's word ends a lease at once.
 func TestAnOperatorEndsALease(t *testing.T) {
 	w := newWorld(t)
 	c := caller("node-1", "tpm:1")
@@ -198,7 +198,7 @@ func TestAnOperatorEndsALease(t *testing.T) {
 	is(t, "the one before", err, ErrLease)
 }
 
-// Case 65: what storage lost is accepted by name only, and is newer than all that was.
+// Case 64: what storage lost is accepted by name only, and is newer than all that was.
 func TestARestoredRecordIsAcceptedByAnOperatorsWord(t *testing.T) {
 	w := newWorld(t)
 	c := caller("node-1", "tpm:1")

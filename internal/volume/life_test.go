@@ -151,7 +151,7 @@ func TestAnAttemptThatIsLateAndAloneGoesOn(t *testing.T) {
 	is(t, "confirm", w.confirm(fill(1, 16), 0x10, true), nil)
 }
 
-// Case 48: what an attempt says counts on the connection on which it began.
+// Case 47: what an attempt says counts on the connection on which it began.
 func TestAnAttemptIsBoundToItsConnection(t *testing.T) {
 	w := newWorld(t)
 	c := caller("node-1", "tpm:1")
@@ -173,7 +173,7 @@ func TestAnAttemptIsBoundToItsConnection(t *testing.T) {
 	is(t, "repeated", err, nil)
 }
 
-// Case 48: zeros are no MAC, and nothing of another size is one.
+// Case 47: zeros are no MAC, and nothing of another size is one.
 func TestAHeaderWithoutItsMACsIsRefused(t *testing.T) {
 	w := newWorld(t)
 	c := caller("node-1", "tpm:1")
