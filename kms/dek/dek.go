@@ -45,7 +45,7 @@ var (
 type Store struct {
 	kms     kms.KMS
 	storage storage.Storage
-	records    *macstore.Store
+	records *macstore.Store
 }
 
 // Open returns a Store over a KMS and a storage. A nil storage is for a KMS that
