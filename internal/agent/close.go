@@ -139,7 +139,7 @@ func (c *Volumes) putBack(e *entry, source mount.Source, at string) error {
 	if at == "" {
 		return nil
 	}
-	_, err := mount.Mount(source, at, e.spec.Filesystem, e.spec.Options)
+	_, err := mount.Mount(source, at, e.spec.Filesystem, mountOptions(e.spec, e.spec.ReadOnly))
 	if err != nil {
 		return fmt.Errorf("and it could not be mounted on %s again: %w", at, err)
 	}

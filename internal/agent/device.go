@@ -12,6 +12,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/mount"
+	"github.com/keyagent/keyagent/luks"
 )
 
 // errAbsent is of a disk that is not there now. It may come.
@@ -24,7 +25,11 @@ func (o *opening) await(ctx context.Context) error {
 	device := o.v.DevicePath()
 	deadline := time.Now().Add(o.AppearWait)
 	for first := true; ; first = false {
-		_, err := os.Stat(device)
+		st, err := os.Stat(device)
+		if err == nil && st.Mode().Type()&fs.ModeDevice == 0 {
+			// Before the key service is told of an attempt to write to it.
+			return fmt.Errorf("%w: %s", luks.ErrNotBlockDevice, device)
+		}
 		if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

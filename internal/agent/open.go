@@ -118,7 +118,12 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
 	}
 	if known && o.ours(m, r) && !m.Suspended {
-		o.set(func() { o.e.known = r })
+		h := o.keptHeader(r)
+		o.set(func() {
+			if o.e.known = r; o.e.header == nil {
+				o.e.header = h
+			}
+		})
 		o.mapping = m
 		return true, nil
 	}
@@ -238,6 +243,7 @@ func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 	}
 	o.mapping = m
 	o.set(func() { o.e.header = h })
+	o.keepHeader(o.v.ID, h)
 	if copy, damaged := h.Damaged(); damaged {
 		text := fmt.Sprintf("the %s copy of the header is damaged; the other one was used", copy)
 		o.warn(o.e, "header", text)
@@ -310,12 +316,8 @@ func (o *opening) mount(ctx context.Context) error {
 		o.warn(o.e, "filesystem", "its own tool repaired the filesystem before it was mounted")
 		o.Log.Warn("the filesystem was repaired before it was mounted", "volume", o.v.ID)
 	}
-	options := filesystem.MountOptions(o.v.Filesystem, o.v.Options)
-	if o.mapping.ReadOnly {
-		options = append(options, "ro")
-	}
 	return o.step(ctx, "mounted", func() error {
-		canonical, err := mount.Mount(source, o.v.Mount, o.v.Filesystem, options)
+		canonical, err := mount.Mount(source, o.v.Mount, o.v.Filesystem, mountOptions(o.v, o.mapping.ReadOnly))
 		if err != nil {
 			return filesystem.Damaged(source.Path, o.v.Filesystem, err)
 		}
@@ -327,6 +329,15 @@ func (o *opening) mount(ctx context.Context) error {
 func (o *opening) mountedOn(canonical string) error {
 	o.set(func() { o.e.known.Mount = canonical })
 	return o.remember(o.e.known)
+}
+
+// mountOptions are a volume's own and what makes them safe.
+func mountOptions(v node.Volume, readOnly bool) []string {
+	options := filesystem.MountOptions(v.Filesystem, v.Options)
+	if readOnly {
+		options = append(options, "ro")
+	}
+	return options
 }
 
 func (o *opening) source() mount.Source { return sourceOf(o.mapping) }

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/node"
@@ -82,10 +83,36 @@ func (c *Volumes) recall(id string) (r remembered, ok bool) {
 }
 
 func (c *Volumes) forget(id string) error {
-	if err := os.Remove(c.statePath(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, path := range []string{c.headerPath(id), c.statePath(id)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
+}
+
+func (c *Volumes) headerPath(id string) string { return filepath.Join(c.StateDir, id+".header") }
+
+// keepHeader keeps the header of an open volume, which is not secret: a restarted
+// agent goes on watching it, and can put it back. Without it the volume works.
+func (c *Volumes) keepHeader(id string, h *luks.Header) {
+	if err := os.WriteFile(c.headerPath(id), h.Bytes(), 0o600); err != nil {
+		c.Log.Warn("could not keep a header for the next start", "volume", id, "error", err)
+	}
+}
+
+// keptHeader returns it, or nil.
+func (c *Volumes) keptHeader(r remembered) *luks.Header {
+	raw, err := config.ReadPublicFile(c.headerPath(r.Spec.ID), luks.HeaderSize)
+	if err != nil {
+		return nil
+	}
+	h, err := luks.KeptHeader(raw, r.UUID, luksMACs(r.MACs))
+	if err != nil {
+		c.Log.Warn("a header that was kept cannot be used", "volume", r.Spec.ID, "error", err)
+		return nil
+	}
+	return h
 }
 
 // remembers returns the IDs of all volumes that were left open.

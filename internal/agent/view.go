@@ -104,11 +104,14 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	if err != nil || m.UUID != r.UUID || m.Throwaway != r.Spec.Throwaway() || m.DataDevice != r.Device || r.Sequence == 0 || r.Sequence != sequence(m.Device) {
 		return // not ours, or not surely: Open proves it
 	}
+	h := c.keptHeader(r)
 	c.set(func() {
 		if e.spec.ID == "" || e.dynamic {
 			e.spec, e.dynamic = r.Spec, r.Dynamic
 		}
-		e.known = r
+		if e.known = r; e.header == nil {
+			e.header = h
+		}
 	})
 	if e.condition.state == Absent || e.condition.state == Failed {
 		c.on(e, EventOpen, nil)

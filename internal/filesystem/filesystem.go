@@ -183,6 +183,16 @@ func Grow(ctx context.Context, device, mountPoint, fstype string) error {
 		}
 		target = mountPoint
 	}
+	if mountPoint == "" {
+		// Its tool wants to have seen all of it that nobody uses.
+		code, out, err := run(ctx, k.pkg, append(slices.Clone(k.check), "-f", device)...)
+		if code < 0 {
+			return fmt.Errorf("check the filesystem: %w: %s", err, out)
+		}
+		if _, err := k.verdict(code); err != nil {
+			return needsRepair(k, device, fmt.Errorf("%w: %s", err, out))
+		}
+	}
 	if _, out, err := run(ctx, k.pkg, append(slices.Clone(k.grow), target)...); err != nil {
 		return fmt.Errorf("grow the filesystem: %w: %s", err, out)
 	}

@@ -97,6 +97,14 @@ func (d *Dynamic) admit(uid uint32, v Volume) (Volume, bool) {
 	if v.Options == nil {
 		v.Options = slices.Clone(d.Options)
 	}
+	for _, o := range v.Options {
+		// What a caller's filesystem holds is the caller's: a rule has to say by name
+		// that it may bring programs with other rights, or devices.
+		if (o == "suid" || o == "dev") && !slices.Contains(d.Options, o) {
+			return v, false
+		}
+	}
+	v.Options = append([]string{"nosuid", "nodev"}, v.Options...)
 	v.Discards = v.Discards && d.Discards
 	if v.Format && !d.Format || v.Throwaway() {
 		return v, false
