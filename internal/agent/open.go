@@ -67,7 +67,18 @@ func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, e
 
 // finish records how an opening ended.
 func (c *Volumes) finish(o *opening, err error) {
-	c.set(func() { o.e.lastErr, o.e.created = err, o.created })
+	c.set(func() {
+		o.e.lastErr, o.e.created, o.e.known.Failed = err, o.created, ""
+		if err != nil {
+			o.e.known.Failed = err.Error()
+		}
+	})
+	if known := o.e.known; known.Spec.ID != "" {
+		// For another process that shows it, and for the next agent.
+		if keepErr := c.remember(known); keepErr != nil {
+			c.Log.Warn("could not keep the state of a volume", "volume", o.v.ID, "error", keepErr)
+		}
+	}
 	switch {
 	case err != nil:
 		c.on(o.e, EventFail, err)

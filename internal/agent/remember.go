@@ -35,8 +35,10 @@ type remembered struct {
 	// mapping of the same name that somebody else made has another one.
 	Sequence uint64 `json:"sequence,omitempty"`
 	Mount    string `json:"mount,omitempty"` // canonical
-	LeaseID  []byte `json:"lease_id,omitempty"`
-	Bound    bool   `json:"bound,omitempty"`
+	// Failed is why the volume is mapped and no more: a filesystem that needs repair.
+	Failed  string `json:"failed,omitempty"`
+	LeaseID []byte `json:"lease_id,omitempty"`
+	Bound   bool   `json:"bound,omitempty"`
 	// LeaseTerm and LeaseUntil are in nanoseconds, the latter by
 	// keyclient.Boottime, which goes on over a restart of this process.
 	LeaseTerm  time.Duration `json:"lease_term,omitempty"`

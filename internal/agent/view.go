@@ -120,8 +120,13 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	if on, err := mount.At(r.Mount); r.Mount != "" && err == nil && on != nil && on.Is(sourceOf(m).Device) || r.Spec.Kind == node.Swap {
 		c.on(e, EventMounted, nil)
 	}
-	if m.Suspended {
+	switch {
+	case m.Suspended:
 		c.on(e, EventSuspend, nil)
+	case r.Failed != "":
+		err := errors.New(r.Failed)
+		c.set(func() { e.lastErr = err })
+		c.on(e, EventFail, err)
 	}
 	c.resumeLease(e, r)
 	c.reserve(ctx, e)

@@ -38,7 +38,11 @@ func boot(t *testing.T, match string, limit time.Duration) {
 	build(t, "test", "-c", "-tags", "grpcnotrace,umlguest", "-o", filepath.Join(dir, "disks.test"), "./test/disks")
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	env := []string{"KEYAGENT_TEST_PROGRAM=/run/programs/keyagent"}
+	data, err := filepath.Abs("testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"KEYAGENT_TEST_PROGRAM=/run/programs/keyagent", "KEYAGENT_TEST_DATA=/run/testdata"}
 	for _, name := range []string{"KEYAGENT_TEST_SEED", "KEYAGENT_TEST_ROUNDS"} {
 		if v := os.Getenv(name); v != "" {
 			env = append(env, name+"="+v)
@@ -56,9 +60,11 @@ func boot(t *testing.T, match string, limit time.Duration) {
 ip link set lo up
 mkdir /run/programs
 mount --bind "$0" /run/programs
+mkdir /run/testdata
+mount --bind "$2" /run/testdata
 mount -t tmpfs -o size=90% tmp /tmp
 cat /proc/sys/kernel/random/boot_id >/run/machine-id
-exec /run/programs/disks.test -test.v -test.timeout 0 -test.run "$1"`, dir, match},
+exec /run/programs/disks.test -test.v -test.timeout 0 -test.run "$1"`, dir, match, data},
 		Env:    env,
 		Memory: 3072,
 	})

@@ -101,7 +101,7 @@ func TestDiskTheHeaderOfAnOpenVolumeIsWatched(t *testing.T) {
 func TestDiskAMappingOfAnotherToolIsNotAdopted(t *testing.T) {
 	n := first(t)
 	device, at := n.one(t, "v-adopted")
-	whole := peek(t, device, 0, 16<<20)
+	whole := peek(t, device, 0, diskSize)
 	uuid := tool(t, "cryptsetup", "luksUUID", device)
 	// The host's own volume, with the same UUID and whatever key opens it.
 	key := filepath.Join(n.dir, "host.key")
