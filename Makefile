@@ -40,7 +40,7 @@ lint:
 	cd test/kubernetes && $(GO) vet ./...
 
 # What fills the machine by itself, and would make others' deadlines pass beside it.
-ALONE := ./test/apiserver ./test/e2e ./test/hardware ./test/uml
+ALONE := ./test/apiserver ./test/disks ./test/e2e ./test/hardware ./test/uml
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/kubernetes && $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname -- ./...
@@ -48,6 +48,7 @@ test: deps lint ## everything, with real kernels in guests; needs root
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(ALONE:./%=-e /%$$))
 
 test-full: test ## test, and the matrices that it samples as a whole
+	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 180m -count 1 ./test/disks
 	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/model
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md

@@ -119,7 +119,7 @@ func (s *story) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(disk.Truncate(diskSize), disk.Close(), copyTo(ca.IssuerCert(), s.path("service/tpm-maker.pem")))
+	return errors.Join(disk.Truncate(diskSize), partition(disk), disk.Close(), copyTo(ca.IssuerCert(), s.path("service/tpm-maker.pem")))
 }
 
 func copyTo(from, to string) error {
@@ -226,7 +226,7 @@ func (s *story) first(ctx context.Context) error {
 }
 
 func (s *story) second(ctx context.Context) error {
-	return s.succeed(ctx, "second", "Second boot, which opens", "DEMO read: written by the first boot")
+	return s.succeed(ctx, "second", "Second boot, which opens", "DEMO read inside it: and inside it")
 }
 
 // third changes one word and expects a refusal that both sides can explain,

@@ -82,7 +82,7 @@ trust:
 grants:
   - name: guest-data
     profiles: [guest]
-    volumes: ["data"]
+    volumes: ["data", "data-logs"]
     operations: [open, format]
 profiles:
 %s`, tpmRoot, indent(profile))

@@ -203,7 +203,7 @@ state_dir: %s/state
 socket: %s/agent.sock
 callers: [{uid: 0, operations: [open, format, close, status, list], volumes: ["*"]}]
 retry: {budget: 30s, first: 50ms, max: 500ms}
-%svolumes: [{id: data, device: %s, format: true, filesystem: ext4, mount: %s/data}]
+%svolumes: [{id: data, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s/data}]
 `, m.port, m.dir, m.dir, m.agent, m.device, m.dir))
 	m.mustRun("agent", "--config", "agent.yaml", "--check")
 	check(m.t, os.Mkdir(filepath.Join(m.dir, "data"), 0o755))

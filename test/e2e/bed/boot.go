@@ -169,7 +169,8 @@ func boot(ctx context.Context, opts Options) (_ *Guest, err error) {
 func (o *Options) arguments(vars string) ([]string, error) {
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max",
+		"-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max,-erms,-fsrm", // the kernel's `rep stosb` is slow where it is emulated
+
 		"-smp", strconv.Itoa(o.CPUs), "-m", strconv.Itoa(o.Memory),
 		"-uuid", "6b657961-6765-6e74-8000-000000000001",
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + comma(firmwareCode),

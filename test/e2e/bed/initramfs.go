@@ -63,11 +63,14 @@ func (i Initramfs) build(ctx context.Context, out string) error {
 	if err := addModules(ctx, a, i.Kernel, append(smallModules[:len(smallModules):len(smallModules)], i.Modules...)); err != nil {
 		return err
 	}
-	mke2fs, err := tool("mke2fs")
-	if err != nil {
-		return err
+	programs := i.Programs
+	for _, name := range []string{"mke2fs", "e2fsck"} {
+		path, err := tool(name)
+		if err != nil {
+			return err
+		}
+		programs = append([]File{{Path: "/sbin/" + name, Source: path}}, programs...)
 	}
-	programs := append([]File{{Path: "/sbin/mke2fs", Source: mke2fs}}, i.Programs...)
 	for _, p := range programs {
 		if err := addProgram(a, p); err != nil {
 			return err

@@ -20,7 +20,7 @@ var ErrMissingTool = errors.New("missing tool")
 // required lists every program that some part of the bed runs.
 var required = []string{
 	"apt-cache", "apt-get", "busybox", "debugfs", "depmod", "dpkg", "mcopy",
-	"mke2fs", "mkfs.vfat", "mmd", "mmdebstrap", "modprobe", "objcopy",
+	"e2fsck", "mke2fs", "mkfs.vfat", "mmd", "mmdebstrap", "modprobe", "objcopy",
 	"qemu-system-x86_64", "socat", "swtpm", "swtpm_setup", "tar", "zstd",
 }
 

@@ -111,7 +111,7 @@ tpm: {device: "unix:%s", event_log: /nonexistent}
 state_dir: %s
 retry: {budget: 30s}
 callers: []
-volumes: [{id: %s, device: %s, format: true, filesystem: ext4, mount: %s}]
+volumes: [{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}]
 `, m.service.Address, m.socket(), m.path("state"), id, v.device, v.mount()), 0o600))
 	return v
 }

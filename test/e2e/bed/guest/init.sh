@@ -17,7 +17,11 @@ done </bed/modules
 # The names that udev would make.
 mkdir -p /dev/disk/by-id /run/cryptsetup
 for disk in /sys/block/vd*; do
-	ln -s "/dev/${disk##*/}" "/dev/disk/by-id/virtio-$(cat "$disk/serial")"
+	link=/dev/disk/by-id/virtio-$(cat "$disk/serial")
+	ln -s "/dev/${disk##*/}" "$link"
+	for part in "$disk/${disk##*/}"*; do
+		[ ! -e "$part/partition" ] || ln -s "/dev/${part##*/}" "$link-part$(cat "$part/partition")"
+	done
 done
 
 ip link set lo up
