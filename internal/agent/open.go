@@ -152,14 +152,17 @@ func (o *opening) ours(m luks.Mapping, r remembered) bool {
 // that it has the volume's key, or resumes one of ours that is suspended.
 func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error {
 	defer o.Keys.Hold()()
-	key, err := o.Keys.GetKey(ctx, keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, LeaseID: r.LeaseID})
+	key, err := o.key(ctx)
 	if err != nil {
 		return err
 	}
 	defer key.Close()
-	if m.Suspended {
+	switch {
+	case key.State != keyclient.Active:
+		err = o.goOn(ctx, key, m)
+	case m.Suspended:
 		o.mapping, err = luks.Resume(ctx, o.existingOf(key), key.DEK)
-	} else {
+	default:
 		err = o.activate(ctx, key)
 	}
 	if err != nil {
@@ -171,6 +174,21 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	}
 	o.warn(o.e, "fence", "")
 	return o.keep(ctx, key)
+}
+
+// goOn takes up a first format that was cut off while the volume was mapped. The
+// mapping is one of this volume, or it is nobody's business here.
+func (o *opening) goOn(ctx context.Context, key *keyclient.Key, m luks.Mapping) error {
+	if key.State == keyclient.Pending {
+		return fmt.Errorf("%w: %s is mapped, and the volume has no header yet", luks.ErrNotOurs, m.Name)
+	}
+	if _, err := luks.Prove(ctx, o.existingOf(key), key.DEK); err != nil {
+		return err
+	}
+	if err := luks.Close(ctx, o.closeRequest(m)); err != nil {
+		return err
+	}
+	return o.provision(ctx, key)
 }
 
 func (o *opening) existingOf(k *keyclient.Key) luks.Existing {

@@ -168,7 +168,7 @@ func TestDiskACloseThatCannotFinishChangesNothing(t *testing.T) {
 	n.must(t, "close", "v-busy")
 	n.configure(t, fmt.Sprintf("{id: v-busy, device: %s}", device))
 	n.must(t, "unlock", "v-busy")
-	tool(t, "dmsetup", "create", "v-above", "--table", "0 100 linear /dev/mapper/v-busy 0")
+	tool(t, "dmsetup", "create", "v-above", "--table", "0 104 linear /dev/mapper/v-busy 0")
 	removed(t, "v-above")
 	n.fails(t, 10, "v-above", "close", "v-busy")
 	tool(t, "dmsetup", "remove", "v-above")

@@ -122,6 +122,7 @@ func (v *volume) remove(t *testing.T) {
 	t.Helper()
 	command(t, "umount", v.mount())
 	command(t, "dmsetup", "remove", v.id)
+	_ = os.Remove("/dev/mapper/" + v.id) // there is no udev that would
 	command(t, "losetup", "-d", v.device)
 	must(t, os.Remove(v.image))
 }
