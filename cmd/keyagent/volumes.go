@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"slices"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -194,6 +195,16 @@ func unlockAll(cmd *cobra.Command, vs volumes) error {
 	if err != nil {
 		return err
 	}
+	// The cause is worth more than what it blocks.
+	slices.SortStableFunc(outcomes, func(a, b opened) int {
+		blocked := func(o opened) int {
+			if errors.Is(o.err, agent.ErrBlocked) {
+				return 1
+			}
+			return 0
+		}
+		return blocked(a) - blocked(b)
+	})
 	var first error
 	for _, o := range outcomes {
 		if o.err == nil {

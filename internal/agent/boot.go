@@ -92,7 +92,7 @@ func (b *boot) first() error {
 		err := b.errs[v.ID]
 		switch {
 		case err == nil || v.Optional:
-		case errors.Is(err, errBlocked):
+		case errors.Is(err, ErrBlocked):
 			blocked = cmp.Or(blocked, in(v.ID, err)) // the cause is worth more than what it blocks
 		default:
 			return in(v.ID, err)
@@ -134,7 +134,7 @@ func (c *Volumes) absent(id string) bool {
 	c.mu.Lock()
 	state, err, device := e.condition.state, e.lastErr, e.spec.DevicePath()
 	c.mu.Unlock()
-	return state == Failed && (errors.Is(err, errAbsent) && exists(device) || errors.Is(err, errBlocked))
+	return state == Failed && (errors.Is(err, errAbsent) && exists(device) || errors.Is(err, ErrBlocked))
 }
 
 func (c *Volumes) needsAreUp(all []node.Volume, v *node.Volume) bool {
@@ -153,8 +153,9 @@ func (c *Volumes) needsAreUp(all []node.Volume, v *node.Volume) bool {
 	return true
 }
 
-var errBlocked = errors.New("it needs another volume")
+// ErrBlocked means that a volume was not opened because another one is not up.
+var ErrBlocked = errors.New("it needs another volume")
 
 func blockedBy(id string) error {
-	return failure.New(failure.State, fmt.Errorf("%w: %q is not up", errBlocked, id), "see what is wrong with that one")
+	return failure.New(failure.State, fmt.Errorf("%w: %q is not up", ErrBlocked, id), "see what is wrong with that one")
 }
