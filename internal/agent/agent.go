@@ -70,6 +70,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	group.Go(func() error { a.volumes.KeepLeases(ctx); return nil })
 	group.Go(func() error { a.volumes.WatchHeaders(ctx, a.cfg.WatchEvery()); return nil })
+	if a.cfg.Metrics != "" {
+		group.Go(func() error { return a.volumes.ServeMetrics(ctx, a.cfg.Metrics) })
+	}
 	group.Go(func() error { return a.boot(ctx, stop) })
 	return group.Wait()
 }

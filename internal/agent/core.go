@@ -81,6 +81,7 @@ type entry struct {
 	lastID    string
 	warnings  map[string]string // by kind
 	created   bool
+	alarms    int          // how often the header was found overwritten
 	unreserve func() error // of the disk's reservation; nil without one
 }
 

@@ -82,6 +82,7 @@ func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
 		c.Log.Error("could not compare a header with its disk", "volume", id, "error", err)
 		return
 	}
+	c.set(func() { e.alarms++ })
 	c.Log.Error("ALARM: the header of an open volume was overwritten on its disk", "volume", id, "device", device, "error", err)
 	if e.lease == nil || e.lease.lost || e.spec.ReadOnly {
 		c.warn(e, "header", "it was overwritten on the disk while the volume is open: keyagent restore-header before it is closed")

@@ -39,6 +39,8 @@ type Config struct {
 	// Watch is how often the headers of open volumes are compared with their disks.
 	// Default 5m, off for never.
 	Watch string `yaml:"watch,omitempty"`
+	// Metrics is a loopback address for /metrics. Empty: none.
+	Metrics string `yaml:"metrics,omitempty"`
 	// DeviceTimeout is how long a disk may take to answer. Default 30s.
 	DeviceTimeout string `yaml:"device_timeout,omitempty"`
 
@@ -140,6 +142,9 @@ func (c *Config) check(doc *config.Document, dir string) error {
 	}
 	if err := c.durations(doc); err != nil {
 		return err
+	}
+	if host, _, err := net.SplitHostPort(c.Metrics); c.Metrics != "" && (err != nil || !net.ParseIP(host).IsLoopback()) {
+		return doc.Errorf([]any{"metrics"}, "must be a loopback address and a port, such as 127.0.0.1:9465")
 	}
 	for i := range c.Callers {
 		if err := c.Callers[i].check(doc, i); err != nil {
