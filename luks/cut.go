@@ -21,22 +21,12 @@ func Cut(ctx context.Context, name, uuid string) error {
 }
 
 func cut(ctx context.Context, name, uuid string) error {
-	if err := validateName(name); err != nil {
-		return err
-	}
-	release, err := mappings.acquire(ctx, name)
+	live, release, err := claimMapping(ctx, name, uuid)
 	if err != nil {
 		return err
 	}
 	defer release()
-	live, err := inspect(name)
-	if err != nil {
-		return err
-	}
-	dm := dmUUID(uuid, name)
-	if live.uuid != dm {
-		return fmt.Errorf("%w: it has the UUID %.100q", ErrNameTaken, live.uuid)
-	}
+	dm := live.uuid
 	sectors, err := liveSectors(live, name)
 	if err != nil {
 		return err

@@ -20,22 +20,12 @@ func Suspend(ctx context.Context, name, uuid string) error {
 }
 
 func suspend(ctx context.Context, name, uuid string) error {
-	if err := validateName(name); err != nil {
-		return err
-	}
-	release, err := mappings.acquire(ctx, name)
+	live, release, err := claimMapping(ctx, name, uuid)
 	if err != nil {
 		return err
 	}
 	defer release()
-	live, err := inspect(name)
-	if err != nil {
-		return err
-	}
-	dm := dmUUID(uuid, name)
-	if live.uuid != dm {
-		return fmt.Errorf("%w: it has the UUID %.100q", ErrNameTaken, live.uuid)
-	}
+	dm := live.uuid
 	return kernelCall(ctx, "suspending "+name, func() error {
 		if !live.suspended {
 			_, err := dmCall{command: dmDevSuspend, uuid: dm, flags: dmSuspended | dmSkipLockFS | dmNoFlush}.run()
@@ -98,4 +88,22 @@ func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *secret
 		return Mapping{}, errors.Join(err, stopErr)
 	}
 	return m, nil
+}
+
+// claimMapping takes the lock of a mapping, which must have the UUID of a volume.
+func claimMapping(ctx context.Context, name, uuid string) (live liveMapping, release func(), err error) {
+	if err := validateName(name); err != nil {
+		return live, nil, err
+	}
+	if release, err = mappings.acquire(ctx, name); err != nil {
+		return live, nil, err
+	}
+	live, err = inspect(name)
+	if err == nil && live.uuid != dmUUID(uuid, name) {
+		err = fmt.Errorf("%w: it has the UUID %.100q", ErrNameTaken, live.uuid)
+	}
+	if err != nil {
+		release()
+	}
+	return live, release, err
 }

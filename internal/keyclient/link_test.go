@@ -10,6 +10,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/internal/failure"
 )
@@ -159,4 +162,32 @@ func TestAnAttemptEndsWithItsLastCaller(t *testing.T) {
 			t.Error("the attempt goes on")
 		}
 	})
+}
+
+// TestTheSessionOfKeysEndsWithTheLastKey: who keeps a recording of it and later reads
+// this machine's memory must not find what opens it.
+func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {
+	l, asked := scripted(good("first"))
+	dummy := func() *grpc.ClientConn {
+		c, err := grpc.NewClient("passthrough:///nowhere", grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	l.connect = func(_ context.Context, e *endpoint) (*session, error) {
+		*asked = append(*asked, e.address)
+		return &session{address: e.address, conn: dummy()}, nil
+	}
+	l.enter()
+	l.enter()
+	if _, _, err := l.session(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if l.leave() || l.current == nil {
+		t.Error("the session ended with one of two keys")
+	}
+	if !l.leave() || l.current != nil {
+		t.Error("the session outlives the last key")
+	}
 }
