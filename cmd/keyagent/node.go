@@ -54,7 +54,16 @@ func (l *local) open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.Volume
 			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards()}
 	}
 	out, err := l.v.Open(ctx, v, agent.Intent{Format: r.GetFormat(), Dynamic: !configured})
-	return agent.Message(out), err
+	return alone(out), err
+}
+
+// alone is a volume that this process opened and will not look after.
+func alone(v agent.Volume) *nodev1.Volume {
+	m := agent.Message(v)
+	if v.Lease == "bound" {
+		m.Warnings = append(m.Warnings, "its lease ends soon, and no agent renews it: start keyagent agent, or another node may write the volume")
+	}
+	return m
 }
 
 func (l *local) openAll(ctx context.Context) ([]opened, error) {
@@ -67,7 +76,7 @@ func (l *local) openAll(ctx context.Context) ([]opened, error) {
 		if o.err == nil {
 			o.err = statusErr
 		}
-		o.volume = agent.Message(one)
+		o.volume = alone(one)
 		out = append(out, o)
 	}
 	if err != nil && !slices.ContainsFunc(out, func(o opened) bool { return o.err != nil && !o.optional }) {

@@ -137,7 +137,8 @@ func (c *Volumes) claim(v node.Volume, dynamic bool) (*entry, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for id, o := range c.entries {
-		if id == v.ID || o.condition.state == Absent {
+		idle := o.condition.state == Absent || o.condition.state == Failed && o.known.Spec.ID == ""
+		if id == v.ID || idle {
 			continue
 		}
 		for _, f := range []struct {

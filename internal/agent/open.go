@@ -166,7 +166,7 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		err = o.activate(ctx, key)
 	}
 	if err != nil {
-		o.giveBack(ctx, key)
+		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
 	if !o.ours(m, r) {
@@ -201,6 +201,7 @@ func (o *opening) options() luks.OpenOptions {
 
 // unlock gets the key and maps the volume. The key lives no longer than this call.
 func (o *opening) unlock(ctx context.Context) error {
+	o.set(func() { o.e.known = remembered{} }) // nothing is mapped, whatever was before
 	if err := o.await(ctx); err != nil {
 		return err
 	}
@@ -212,7 +213,7 @@ func (o *opening) unlock(ctx context.Context) error {
 	defer key.Close()
 	o.set(func() { o.e.lastID = key.CorrelationID })
 	if err := o.remember(o.state(key)); err != nil {
-		o.giveBack(ctx, key)
+		o.giveBack(ctx, key, err)
 		return err
 	}
 	if key.State == keyclient.Active {
@@ -221,7 +222,7 @@ func (o *opening) unlock(ctx context.Context) error {
 		err = o.provision(ctx, key)
 	}
 	if err != nil {
-		o.giveBack(ctx, key)
+		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
 	return o.keep(ctx, key)
@@ -305,12 +306,13 @@ func (o *opening) keep(ctx context.Context, key *keyclient.Key) error {
 }
 
 // giveBack returns the lease of a volume that did not come to be open here.
-func (o *opening) giveBack(ctx context.Context, key *keyclient.Key) {
+func (o *opening) giveBack(ctx context.Context, key *keyclient.Key, why error) {
 	if key.Lease == nil {
 		return
 	}
-	if _, err := luks.Status(ctx, o.v.Name); !errors.Is(err, luks.ErrNotActive) {
-		return // something is mapped: the lease goes with its end
+	alien := errors.Is(why, luks.ErrNotOurs) || errors.Is(why, luks.ErrNameTaken)
+	if _, err := luks.Status(ctx, o.v.Name); !errors.Is(err, luks.ErrNotActive) && !alien {
+		return // the volume is mapped: its lease goes with the mapping
 	}
 	o.release(context.WithoutCancel(ctx), o.v.ID, key.Lease.ID)
 	if err := o.forget(o.v.ID); err != nil {
