@@ -25,11 +25,7 @@ func (o *opening) await(ctx context.Context) error {
 	device := o.v.DevicePath()
 	deadline := time.Now().Add(o.AppearWait)
 	for first := true; ; first = false {
-		st, err := os.Stat(device)
-		if err == nil && st.Mode().Type()&fs.ModeDevice == 0 {
-			// Before the key service is told of an attempt to write to it.
-			return fmt.Errorf("%w: %s", luks.ErrNotBlockDevice, device)
-		}
+		_, err := os.Stat(device)
 		if !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -44,6 +40,15 @@ func (o *opening) await(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// mustBeDevice refuses a plain file, which a volume cannot be made on.
+func mustBeDevice(path string) error {
+	st, err := os.Stat(path)
+	if err == nil && st.Mode().Type()&fs.ModeDevice == 0 {
+		err = fmt.Errorf("%w: %s", luks.ErrNotBlockDevice, path)
+	}
+	return err
 }
 
 func exists(path string) bool {
