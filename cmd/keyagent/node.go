@@ -238,5 +238,10 @@ func fromAgent(err error) error {
 	if err == nil {
 		return nil
 	}
-	return failure.FromStatus(err)
+	err = failure.FromStatus(err)
+	if f := failure.Of(err); f.Class == failure.Unreachable && f.Hint == "" {
+		// A user whom no rule names is not let in, and hears nothing.
+		return &failure.Error{Class: f.Class, Err: fmt.Errorf("agent: %w", err), Hint: "is the agent stopping, or does callers in the agent's configuration name this user?"}
+	}
+	return err
 }

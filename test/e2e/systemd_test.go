@@ -82,7 +82,7 @@ func opened(t *testing.T, g *bed.Guest) {
 	wantLines(t, g,
 		"E2E unit ActiveState=active", "E2E unit Result=success", "E2E unit ExecMainStatus=0",
 		"E2E findmnt /dev/mapper/data ext4 rw,nosuid,nodev",
-		"uid 65534 may not list this volume", "E2E another uid: exit code 7",
+		"does callers in the agent's configuration name this user", "E2E another uid: exit code 4",
 		"E2E restarted: active written by the first boot")
 	var namespaces []string
 	for _, l := range g.Lines() {
