@@ -29,7 +29,7 @@ volumes:
 
 // demoConfig is that of the demo's own machine: a partition whose size is no multiple
 // of 4096 bytes, as partitioning tools make them, and a second volume that is mounted
-// inside the first. Without no_mmp each mount would take eleven seconds more.
+// inside the first.
 const demoConfig = `servers:
   - address: ` + KeyServiceAddress + `
     name: keyservice.demo

@@ -21,8 +21,8 @@ var ErrNeedsRepair = errors.New("filesystem needs repair by hand")
 type Options struct {
 	Label string
 	// OneWriter asks for protection against a second mount, where the filesystem
-	// has it. The kernel then waits eleven seconds at each mount, to see whether
-	// another machine writes.
+	// has it. After a crash its tool and the kernel then wait to see whether another
+	// machine writes.
 	OneWriter bool
 }
 

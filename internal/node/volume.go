@@ -39,8 +39,8 @@ type Volume struct {
 	Discards bool `yaml:"discards,omitempty"` // pass TRIM on, which tells the host what is unused
 	Optional bool `yaml:"optional,omitempty"` // the node is ready without it
 	// NoMMP leaves out ext4's protection against a second mount when the filesystem is
-	// made. With it each mount takes eleven seconds more; the lease protects without
-	// it, too, and so does a disk's reservation.
+	// made. With it an opening after a crash takes eleven seconds or more; the lease
+	// protects without it, too, and so does a disk's reservation.
 	NoMMP bool `yaml:"no_mmp,omitempty"`
 	// Integrity names authenticated encryption. None is built yet.
 	Integrity string `yaml:"integrity,omitempty"`
