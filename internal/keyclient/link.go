@@ -33,11 +33,12 @@ type link struct {
 
 // flight is an attempt to get a session that is under way.
 type flight struct {
-	done    chan struct{}
-	waiting int
-	cancel  context.CancelFunc
-	session *session
-	err     error
+	done     chan struct{}
+	waiting  int
+	deserted bool // every caller left at some moment, and it was told to end
+	cancel   context.CancelFunc
+	session  *session
+	err      error
 }
 
 func newLink(endpoints []*endpoint, progress Progress) *link {
@@ -48,27 +49,33 @@ func newLink(endpoints []*endpoint, progress Progress) *link {
 // session returns an attested session with some time left, and whether its
 // attestation is of this moment.
 func (l *link) session(ctx context.Context) (s *session, fresh bool, err error) {
-	l.mu.Lock()
-	if s := l.current; s != nil && s.fresh() {
-		l.mu.Unlock()
-		return s, false, nil
-	}
-	f := l.flight
-	if f == nil {
-		f = l.start()
-	}
-	f.waiting++
-	l.mu.Unlock()
-	select {
-	case <-f.done:
-		return f.session, true, f.err
-	case <-ctx.Done():
+	for {
 		l.mu.Lock()
-		defer l.mu.Unlock()
-		if f.waiting--; f.waiting == 0 {
-			f.cancel() // nobody waits any more
+		if s := l.current; s != nil && s.fresh() {
+			l.mu.Unlock()
+			return s, false, nil
 		}
-		return nil, false, ctx.Err()
+		f := l.flight
+		if f == nil {
+			f = l.start()
+		}
+		f.waiting++
+		l.mu.Unlock()
+		select {
+		case <-f.done:
+			if f.err != nil && f.deserted {
+				continue // it was ended for others' sake, before this caller came
+			}
+			return f.session, true, f.err
+		case <-ctx.Done():
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			if f.waiting--; f.waiting == 0 {
+				f.deserted = true
+				f.cancel()
+			}
+			return nil, false, ctx.Err()
+		}
 	}
 }
 

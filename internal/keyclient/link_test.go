@@ -164,6 +164,31 @@ func TestAnAttemptEndsWithItsLastCaller(t *testing.T) {
 	})
 }
 
+// An attempt that was told to end takes a moment to hear it. Who comes in that moment
+// asked for a session as much as anybody, and gets one.
+func TestACallerWhoJoinsADesertedAttemptGetsAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		attempts := 0
+		l, _ := scripted(func(ctx context.Context) (*session, error) {
+			if attempts++; attempts > 1 {
+				return &session{address: "only"}, nil
+			}
+			<-ctx.Done()
+			time.Sleep(time.Second) // a TPM finishes its command
+			return nil, ctx.Err()
+		})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, _, err := l.session(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		if s, _, err := l.session(t.Context()); err != nil || s.address != "only" {
+			t.Errorf("%v, %v", s, err)
+		}
+		l.current = nil // it has no connection to be closed
+	})
+}
+
 // TestTheSessionOfKeysEndsWithTheLastKey: who keeps a recording of it and later reads
 // this machine's memory must not find what opens it.
 func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {
