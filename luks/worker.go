@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // A disk that never answers must hold up nothing but the call that asked it. Each
@@ -70,6 +72,7 @@ func newWorker(ctx context.Context, what string, dev DevNum, end func()) *worker
 // kernel gives a signal for the process to one thread of its choice, the first one by
 // preference. If that one waits for a disk, nobody hears of SIGTERM.
 func deafen() (undo func()) {
+	secret.ForgetThread() // now, since it will hear of no other occasion
 	var all, before unix.Sigset_t
 	for i := range all.Val {
 		all.Val[i] = ^all.Val[i]

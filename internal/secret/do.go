@@ -10,3 +10,6 @@ func Do(f func()) { f() }
 
 // Forget does nothing in this build. See the package documentation.
 func Forget() {}
+
+// ForgetThread does nothing in this build. See the package documentation.
+func ForgetThread() {}

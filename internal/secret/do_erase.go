@@ -5,6 +5,8 @@ package secret
 import (
 	"runtime"
 	runtimesecret "runtime/secret"
+
+	"golang.org/x/sys/unix"
 )
 
 // Erases reports whether [Do] erases what f leaves behind.
@@ -19,3 +21,13 @@ func Do(f func()) { runtimesecret.Do(f) }
 // minutes, and one that ends never does: the kernel then keeps its pages as they
 // are until somebody else gets them.
 func Forget() { runtime.GC() }
+
+// ForgetThread overwrites what signals that arrived within [Do] left of it on the
+// signal stack of the calling thread, where the kernel saves all registers. [Forget]
+// has every thread do that, but one that blocks signals does not hear of it, and one
+// that ended left its stack as it was: a goroutine that locks itself to a thread to do
+// either calls ForgetThread first.
+func ForgetThread() {
+	// The runtime takes this signal for one of its own that came too late.
+	_ = unix.Tgkill(unix.Getpid(), unix.Gettid(), unix.SIGURG)
+}
