@@ -13,6 +13,7 @@ import (
 	"math/big"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // The layout of the HCL's report. Numbers are little-endian.
@@ -178,15 +179,19 @@ func (k jwk) rsa() (*rsa.PublicKey, error) {
 // making reference values.
 func (r *Report) Claims() attestation.Claims {
 	c := r.config
-	facts := map[string]any{
-		"vm_id": c.ID, "hcl_version": uint64(r.Version), "isolation": string(r.Isolation),
-		"secure_boot": *c.SecureBoot, "tpm_enabled": *c.TPM, "console_enabled": *c.Console,
-		"root_cert_thumbprint": c.Thumbprint, "token_verified": false,
-	}
+	set := map[string]any{}
+	facts.AzureVMID.Put(set, c.ID)
+	facts.AzureHCLVersion.Put(set, uint64(r.Version))
+	facts.AzureIsolation.Put(set, string(r.Isolation))
+	facts.AzureSecureBoot.Put(set, *c.SecureBoot)
+	facts.AzureTPMEnabled.Put(set, *c.TPM)
+	facts.AzureConsoleEnabled.Put(set, *c.Console)
+	facts.AzureRootThumbprint.Put(set, c.Thumbprint)
+	facts.AzureTokenVerified.Put(set, false)
 	if c.Persisted != nil {
-		facts["tpm_persisted"] = *c.Persisted
+		facts.AzureTPMPersisted.Put(set, *c.Persisted)
 	}
-	return attestation.Claims{Kind: attestation.Azure, Identity: c.ID, Facts: facts}
+	return attestation.Claims{Kind: attestation.Azure, Identity: c.ID, Facts: set}
 }
 
 // coversRuntime looks whether the unverified report is at least of this runtime

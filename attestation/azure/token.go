@@ -14,6 +14,7 @@ import (
 	"github.com/golang-jwt/jwt/v5"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // TokenOptions say whose tokens of Microsoft Attestation are believed.
@@ -50,7 +51,7 @@ var isolations = map[string]attestation.Kind{"sevsnpvm": attestation.SNP, "tdxvm
 
 // verify demands that a token is the issuer's, of now, over the binder, and of the
 // machine whose attestation key made the quote. It adds facts about it.
-func (o *TokenOptions) verify(ctx context.Context, raw string, r *Report, binder attestation.Binder, now time.Time, facts map[string]any) error {
+func (o *TokenOptions) verify(ctx context.Context, raw string, r *Report, binder attestation.Binder, now time.Time, set map[string]any) error {
 	if len(raw) > maxToken {
 		return fmt.Errorf("%w: %d bytes", ErrToken, len(raw))
 	}
@@ -81,10 +82,10 @@ func (o *TokenOptions) verify(ctx context.Context, raw string, r *Report, binder
 	if !t.Isolation.Runtime.has(r.AK) {
 		return fmt.Errorf("%w: it is of another attestation key", ErrToken)
 	}
-	facts["token_verified"] = true
-	facts["token_issuer"] = t.Issuer
-	facts["token_compliance"] = t.Isolation.Compliance
-	facts["token_policy_hash"] = t.Policy
+	facts.AzureTokenVerified.Put(set, true)
+	facts.AzureTokenIssuer.Put(set, t.Issuer)
+	facts.AzureTokenCompliance.Put(set, t.Isolation.Compliance)
+	facts.AzureTokenPolicyHash.Put(set, t.Policy)
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
 	"github.com/keyagent/keyagent/attestation/tpm"
@@ -161,8 +162,8 @@ func (v *Verifier) verifyHardware(ctx context.Context, r *Report, e *attestv1.Az
 		}
 		// The HCL runs at VMPL 0. From another level the guest itself could ask,
 		// with runtime data of its own making.
-		if vmpl, ok := c.Facts["vmpl"].(uint64); !ok || vmpl != 0 {
-			return none, fmt.Errorf("%w: it is of VMPL %v", ErrVMPL, c.Facts["vmpl"])
+		if vmpl, ok := facts.SNPVMPL.Of(c); !ok || vmpl != 0 {
+			return none, fmt.Errorf("%w: it is of VMPL %v", ErrVMPL, vmpl)
 		}
 		return c, nil
 	case r.Isolation == attestation.TDX && v.opts.TDX != nil:
@@ -199,7 +200,7 @@ func (q *question) verifyTPM(r *Report, e *attestv1.AzureEvidence, binder attest
 	if err != nil {
 		return none, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	quoted.Facts["ak"] = id
+	facts.TPMAK.Put(quoted.Facts, id)
 	return attestation.Claims{
 		Kind: attestation.TPM, Identity: id, Measurements: quoted.Measurements, Epoch: quoted.Epoch, Facts: quoted.Facts,
 	}, nil

@@ -15,24 +15,29 @@ import (
 	"github.com/keyagent/keyagent/internal/pattern"
 )
 
-// strict reads CBOR in which every value has one meaning: no key twice, no field
-// that is not known, nothing of indefinite length, no tags.
-var strict = must(cbor.DecOptions{
-	DupMapKey:         cbor.DupMapKeyEnforcedAPF,
-	IndefLength:       cbor.IndefLengthForbidden,
-	TagsMd:            cbor.TagsForbidden,
-	MaxNestedLevels:   4,
-	MaxArrayElements:  16,
-	MaxMapPairs:       32,
-	ExtraReturnErrors: cbor.ExtraDecErrorUnknownField,
-	UTF8:              cbor.UTF8RejectInvalid,
-	FieldNameMatching: cbor.FieldNameMatchingCaseSensitive,
-	BignumTag:         cbor.BignumTagForbidden,
-	NaN:               cbor.NaNDecodeForbidden,
-	Inf:               cbor.InfDecodeForbidden,
-}.DecMode())
+// definite and anyLength read CBOR in which every value has one meaning: no key twice, no
+// field that is not known, no tags. The frame has definite lengths only. The payload
+// is signed as it stands, and AWS writes its maps with indefinite length.
+var (
+	definite  = reader(cbor.IndefLengthForbidden)
+	anyLength = reader(cbor.IndefLengthAllowed)
+)
 
-func must(m cbor.DecMode, err error) cbor.DecMode {
+func reader(lengths cbor.IndefLengthMode) cbor.DecMode {
+	m, err := cbor.DecOptions{
+		IndefLength:       lengths,
+		DupMapKey:         cbor.DupMapKeyEnforcedAPF,
+		TagsMd:            cbor.TagsForbidden,
+		MaxNestedLevels:   4,
+		MaxArrayElements:  16,
+		MaxMapPairs:       32,
+		ExtraReturnErrors: cbor.ExtraDecErrorUnknownField,
+		UTF8:              cbor.UTF8RejectInvalid,
+		FieldNameMatching: cbor.FieldNameMatchingCaseSensitive,
+		BignumTag:         cbor.BignumTagForbidden,
+		NaN:               cbor.NaNDecodeForbidden,
+		Inf:               cbor.InfDecodeForbidden,
+	}.DecMode()
 	if err != nil {
 		panic(err) // the options are constants
 	}
@@ -78,14 +83,14 @@ func parse(data []byte) (*signed, *document, error) {
 		data = data[1:]
 	}
 	var s signed
-	if err := strict.Unmarshal(data, &s); err != nil {
+	if err := definite.Unmarshal(data, &s); err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if !bytes.Equal(s.Protected, es384) || len(s.Header) != 0 || len(s.Signature) != 2*48 {
 		return nil, nil, fmt.Errorf("%w: only ES384 without other headers is accepted", ErrMalformed)
 	}
 	var d document
-	if err := strict.Unmarshal(s.Payload, &d); err != nil {
+	if err := anyLength.Unmarshal(s.Payload, &d); err != nil {
 		return nil, nil, fmt.Errorf("%w: payload: %w", ErrMalformed, err)
 	}
 	return &s, &d, d.check()

@@ -182,7 +182,11 @@ func TestCBORWithTwoMeaningsIsRefused(t *testing.T) {
 	}
 	for name, document := range map[string][]byte{
 		"a key twice":             must[[]byte](t)(a.Sign(twice)),
-		"indefinite length":       must[[]byte](t)(a.Sign(endless)),
+		"a frame of no length":    append(append([]byte{0x9F}, good[1:]...), 0xFF),
+		"a map without an end":    must[[]byte](t)(a.Sign(endless[:len(endless)-1])),
+		"an end without a map":    must[[]byte](t)(a.Sign(append(bytes.Clone(payload), 0xFF))),
+		"a key without a value":   must[[]byte](t)(a.Sign(append(append(bytes.Clone(endless[:len(endless)-1]), 0x61, 'x'), 0xFF))),
+		"a key twice, no length":  must[[]byte](t)(a.Sign(append(append([]byte{0xBF}, twice[1:]...), 0xFF))),
 		"a tail after payload":    must[[]byte](t)(a.Sign(append(bytes.Clone(payload), 0))),
 		"a tail":                  append(bytes.Clone(good), 0),
 		"cut":                     good[:len(good)-1],
@@ -209,6 +213,40 @@ func TestCBORWithTwoMeaningsIsRefused(t *testing.T) {
 	zero := frame(func(p []any) any { p[3] = make([]byte, 96); return p })
 	_, err = verify(t, v, zero)
 	refused(t, "a zero signature", err, nitro.ErrSignature)
+}
+
+// AWS's own documents have maps of indefinite length.
+func TestAPayloadOfIndefiniteLengthIsRead(t *testing.T) {
+	a, now := newAWS(t), time.Now()
+	want, err := verify(t, newVerifier(t, a.Trust(), now), must[[]byte](t)(a.Document(now, testBinder[:])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := a.Payload(now, testBinder[:])
+	outer := []byte{0xBF}
+	for name, value := range fields {
+		outer = append(outer, must[[]byte](t)(cbor.Marshal(name))...)
+		body := must[[]byte](t)(cbor.Marshal(value))
+		switch {
+		case name == "nitrotpm_pcrs" && body[0] == 0xB8: // more than 23 pairs: a map, its count in a byte
+			body = append(append([]byte{0xBF}, body[2:]...), 0xFF)
+		case name == "nitrotpm_pcrs" && body[0]&0xE0 == 0xA0, name == "cabundle" && body[0] > 0x80 && body[0] < 0x98:
+			body = append(append([]byte{body[0]&0xE0 | 0x1F}, body[1:]...), 0xFF)
+		}
+		outer = append(outer, body...)
+	}
+	document := must[[]byte](t)(a.Sign(append(outer, 0xFF)))
+	got, err := verify(t, newVerifier(t, a.Trust(), now), document)
+	if err != nil || got.Identity != want.Identity || len(got.Measurements) != len(want.Measurements) || len(got.Measurements) == 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for bit := 0; bit < len(document)*8; bit += 61 {
+		bad := bytes.Clone(document)
+		bad[bit/8] ^= 1 << (bit % 8)
+		if _, err := verify(t, newVerifier(t, a.Trust(), now), bad); !errors.Is(err, attestation.ErrRefused) {
+			t.Fatalf("bit %d of byte %d: %v", bit%8, bit/8, err)
+		}
+	}
 }
 
 func TestEveryChangedBitOfADocumentIsRefused(t *testing.T) {

@@ -54,7 +54,7 @@ func request(binder attestation.Binder) ([]byte, error) {
 // documentOf reads an answer, behind which the index has more bytes.
 func documentOf(data []byte) ([]byte, error) {
 	var a answer
-	if _, err := strict.UnmarshalFirst(data, &a); err != nil {
+	if _, err := anyLength.UnmarshalFirst(data, &a); err != nil {
 		return nil, fmt.Errorf("answer is not understood: %w", err)
 	}
 	if a.Error != "" {

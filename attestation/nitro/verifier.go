@@ -14,6 +14,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // VerifierOptions configure [NewVerifier].
@@ -153,8 +154,11 @@ func (v verified) claims() attestation.Claims {
 		Identity:     d.instance(),
 		Trust:        v.trust,
 		Measurements: make(map[string]attestation.Measurement, len(d.PCRs)),
-		Facts:        map[string]any{"module_id": d.ModuleID, "instance_id": d.instance(), "timestamp": d.Timestamp},
+		Facts:        map[string]any{},
 	}
+	facts.NitroModuleID.Put(c.Facts, d.ModuleID)
+	facts.NitroInstanceID.Put(c.Facts, d.instance())
+	facts.NitroTimestamp.Put(c.Facts, d.Timestamp)
 	for n, value := range d.PCRs {
 		c.Measurements[fmt.Sprintf("pcr%d", n)] = attestation.Measurement{Value: value}
 	}

@@ -1,6 +1,9 @@
 package policy
 
-import "github.com/keyagent/keyagent/attestation"
+import (
+	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
+)
 
 // AzureProfile says which confidential VMs of Azure are meant. What the report
 // inside and the vTPM say is compared with the profile's snp or tdx section and
@@ -14,8 +17,8 @@ type AzureProfile struct {
 }
 
 var azureWeaknesses = []weakness{
-	{"no-secure-boot", "secure_boot", true},
-	{"console", "console_enabled", false},
+	{"no-secure-boot", facts.AzureSecureBoot, true},
+	{"console", facts.AzureConsoleEnabled, false},
 }
 
 func (*AzureProfile) kind() attestation.Kind { return attestation.Azure }
@@ -30,10 +33,10 @@ func (a *AzureProfile) check(c *checker, _ *Profile, at path) {
 
 func (a *AzureProfile) compare(d *differences, _ attestation.Claims) {
 	if !a.AnyVM {
-		d.text("azure.vm", "vm_id", a.VMs)
+		d.text("azure.vm", facts.AzureVMID, a.VMs)
 	}
 	if a.Token == "required" {
-		d.flag("azure.token", "token_verified", true)
+		d.flag("azure.token", facts.AzureTokenVerified, true)
 	}
 	d.weaknesses("azure", azureWeaknesses, a.Allow)
 }
@@ -68,7 +71,7 @@ func (n *NitroProfile) check(c *checker, _ *Profile, at path) {
 func (n *NitroProfile) compare(d *differences, _ attestation.Claims) {
 	d.trust("nitro.trust", n.Trust)
 	if !n.AnyInstance {
-		d.text("nitro.instance", "instance_id", n.Instances)
+		d.text("nitro.instance", facts.NitroInstanceID, n.Instances)
 	}
 	d.pcrs("nitro.", n.PCRs)
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // differences collects how claims differ from one profile.
@@ -87,8 +88,8 @@ func (d *differences) values(field, register string, ref Values, events []attest
 
 // text compares a fact with a list. The fact is "" where the field is all zero,
 // and an empty list demands just that.
-func (d *differences) text(field, fact string, accept []string) {
-	got, ok := d.claims.Facts[fact].(string)
+func (d *differences) text(field string, fact facts.Fact[string], accept []string) {
+	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
 		d.refuse(field, accept, "nothing")
@@ -103,8 +104,8 @@ func (d *differences) text(field, fact string, accept []string) {
 }
 
 // flag demands the value of a fact. A fact that is not there is refused.
-func (d *differences) flag(field, fact string, want bool) {
-	got, ok := d.claims.Facts[fact].(bool)
+func (d *differences) flag(field string, fact facts.Fact[bool], want bool) {
+	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
 		d.refuse(field, []string{strconv.FormatBool(want)}, "nothing")
@@ -114,8 +115,8 @@ func (d *differences) flag(field, fact string, want bool) {
 }
 
 // atLeast demands a number of a minimum.
-func (d *differences) atLeast(field, fact string, least uint64) {
-	got, ok := d.claims.Facts[fact].(uint64)
+func (d *differences) atLeast(field string, fact facts.Fact[uint64], least uint64) {
+	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
 		d.refuse(field, []string{fmt.Sprintf("at least %d", least)}, "nothing")
@@ -124,10 +125,24 @@ func (d *differences) atLeast(field, fact string, least uint64) {
 	}
 }
 
+// bits demands that all of these bits are set.
+func (d *differences) bits(field string, fact facts.Fact[uint64], want uint64) {
+	if want == 0 {
+		return
+	}
+	got, ok := fact.Of(d.claims)
+	switch {
+	case !ok:
+		d.refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, "nothing")
+	case got&want != want:
+		d.refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, fmt.Sprintf("%#x", got))
+	}
+}
+
 // weakness is a property that is refused unless the profile's allow list names it.
 type weakness struct {
 	word string // in the allow list
-	fact string
+	fact facts.Fact[bool]
 	safe bool // the fact's value without the weakness
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/test/amd"
 	"github.com/keyagent/keyagent/test/intel"
 )
@@ -136,7 +137,7 @@ func snpClaims() attestation.Claims {
 		Facts: map[string]any{
 			"product": "Milan", "signer": "vcek", "chip_id": chip, "host_data": hostDat, "id_key_digest": "", "author_key_digest": "",
 			"vmpl": uint64(0), "debug": false, "migration_agent": false, "smt_allowed": false, "single_socket": true, "cxl_allowed": false,
-			"platform_alias_check_complete": true, "platform_ciphertext_hiding": true, "platform_rapl_disabled": true, "platform_tio": false,
+			"platform_alias_check_complete": true, "platform_ciphertext_hiding": true, "platform_rapl_disabled": true, "platform_tio": false, "unknown_bits": false,
 		},
 	}
 	for _, when := range []string{"reported", "committed", "current", "launch"} {
@@ -240,6 +241,7 @@ func TestEachFieldOfHardwareThatDiffersIsNamed(t *testing.T) {
 			{fact("platform_alias_check_complete", false), "snp.alias-check-incomplete"}, {none("platform_alias_check_complete"), "snp.alias-check-incomplete"},
 			{fact("platform_ciphertext_hiding", false), "snp.visible-ciphertext"}, {fact("platform_rapl_disabled", false), "snp.rapl"},
 			{fact("platform_tio", true), "snp.trusted-io"},
+			{fact("unknown_bits", true), "snp.unknown-bits"}, {none("unknown_bits"), "snp.unknown-bits"},
 			{func(c *attestation.Claims) { c.Via = attestation.Azure }, "snp.via"},
 		}},
 		"tdx": {func() []attestation.Claims { return []attestation.Claims{tdxClaims()} }, 0, []test{
@@ -316,10 +318,10 @@ func TestAWarningOfHardwareDoesNotRefuse(t *testing.T) {
 
 // Weaknesses are accepted where the profile names them.
 func TestAWeaknessIsAcceptedWhereItIsNamed(t *testing.T) {
-	weak := strings.Replace(plain(hardware), "      chips:", "      allow: [smt, multi-socket, migration-agent, cxl, alias-check-incomplete, visible-ciphertext, rapl, trusted-io]\n      chips:", 1)
+	weak := strings.Replace(plain(hardware), "      chips:", "      allow: [smt, multi-socket, migration-agent, cxl, alias-check-incomplete, visible-ciphertext, rapl, trusted-io, unknown-bits]\n      chips:", 1)
 	c := snpClaims()
 	for _, w := range snpWeaknesses {
-		c.Facts[w.fact] = !w.safe
+		w.fact.Put(c.Facts, !w.safe)
 	}
 	if a, err := parse(t, weak).Appraise(verified(t, c)); err != nil || a.Profile != "snp" {
 		t.Errorf("%+v, %v", a, err)
@@ -327,6 +329,44 @@ func TestAWeaknessIsAcceptedWhereItIsNamed(t *testing.T) {
 	c.Facts["debug"] = true
 	if _, err := parse(t, weak).Appraise(verified(t, c)); !errors.Is(err, ErrMismatch) {
 		t.Errorf("debugging: %v", err)
+	}
+}
+
+// What a profile of SNP may demand beyond what it must.
+func TestWhatASNPProfileDemands(t *testing.T) {
+	text := strings.Replace(plain(hardware), "      chips:", "      min_version: 1.55.29\n      min_guest_svn: 2\n      mitigations: {launch: 0x3, current: 0x5}\n      demand: [platform_iommu_write_safe]\n      chips:", 1)
+	good := func() attestation.Claims {
+		c := snpClaims()
+		facts.SNPVersionCurrent.Put(c.Facts, "1.55.61")
+		facts.SNPVersionCommitted.Put(c.Facts, "1.55.29")
+		facts.SNPGuestSVN.Put(c.Facts, 2)
+		facts.SNPLaunchMitigations.Put(c.Facts, 0x3f)
+		facts.SNPCurrentMitigations.Put(c.Facts, 0x5)
+		facts.SNPPlatformIOMMUWriteSafe.Put(c.Facts, true)
+		return c
+	}
+	if a, err := parse(t, text).Appraise(verified(t, good())); err != nil || a.Profile != "snp" {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	for field, change := range map[string]func(set map[string]any){
+		"snp.version.current":           func(set map[string]any) { facts.SNPVersionCurrent.Put(set, "1.55.28") },
+		"snp.version.committed":         func(set map[string]any) { facts.SNPVersionCommitted.Put(set, "0.255.255") },
+		"snp.guest_svn":                 func(set map[string]any) { facts.SNPGuestSVN.Put(set, 1) },
+		"snp.mitigations.launch":        func(set map[string]any) { facts.SNPLaunchMitigations.Put(set, 0x2) },
+		"snp.mitigations.current":       func(set map[string]any) { delete(set, string(facts.SNPCurrentMitigations)) },
+		"snp.platform_iommu_write_safe": func(set map[string]any) { facts.SNPPlatformIOMMUWriteSafe.Put(set, false) },
+	} {
+		c := good()
+		change(c.Facts)
+		var m *MismatchError
+		if _, err := parse(t, text).Appraise(verified(t, c)); !errors.As(err, &m) || len(m.Mismatches) != 1 || m.Mismatches[0].Field != field {
+			t.Errorf("%s: %v", field, err)
+		}
+	}
+	for from, to := range map[string]string{"1.55.29": "1.55", "launch: 0x3, current: 0x5": "", "[platform_iommu_write_safe]": "[platform_tio]"} {
+		if _, err := Parse("policy.yaml", []byte(strings.Replace(text, from, to, 1))); err == nil {
+			t.Errorf("%q in place of %q is accepted", to, from)
+		}
 	}
 }
 

@@ -3,23 +3,31 @@ package policy
 import (
 	"cmp"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
+
+// ErrMasked means that a report signed by a chip's own key does not say which chip.
+var ErrMasked = errors.New("the report's chip ID is masked, so that its key's certificate cannot be compared with it")
 
 // Reference makes a profile that accepts exactly what claims say, for a machine
 // that is trusted for another reason. source says to people where the values come
 // from. The trust of each section is the claims' own, or what is built in.
 //
-// A machine that may be read by its host gives no profile, since none would ever
-// accept it.
+// A machine that its host may read, or whose chip its host hides ([ErrMasked]), gives no
+// profile: no verifier would ever accept it.
 func Reference(name, source string, claims []attestation.Claims) (*Profile, error) {
 	p := &Profile{Name: name}
 	for _, c := range claims {
-		if debug, _ := c.Facts["debug"].(bool); debug {
+		if debug, _ := facts.Debug.Of(c); debug {
 			return nil, fmt.Errorf("the machine runs with debugging allowed: its host can read it, and no profile accepts it")
+		}
+		if text(c, facts.SNPSigner) == "vcek" && text(c, facts.SNPChipID) == "" {
+			return nil, ErrMasked
 		}
 		switch c.Kind {
 		case attestation.SNP:
@@ -28,7 +36,7 @@ func Reference(name, source string, claims []attestation.Claims) (*Profile, erro
 			p.TDX = tdxReference(c, source)
 		case attestation.TPM:
 			p.TPM = &TPMProfile{Trust: []string{trustOr(c, "root:NAME")}, Bank: "sha256", EventLog: logOf(c), PCRs: pcrReferences(c, source)}
-			if project, ok := c.Facts["gce_project_id"].(string); ok {
+			if project, ok := facts.GCEProjectID.Of(c); ok {
 				p.TPM.GCE = &GCEProfile{Projects: []string{project}}
 			}
 		case attestation.Nitro:
@@ -50,27 +58,27 @@ func trustOr(c attestation.Claims, unset string) string {
 }
 
 func logOf(c attestation.Claims) string {
-	if has, _ := c.Facts["event_log"].(bool); has {
+	if has, _ := facts.EventLog.Of(c); has {
 		return "required"
 	}
 	return "optional"
 }
 
-func text(c attestation.Claims, fact string) string {
-	s, _ := c.Facts[fact].(string)
+func text(c attestation.Claims, fact facts.Fact[string]) string {
+	s, _ := fact.Of(c)
 	return s
 }
 
 // nonzero is the list that accepts a fact as it is.
-func nonzero(c attestation.Claims, fact string) []string {
+func nonzero(c attestation.Claims, fact facts.Fact[string]) []string {
 	if s := text(c, fact); s != "" {
 		return []string{s}
 	}
 	return nil
 }
 
-func number(c attestation.Claims, fact string) *uint64 {
-	n, _ := c.Facts[fact].(uint64)
+func number(c attestation.Claims, fact facts.Fact[uint64]) *uint64 {
+	n, _ := fact.Of(c)
 	return &n
 }
 
@@ -78,7 +86,7 @@ func number(c attestation.Claims, fact string) *uint64 {
 func seen(c attestation.Claims, all []weakness) []string {
 	var out []string
 	for _, w := range all {
-		if v, ok := c.Facts[w.fact].(bool); ok && v != w.safe {
+		if v, ok := w.fact.Of(c); ok && v != w.safe {
 			out = append(out, w.word)
 		}
 	}
@@ -91,42 +99,48 @@ func valueOf(c attestation.Claims, register, source string) Values {
 
 func snpReference(c attestation.Claims, source string) *SNPProfile {
 	least := func(part string) *uint64 {
-		n := *number(c, "tcb_reported_"+part)
+		n := *number(c, facts.SNPTCB("reported", part))
 		for _, when := range []string{"committed", "current", "launch"} {
-			n = min(n, *number(c, "tcb_"+when+"_"+part))
+			n = min(n, *number(c, facts.SNPTCB(when, part)))
 		}
 		return &n
 	}
 	s := &SNPProfile{
-		Trust: []string{trustOr(c, "root:amd")}, Products: nonzero(c, "product"), Signers: nonzero(c, "signer"),
+		Trust: []string{trustOr(c, "root:amd")}, Products: nonzero(c, facts.SNPProduct), Signers: nonzero(c, facts.SNPSigner),
 		Measurement: valueOf(c, "measurement", source),
 		MinTCB:      &SNPTCB{Bootloader: least("bootloader"), TEE: least("tee"), SNP: least("snp"), Microcode: least("microcode")},
-		AnyChip:     true, HostData: nonzero(c, "host_data"), IDKeys: nonzero(c, "id_key_digest"), AuthorKeys: nonzero(c, "author_key_digest"),
+		AnyChip:     true, HostData: nonzero(c, facts.SNPHostData), IDKeys: nonzero(c, facts.SNPIDKey), AuthorKeys: nonzero(c, facts.SNPAuthorKey),
 		Allow: seen(c, snpWeaknesses),
 	}
-	if text(c, "signer") == "vlek" {
-		s.CSPs = []string{cmp.Or(text(c, "csp_id"), "CSP")}
+	if text(c, facts.SNPSigner) == "vlek" {
+		s.CSPs = []string{cmp.Or(text(c, facts.SNPCSP), "CSP")}
 	}
-	if text(c, "product") == "Turin" {
+	if text(c, facts.SNPProduct) == "Turin" {
 		s.MinTCB.FMC = least("fmc")
 	}
-	if vmpl := *number(c, "vmpl"); vmpl != 0 {
+	if launch, current := *number(c, facts.SNPLaunchMitigations), *number(c, facts.SNPCurrentMitigations); launch|current != 0 {
+		s.Mitigations = &SNPMitigations{Launch: launch, Current: current}
+	}
+	if safe, _ := facts.SNPPlatformIOMMUWriteSafe.Of(c); safe {
+		s.Demand = []string{string(facts.SNPPlatformIOMMUWriteSafe)}
+	}
+	if vmpl := *number(c, facts.SNPVMPL); vmpl != 0 {
 		s.VMPL = []uint64{vmpl}
 	}
 	return s
 }
 
 func tdxReference(c attestation.Claims, source string) *TDXProfile {
-	status := text(c, "tcb_status")
+	status := text(c, facts.TDXTCBStatus)
 	if status == "" {
 		status = "UpToDate"
 	}
 	t := &TDXProfile{
 		Trust: []string{trustOr(c, "root:intel")}, TCBStatus: []string{status}, MRTD: valueOf(c, "mrtd", source), EventLog: logOf(c),
-		MRSEAM: Values{Accept: nonzero(c, "mr_seam"), Source: source}, XFAM: nonzero(c, "xfam"), AnyPlatform: true,
-		MinSVN:     &TDXSVN{TEETCB: text(c, "tee_tcb_svn"), QE: number(c, "qe_svn"), PCE: number(c, "pce_svn"), TCBEvaluation: number(c, "tcb_evaluation_number")},
-		MRConfigID: nonzero(c, "mr_config_id"), MROwner: nonzero(c, "mr_owner"), MROwnerConfig: nonzero(c, "mr_owner_config"),
-		MRServiceTD: nonzero(c, "mr_service_td"), Allow: seen(c, tdxWeaknesses),
+		MRSEAM: Values{Accept: nonzero(c, facts.TDXMRSEAM), Source: source}, XFAM: nonzero(c, facts.TDXXFAM), AnyPlatform: true,
+		MinSVN:     &TDXSVN{TEETCB: text(c, facts.TDXTEETCBSVN), QE: number(c, facts.TDXQESVN), PCE: number(c, facts.TDXPCESVN), TCBEvaluation: number(c, facts.TDXTCBEvaluation)},
+		MRConfigID: nonzero(c, facts.TDXMRConfigID), MROwner: nonzero(c, facts.TDXMROwner), MROwnerConfig: nonzero(c, facts.TDXMROwnerConfig),
+		MRServiceTD: nonzero(c, facts.TDXMRServiceTD), Allow: seen(c, tdxWeaknesses),
 	}
 	for n := range uint32(4) {
 		m, ok := c.Measurements[fmt.Sprintf("rtmr%d", n)]

@@ -3,8 +3,11 @@ package policy
 import (
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // SNPProfile holds reference values of an SEV-SNP report. What is unset is
@@ -16,14 +19,28 @@ type SNPProfile struct {
 	Signers     []string `yaml:"signers"`  // vcek, vlek
 	Measurement Values   `yaml:"measurement"`
 	MinTCB      *SNPTCB  `yaml:"min_tcb"`
-	VMPL        []uint64 `yaml:"vmpl,omitempty"` // empty: 0 alone
-	CSPs        []string `yaml:"csps,omitempty"` // whose VLEKs, as their certificates name the cloud
-	Chips       []string `yaml:"chips,omitempty"`
-	AnyChip     bool     `yaml:"any_chip,omitempty"`
-	HostData    []string `yaml:"host_data,omitempty"`
-	IDKeys      []string `yaml:"id_keys,omitempty"`     // digests
-	AuthorKeys  []string `yaml:"author_keys,omitempty"` // digests
-	Allow       []string `yaml:"allow,omitempty"`
+	// MinVersion is the least firmware version, MAJOR.MINOR.BUILD, of what runs and of
+	// what can be gone back to. Empty: MinTCB alone counts.
+	MinVersion string `yaml:"min_version,omitempty"`
+	// Mitigations must have been in force. Reports before version 5 name none.
+	Mitigations *SNPMitigations `yaml:"mitigations,omitempty"`
+	MinGuestSVN *uint64         `yaml:"min_guest_svn,omitempty"`
+	// Demand names further facts that must be true, such as platform_iommu_write_safe.
+	Demand     []string `yaml:"demand,omitempty"`
+	VMPL       []uint64 `yaml:"vmpl,omitempty"` // empty: 0 alone
+	CSPs       []string `yaml:"csps,omitempty"` // whose VLEKs, as their certificates name the cloud
+	Chips      []string `yaml:"chips,omitempty"`
+	AnyChip    bool     `yaml:"any_chip,omitempty"`
+	HostData   []string `yaml:"host_data,omitempty"`
+	IDKeys     []string `yaml:"id_keys,omitempty"`     // digests
+	AuthorKeys []string `yaml:"author_keys,omitempty"` // digests
+	Allow      []string `yaml:"allow,omitempty"`
+}
+
+// SNPMitigations are bits of AMD's mitigation vectors that must be set.
+type SNPMitigations struct {
+	Launch  uint64 `yaml:"launch,omitempty"`  // when the guest was launched
+	Current uint64 `yaml:"current,omitempty"` // now
 }
 
 // SNPTCB is the least security version of each part of the firmware.
@@ -39,14 +56,15 @@ type SNPTCB struct {
 // has to allow by name. Debugging is not among them: a machine that its host can
 // read is never accepted.
 var snpWeaknesses = []weakness{
-	{"smt", "smt_allowed", false},
-	{"multi-socket", "single_socket", true},
-	{"migration-agent", "migration_agent", false},
-	{"cxl", "cxl_allowed", false},
-	{"alias-check-incomplete", "platform_alias_check_complete", true},
-	{"visible-ciphertext", "platform_ciphertext_hiding", true},
-	{"rapl", "platform_rapl_disabled", true},
-	{"trusted-io", "platform_tio", false},
+	{"smt", facts.SNPSMTAllowed, false},
+	{"multi-socket", facts.SNPSingleSocket, true},
+	{"migration-agent", facts.SNPMigrationAgent, false},
+	{"cxl", facts.SNPCXLAllowed, false},
+	{"alias-check-incomplete", facts.SNPPlatformAliasCheck, true},
+	{"visible-ciphertext", facts.SNPPlatformCiphertextHiding, true},
+	{"rapl", facts.SNPPlatformRAPLDisabled, true},
+	{"trusted-io", facts.SNPPlatformTIO, false},
+	{"unknown-bits", facts.SNPUnknownBits, false},
 }
 
 func (*SNPProfile) kind() attestation.Kind { return attestation.SNP }
@@ -69,6 +87,7 @@ func (s *SNPProfile) check(c *checker, _ *Profile, at path) {
 			c.set(part, 255, at.to("min_tcb", name))
 		}
 	}
+	s.checkDemands(c, at)
 	for n, v := range s.VMPL {
 		c.demand(v <= 3, "must be a number from 0 to 3", at.to("vmpl", n)...)
 	}
@@ -86,10 +105,10 @@ func (t *SNPTCB) parts() map[string]*uint64 {
 
 func (s *SNPProfile) compare(d *differences, claims attestation.Claims) {
 	d.trust("snp.trust", s.Trust)
-	d.text("snp.product", "product", s.Products)
-	d.text("snp.signer", "signer", s.Signers)
-	if signer, _ := claims.Facts["signer"].(string); signer == "vlek" && slices.Contains(s.Signers, signer) {
-		d.text("snp.csp", "csp_id", s.CSPs)
+	d.text("snp.product", facts.SNPProduct, s.Products)
+	d.text("snp.signer", facts.SNPSigner, s.Signers)
+	if signer, _ := facts.SNPSigner.Of(claims); signer == "vlek" && slices.Contains(s.Signers, signer) {
+		d.text("snp.csp", facts.SNPCSP, s.CSPs)
 	}
 	d.values("snp.measurement", "measurement", s.Measurement, nil)
 	// The reported version is what the certificate stands for; a committed one
@@ -98,22 +117,76 @@ func (s *SNPProfile) compare(d *differences, claims attestation.Claims) {
 	for _, when := range []string{"reported", "committed", "current", "launch"} {
 		for _, name := range []string{"fmc", "bootloader", "tee", "snp", "microcode"} {
 			if least := s.MinTCB.parts()[name]; least != nil {
-				d.atLeast(fmt.Sprintf("snp.tcb.%s.%s", when, name), fmt.Sprintf("tcb_%s_%s", when, name), *least)
+				d.atLeast(fmt.Sprintf("snp.tcb.%s.%s", when, name), facts.SNPTCB(when, name), *least)
 			}
 		}
 	}
-	vmpl, ok := claims.Facts["vmpl"].(uint64)
+	s.compareDemands(d)
+	vmpl, ok := facts.SNPVMPL.Of(claims)
 	if accept := append([]uint64(nil), s.VMPL...); !ok || !slices.Contains(orZero(accept), vmpl) {
-		d.refuse("snp.vmpl", []string{fmt.Sprint(orZero(accept))}, fmt.Sprint(claims.Facts["vmpl"]))
+		d.refuse("snp.vmpl", []string{fmt.Sprint(orZero(accept))}, fmt.Sprint(claims.Facts[string(facts.SNPVMPL)]))
 	}
 	if !s.AnyChip {
-		d.text("snp.chip", "chip_id", s.Chips)
+		d.text("snp.chip", facts.SNPChipID, s.Chips)
 	}
-	d.text("snp.host_data", "host_data", s.HostData)
-	d.text("snp.id_key", "id_key_digest", s.IDKeys)
-	d.text("snp.author_key", "author_key_digest", s.AuthorKeys)
-	d.flag("snp.debug", "debug", false)
+	d.text("snp.host_data", facts.SNPHostData, s.HostData)
+	d.text("snp.id_key", facts.SNPIDKey, s.IDKeys)
+	d.text("snp.author_key", facts.SNPAuthorKey, s.AuthorKeys)
+	d.flag("snp.debug", facts.Debug, false)
 	d.weaknesses("snp", snpWeaknesses, s.Allow)
+}
+
+// checkDemands checks what a profile may demand and need not.
+func (s *SNPProfile) checkDemands(c *checker, at path) {
+	_, err := versionOf(s.MinVersion)
+	c.demand(s.MinVersion == "" || err == nil, "must be a firmware version such as 1.55.29", at.to("min_version")...)
+	var known []string
+	for _, f := range facts.SNPGuarantees {
+		known = append(known, string(f))
+	}
+	c.oneOf(s.Demand, known, at.to("demand"))
+	if s.MinGuestSVN != nil {
+		c.set(s.MinGuestSVN, 1<<32-1, at.to("min_guest_svn"))
+	}
+	if m := s.Mitigations; m != nil {
+		c.demand(m.Launch != 0 || m.Current != 0, "empty: no mitigation is demanded", at.to("mitigations")...)
+	}
+}
+
+func (s *SNPProfile) compareDemands(d *differences) {
+	if s.MinVersion != "" {
+		for field, fact := range map[string]facts.Fact[string]{"snp.version.current": facts.SNPVersionCurrent, "snp.version.committed": facts.SNPVersionCommitted} {
+			least, _ := versionOf(s.MinVersion)
+			text, _ := fact.Of(d.claims)
+			if got, err := versionOf(text); err != nil || slices.Compare(got[:], least[:]) < 0 {
+				d.refuse(field, []string{"at least " + s.MinVersion}, text)
+			}
+		}
+	}
+	if s.MinGuestSVN != nil {
+		d.atLeast("snp.guest_svn", facts.SNPGuestSVN, *s.MinGuestSVN)
+	}
+	if m := s.Mitigations; m != nil {
+		d.bits("snp.mitigations.launch", facts.SNPLaunchMitigations, m.Launch)
+		d.bits("snp.mitigations.current", facts.SNPCurrentMitigations, m.Current)
+	}
+	for _, name := range s.Demand {
+		d.flag("snp."+name, facts.Fact[bool](name), true)
+	}
+}
+
+// versionOf reads a firmware version, MAJOR.MINOR.BUILD.
+func versionOf(text string) (v [3]uint64, err error) {
+	parts := strings.Split(text, ".")
+	if len(parts) != len(v) {
+		return v, fmt.Errorf("%q is no firmware version", text)
+	}
+	for i, part := range parts {
+		if v[i], err = strconv.ParseUint(part, 10, 8); err != nil {
+			return v, err
+		}
+	}
+	return v, nil
 }
 
 func orZero(list []uint64) []uint64 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // TDXProfile holds reference values of a TDX quote. What is unset is refused: a
@@ -52,10 +53,10 @@ var tdxStatuses = []string{"UpToDate", "SWHardeningNeeded", "ConfigurationNeeded
 	"OutOfDate", "OutOfDateConfigurationNeeded"}
 
 var tdxWeaknesses = []weakness{
-	{"migration", "migratable", false},
-	{"sept-ve", "sept_ve_disable", true},
-	{"key-locker", "key_locker", false},
-	{"perfmon", "perfmon", false},
+	{"migration", facts.TDXMigratable, false},
+	{"sept-ve", facts.TDXSEPTVEDisable, true},
+	{"key-locker", facts.TDXKeyLocker, false},
+	{"perfmon", facts.TDXPerfmon, false},
 }
 
 func (*TDXProfile) kind() attestation.Kind { return attestation.TDX }
@@ -105,30 +106,30 @@ func (t *TDXProfile) checkRTMRs(c *checker, at path) {
 
 func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
 	d.trust("tdx.trust", t.Trust)
-	d.text("tdx.tcb_status", "tcb_status", t.TCBStatus)
+	d.text("tdx.tcb_status", facts.TDXTCBStatus, t.TCBStatus)
 	d.values("tdx.mrtd", "mrtd", t.MRTD, nil)
-	d.text("tdx.mr_seam", "mr_seam", t.MRSEAM.Accept)
+	d.text("tdx.mr_seam", facts.TDXMRSEAM, t.MRSEAM.Accept)
 	// Intel's own module has neither a signer nor attributes.
-	d.text("tdx.mr_signer_seam", "mr_signer_seam", nil)
-	d.text("tdx.seam_attributes", "seam_attributes", nil)
-	if hasLog, _ := claims.Facts["event_log"].(bool); t.EventLog == "required" && !hasLog {
+	d.text("tdx.mr_signer_seam", facts.TDXMRSignerSEAM, nil)
+	d.text("tdx.seam_attributes", facts.TDXSEAMAttributes, nil)
+	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
 		d.refuse("tdx.event_log", []string{"an event log"}, "none")
 	}
 	t.compareRTMRs(d)
-	d.text("tdx.xfam", "xfam", t.XFAM)
-	d.text("tdx.mr_config_id", "mr_config_id", t.MRConfigID)
-	d.text("tdx.mr_owner", "mr_owner", t.MROwner)
-	d.text("tdx.mr_owner_config", "mr_owner_config", t.MROwnerConfig)
-	d.text("tdx.mr_service_td", "mr_service_td", t.MRServiceTD)
+	d.text("tdx.xfam", facts.TDXXFAM, t.XFAM)
+	d.text("tdx.mr_config_id", facts.TDXMRConfigID, t.MRConfigID)
+	d.text("tdx.mr_owner", facts.TDXMROwner, t.MROwner)
+	d.text("tdx.mr_owner_config", facts.TDXMROwnerConfig, t.MROwnerConfig)
+	d.text("tdx.mr_service_td", facts.TDXMRServiceTD, t.MRServiceTD)
 	if !t.AnyPlatform {
-		fact := "piid"
-		if id, _ := claims.Facts[fact].(string); id == "" {
-			fact = "ppid"
+		fact := facts.TDXPIID
+		if id, _ := fact.Of(claims); id == "" {
+			fact = facts.TDXPPID
 		}
 		d.text("tdx.platform", fact, t.Platforms)
 	}
 	t.compareSVNs(d)
-	d.flag("tdx.debug", "debug", false)
+	d.flag("tdx.debug", facts.Debug, false)
 	t.compareAttributes(d)
 	d.weaknesses("tdx", tdxWeaknesses, t.Allow)
 }
@@ -139,7 +140,7 @@ func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
 const knownAttributes = 0xff | 1<<27 | 1<<28 | 1<<29 | 1<<30 | 1<<31 | 1<<63
 
 func (t *TDXProfile) compareAttributes(d *differences) {
-	text, _ := d.claims.Facts["td_attributes"].(string)
+	text, _ := facts.TDXAttributes.Of(d.claims)
 	bits, err := hex.DecodeString(text)
 	if err != nil || len(bits) != 8 || binary.LittleEndian.Uint64(bits)&^uint64(knownAttributes) != 0 {
 		d.refuse("tdx.td_attributes", []string{"no bits that are not known here"}, text)
@@ -165,7 +166,7 @@ func (t *TDXProfile) compareRTMRs(d *differences) {
 
 func (t *TDXProfile) compareSVNs(d *differences) {
 	least, _ := hex.DecodeString(t.MinSVN.TEETCB)
-	text, _ := d.claims.Facts["tee_tcb_svn"].(string)
+	text, _ := facts.TDXTEETCBSVN.Of(d.claims)
 	got, err := hex.DecodeString(text)
 	ok := err == nil && len(got) == len(least)
 	for i := 0; ok && i < len(least); i++ {
@@ -174,7 +175,7 @@ func (t *TDXProfile) compareSVNs(d *differences) {
 	if !ok {
 		d.refuse("tdx.svn.tee_tcb", []string{"at least " + t.MinSVN.TEETCB + ", each byte"}, text)
 	}
-	d.atLeast("tdx.svn.qe", "qe_svn", *t.MinSVN.QE)
-	d.atLeast("tdx.svn.pce", "pce_svn", *t.MinSVN.PCE)
-	d.atLeast("tdx.svn.tcb_evaluation", "tcb_evaluation_number", *t.MinSVN.TCBEvaluation)
+	d.atLeast("tdx.svn.qe", facts.TDXQESVN, *t.MinSVN.QE)
+	d.atLeast("tdx.svn.pce", facts.TDXPCESVN, *t.MinSVN.PCE)
+	d.atLeast("tdx.svn.tcb_evaluation", facts.TDXTCBEvaluation, *t.MinSVN.TCBEvaluation)
 }

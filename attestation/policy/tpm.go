@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // TPMProfile holds reference values of a TPM.
@@ -96,17 +97,17 @@ func (c *checker) checkPCRs(pcrs []PCR, size int, at path) {
 
 func (t *TPMProfile) compare(d *differences, claims attestation.Claims) {
 	d.trust("trust", t.Trust)
-	if hasLog, _ := claims.Facts["event_log"].(bool); t.EventLog == "required" && !hasLog {
+	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
 		d.refuse("event_log", []string{"an event log"}, "none")
 	}
 	if t.GCE != nil && strings.HasPrefix(claims.Trust, "ak-root:") {
-		d.text("gce.project", "gce_project_id", t.GCE.Projects)
-		d.flag("gce.production", "gce_production", true)
+		d.text("gce.project", facts.GCEProjectID, t.GCE.Projects)
+		d.flag("gce.production", facts.GCEProduction, true)
 		if len(t.GCE.Zones) > 0 {
-			d.text("gce.zone", "gce_zone", t.GCE.Zones)
+			d.text("gce.zone", facts.GCEZone, t.GCE.Zones)
 		}
 		if len(t.GCE.Instances) > 0 {
-			d.text("gce.instance", "gce_instance_name", t.GCE.Instances)
+			d.text("gce.instance", facts.GCEInstanceName, t.GCE.Instances)
 		}
 	}
 	d.pcrs("", t.PCRs)

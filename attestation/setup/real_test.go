@@ -79,6 +79,7 @@ grants:
 var undecided = []string{
 	"report_version", "guest_svn", "family_id", "image_id", "report_id", "report_id_ma", "chip_id", "abi_major", "abi_minor",
 	"aes256_xts_required", "rapl_must_be_off", "ciphertext_hiding_required", "page_swap_disabled", "author_key_enabled", "mask_chip_key",
+	"policy_unknown_bits", "platform_unknown_bits", "key_unknown_bits", // unknown_bits has them
 	"platform_smt", "platform_tsme", "platform_ecc", "version_current", "version_committed",
 	"quote_version", "tee_tcb_svn_2", "pks", "fmspc", "ppid", "piid", "pce_id", "cpu_svn", "qe_tcb_status", "module_tcb_status", "tcb_date",
 	"advisories", "ca", "dynamic_platform", "cached_keys", "smt_enabled", "event_log",
@@ -164,7 +165,7 @@ func worse(value any) (any, bool) {
 func better(fact string, value any) bool {
 	safe := map[string]bool{
 		"smt_allowed": false, "single_socket": true, "migration_agent": false, "cxl_allowed": false, "platform_alias_check_complete": true,
-		"platform_ciphertext_hiding": true, "platform_rapl_disabled": true, "platform_tio": false,
+		"platform_ciphertext_hiding": true, "platform_rapl_disabled": true, "platform_tio": false, "platform_iommu_write_safe": true, "unknown_bits": false,
 		"migratable": false, "sept_ve_disable": true, "key_locker": false, "perfmon": false,
 	}
 	want, ok := safe[fact]

@@ -14,6 +14,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/azure"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/attestation/nitro"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
@@ -76,7 +77,7 @@ func summarizeNitro(evidence []byte) (Summary, error) {
 		return nil, err
 	}
 	out := nitroSummary{PCRs: map[string]string{}}
-	out.Module, _ = c.Facts["module_id"].(string)
+	out.Module, _ = facts.NitroModuleID.Of(c)
 	for name, m := range c.Measurements {
 		out.PCRs[name] = hex.EncodeToString(m.Value)
 	}
@@ -278,7 +279,7 @@ func snpClaims(e *attestv1.SNPEvidence, via attestation.Kind) ([]attestation.Cla
 	c.Via = via
 	// A report of version 2 does not name its product line: its certificate does.
 	if s, err := snp.Summarize(e); err == nil {
-		c.Facts["product"] = s.Product
+		facts.SNPProduct.Put(c.Facts, s.Product)
 	}
 	return []attestation.Claims{c}, nil
 }

@@ -52,7 +52,7 @@ var purposes = []struct {
 	errs []error
 }{
 	{"the library's verification compares neither chip nor TCB, which it leaves to its policy", []error{snp.ErrChip, snp.ErrTCB}},
-	{"reserved fields, unknown bits, VMPLs and versions that are not shipped are refused", []error{snp.ErrMalformed}},
+	{"reserved fields, VMPLs and versions that are not shipped are refused", []error{snp.ErrMalformed}},
 	{"a certificate has exactly the extensions of its product line", []error{snp.ErrCertificate}},
 	{"a report of version 3 or later must name its product line", []error{snp.ErrProduct}},
 }
@@ -62,6 +62,12 @@ func beyond(product string, cert *x509.Certificate, report []byte) string {
 	switch {
 	case product == "Turin":
 		return "the library knows no FMC and no short chip ID, and so no certificate of Turin"
+	case report[0x40]&0x40 != 0 || report[0x41] != 0:
+		return "the library refuses bits of the platform that have no name in it, and genuine reports of Turin have one"
+	case report[0x0B]&0xFC != 0:
+		return "the library refuses bits of the guest's policy that have no name in it"
+	case report[0x48]&0xE0 != 0 || report[0x49] != 0:
+		return "the library refuses bits beside the signing key that have no name in it"
 	case report[0] == 2 && bytes.Contains(cert.Raw, []byte("\x16\x05Genoa")):
 		return "the library wants a stepping in the product name, which newer certificates have not"
 	}

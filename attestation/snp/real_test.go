@@ -39,6 +39,9 @@ var genuineReports = []genuine{
 	{"milan-v3", "vcek", date("2026-01-01"), map[string]any{"product": "Milan", "report_version": uint64(3), "signer": "vcek"}},
 	// Of model A0h, which go-sev-guest does not know.
 	{"genoa-v5", "vcek", date("2026-06-01"), map[string]any{"product": "Genoa", "report_version": uint64(5), "tcb_reported_microcode": uint64(0x1B)}},
+	// With bit 6 of the platform, which go-sev-guest refuses.
+	{"turin-v5", "vcek", date("2026-06-01"), map[string]any{"product": "Turin", "report_version": uint64(5), "tcb_reported_fmc": uint64(1),
+		"tcb_reported_microcode": uint64(81), "platform_iommu_write_safe": true, "unknown_bits": false, "launch_mitigations": uint64(0x3f), "current_mitigations": uint64(0x3f)}},
 }
 
 func (g genuine) evidence(t testing.TB) *attestv1.SNPEvidence {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-sev-guest/abi"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // ReportSize is the size of a report in bytes.
@@ -34,11 +35,8 @@ type Report struct {
 	// ReportedTCB is the version that the signing key's certificate is for.
 	ReportedTCB uint64
 
-	raw      [ReportSize]byte
-	signer   abi.ReportSigner
-	policy   abi.SnpPolicy
-	platform abi.SnpPlatformInfo
-	flags    abi.SignerInfo
+	raw    [ReportSize]byte
+	signer abi.ReportSigner
 }
 
 // The reserved ranges by version, which must be zero: a field that this package
@@ -76,22 +74,16 @@ func Parse(report []byte) (*Report, error) {
 	if algorithm := abi.SignatureAlgo(b); algorithm != abi.SignEcdsaP384Sha384 {
 		return nil, fmt.Errorf("%w: signature algorithm %d", ErrMalformed, algorithm)
 	}
-	var err error
-	if r.policy, err = abi.ParseSnpPolicy(r.u64(0x08)); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
+	if r.u64(0x08)&policyAlwaysOne == 0 {
+		return nil, fmt.Errorf("%w: bit 17 of its guest policy is zero", ErrMalformed)
 	}
-	if r.platform, err = abi.ParseSnpPlatformInfo(r.u64(0x40)); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
-	}
-	if r.flags, err = abi.ParseSignerInfo(u32(0x48)); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
-	}
-	if r.signer = r.flags.SigningKey; r.signer != abi.VcekReportSigner && r.signer != abi.VlekReportSigner {
+	if r.signer = abi.ReportSigner(u32(0x48) >> 2 & 7); r.signer != abi.VcekReportSigner && r.signer != abi.VlekReportSigner {
 		return nil, fmt.Errorf("%w: it is signed by no key", ErrMalformed)
 	}
 	if r.VMPL = u32(0x30); r.VMPL > 3 {
 		return nil, fmt.Errorf("%w: VMPL %d", ErrMalformed, r.VMPL)
 	}
+	var err error
 	copy(r.ReportData[:], b[0x50:])
 	copy(r.Measurement[:], b[0x90:])
 	copy(r.HostData[:], b[0xC0:])
@@ -129,64 +121,48 @@ func (r *Report) claims(product, csp string) attestation.Claims {
 		signer, named = "vlek", r.ReportID[:]
 	}
 	identity := sha256.Sum256(named)
-	facts := map[string]any{
-		"product":           product,
-		"report_version":    uint64(r.Version),
-		"signer":            signer,
-		"chip_id":           text(0x1A0, 0x1E0),
-		"csp_id":            csp,
-		"family_id":         text(0x10, 0x20),
-		"image_id":          text(0x20, 0x30),
-		"host_data":         text(0xC0, 0xE0),
-		"id_key_digest":     text(0xE0, 0x110),
-		"author_key_digest": text(0x110, 0x140),
-		"report_id":         text(0x140, 0x160),
-		"report_id_ma":      text(0x160, 0x180),
-		"vmpl":              uint64(r.VMPL),
-		"guest_svn":         uint64(binary.LittleEndian.Uint32(r.raw[0x04:])),
-
-		"debug":                      r.policy.Debug,
-		"migration_agent":            r.policy.MigrateMA,
-		"smt_allowed":                r.policy.SMT,
-		"single_socket":              r.policy.SingleSocket,
-		"cxl_allowed":                r.policy.CXLAllowed,
-		"aes256_xts_required":        r.policy.MemAES256XTS,
-		"rapl_must_be_off":           r.policy.RAPLDis,
-		"ciphertext_hiding_required": r.policy.CipherTextHidingDRAM,
-		"page_swap_disabled":         r.policy.PageSwapDisable,
-		"abi_major":                  uint64(r.policy.ABIMajor),
-		"abi_minor":                  uint64(r.policy.ABIMinor),
-
-		"author_key_enabled": r.flags.AuthorKeyEn,
-		"mask_chip_key":      r.flags.MaskChipKey,
-
-		"platform_smt":                  r.platform.SMTEnabled,
-		"platform_tsme":                 r.platform.TSMEEnabled,
-		"platform_ecc":                  r.platform.ECCEnabled,
-		"platform_rapl_disabled":        r.platform.RAPLDisabled,
-		"platform_ciphertext_hiding":    r.platform.CiphertextHidingDRAMEnabled,
-		"platform_alias_check_complete": r.platform.AliasCheckComplete,
-		"platform_tio":                  r.platform.TIOEnabled,
-
-		"version_current":   r.version(0x1E8),
-		"version_committed": r.version(0x1EC),
+	set := map[string]any{}
+	facts.SNPProduct.Put(set, product)
+	facts.SNPReportVersion.Put(set, uint64(r.Version))
+	facts.SNPSigner.Put(set, signer)
+	facts.SNPChipID.Put(set, text(0x1A0, 0x1E0))
+	facts.SNPCSP.Put(set, csp)
+	facts.SNPFamilyID.Put(set, text(0x10, 0x20))
+	facts.SNPImageID.Put(set, text(0x20, 0x30))
+	facts.SNPHostData.Put(set, text(0xC0, 0xE0))
+	facts.SNPIDKey.Put(set, text(0xE0, 0x110))
+	facts.SNPAuthorKey.Put(set, text(0x110, 0x140))
+	facts.SNPReportID.Put(set, text(0x140, 0x160))
+	facts.SNPReportIDMA.Put(set, text(0x160, 0x180))
+	facts.SNPVMPL.Put(set, uint64(r.VMPL))
+	facts.SNPGuestSVN.Put(set, uint64(binary.LittleEndian.Uint32(r.raw[0x04:])))
+	facts.SNPABIMajor.Put(set, r.u64(0x08)>>8&0xFF)
+	facts.SNPABIMinor.Put(set, r.u64(0x08)&0xFF)
+	facts.SNPVersionCurrent.Put(set, r.version(0x1E8))
+	facts.SNPVersionCommitted.Put(set, r.version(0x1EC))
+	for _, f := range bitFields {
+		f.read(r.u64(f.at), set)
+	}
+	if r.Version >= 5 {
+		facts.SNPLaunchMitigations.Put(set, r.u64(0x1F8))
+		facts.SNPCurrentMitigations.Put(set, r.u64(0x200))
 	}
 	for _, t := range []struct {
 		name string
 		at   int
 	}{{"current", 0x38}, {"reported", 0x180}, {"committed", 0x1E0}, {"launch", 0x1F0}} {
 		tcb := splitTCB(product, r.u64(t.at))
-		facts["tcb_"+t.name+"_fmc"] = uint64(tcb.fmc)
-		facts["tcb_"+t.name+"_bootloader"] = uint64(tcb.bootloader)
-		facts["tcb_"+t.name+"_tee"] = uint64(tcb.tee)
-		facts["tcb_"+t.name+"_snp"] = uint64(tcb.snp)
-		facts["tcb_"+t.name+"_microcode"] = uint64(tcb.microcode)
+		facts.SNPTCB(t.name, "fmc").Put(set, uint64(tcb.fmc))
+		facts.SNPTCB(t.name, "bootloader").Put(set, uint64(tcb.bootloader))
+		facts.SNPTCB(t.name, "tee").Put(set, uint64(tcb.tee))
+		facts.SNPTCB(t.name, "snp").Put(set, uint64(tcb.snp))
+		facts.SNPTCB(t.name, "microcode").Put(set, uint64(tcb.microcode))
 	}
 	return attestation.Claims{
 		Kind:           attestation.SNP,
 		Identity:       hex.EncodeToString(identity[:]),
 		Measurements:   map[string]attestation.Measurement{"measurement": {Value: bytes.Clone(r.Measurement[:])}},
-		Facts:          facts,
+		Facts:          set,
 		Epoch:          hex.EncodeToString(r.ReportID[:]),
 		EvidenceDigest: sha256.Sum256(r.raw[:]),
 	}

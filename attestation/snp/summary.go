@@ -7,6 +7,7 @@ import (
 	"time"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Summary is what evidence says, for people. None of it is verified.
@@ -46,13 +47,14 @@ func Summarize(ev *attestv1.SNPEvidence) (*Summary, error) {
 	if list, err := parseCRL(ev.GetCrl()); err == nil {
 		s.CRL = list.NextUpdate.Format(time.RFC3339)
 	}
-	facts := r.claims(s.Product, "").Facts
-	s.ChipID, s.HostData = facts["chip_id"].(string), facts["host_data"].(string)
+	c := r.claims(s.Product, "")
+	s.ChipID, _ = facts.SNPChipID.Of(c)
+	s.HostData, _ = facts.SNPHostData.Of(c)
 	s.TCB = splitTCB(s.Product, r.ReportedTCB).String()
-	for _, bit := range []string{"debug", "migration_agent", "smt_allowed", "single_socket", "cxl_allowed", "aes256_xts_required",
-		"rapl_must_be_off", "ciphertext_hiding_required", "page_swap_disabled"} {
-		if facts[bit].(bool) {
-			s.Policy = append(s.Policy, bit)
+	for _, bit := range []facts.Fact[bool]{facts.Debug, facts.SNPMigrationAgent, facts.SNPSMTAllowed, facts.SNPSingleSocket, facts.SNPCXLAllowed,
+		facts.SNPXTSRequired, facts.SNPRAPLOffRequired, facts.SNPCiphertextHidingRequired, facts.SNPPageSwapDisabled} {
+		if set, _ := bit.Of(c); set {
+			s.Policy = append(s.Policy, string(bit))
 		}
 	}
 	return s, nil

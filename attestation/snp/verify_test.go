@@ -63,32 +63,36 @@ func TestTheFactsAreTheOnesThatPoliciesName(t *testing.T) {
 		report amd.Report
 		fact   string
 	}{
-		"debug":             {amd.Report{Policy: abi.SnpPolicy{Debug: true}}, "debug"},
-		"migration agent":   {amd.Report{Policy: abi.SnpPolicy{MigrateMA: true}}, "migration_agent"},
-		"SMT":               {amd.Report{Policy: abi.SnpPolicy{SMT: true}}, "smt_allowed"},
-		"single socket":     {amd.Report{Policy: abi.SnpPolicy{SingleSocket: true}}, "single_socket"},
-		"CXL":               {amd.Report{Policy: abi.SnpPolicy{CXLAllowed: true}}, "cxl_allowed"},
-		"AES-256":           {amd.Report{Policy: abi.SnpPolicy{MemAES256XTS: true}}, "aes256_xts_required"},
-		"RAPL":              {amd.Report{Policy: abi.SnpPolicy{RAPLDis: true}}, "rapl_must_be_off"},
-		"ciphertext hiding": {amd.Report{Policy: abi.SnpPolicy{CipherTextHidingDRAM: true}}, "ciphertext_hiding_required"},
-		"page swap":         {amd.Report{Policy: abi.SnpPolicy{PageSwapDisable: true}}, "page_swap_disabled"},
-		"author key":        {amd.Report{Edit: func(b []byte) { b[0x48] |= 1 }}, "author_key_enabled"},
-		"masked key":        {amd.Report{Edit: func(b []byte) { b[0x48] |= 2 }}, "mask_chip_key"},
-		"platform SMT":      {amd.Report{Platform: 1 << 0}, "platform_smt"},
-		"TSME":              {amd.Report{Platform: 1 << 1}, "platform_tsme"},
-		"ECC":               {amd.Report{Platform: 1 << 2}, "platform_ecc"},
-		"RAPL off":          {amd.Report{Platform: 1 << 3}, "platform_rapl_disabled"},
-		"hiding":            {amd.Report{Platform: 1 << 4}, "platform_ciphertext_hiding"},
-		"alias check":       {amd.Report{Platform: 1 << 5}, "platform_alias_check_complete"},
-		"TIO":               {amd.Report{Platform: 1 << 7}, "platform_tio"},
-		"none":              {amd.Report{}, ""},
+		"debug":                         {amd.Report{Policy: abi.SnpPolicy{Debug: true}}, "debug"},
+		"migration agent":               {amd.Report{Policy: abi.SnpPolicy{MigrateMA: true}}, "migration_agent"},
+		"SMT":                           {amd.Report{Policy: abi.SnpPolicy{SMT: true}}, "smt_allowed"},
+		"single socket":                 {amd.Report{Policy: abi.SnpPolicy{SingleSocket: true}}, "single_socket"},
+		"CXL":                           {amd.Report{Policy: abi.SnpPolicy{CXLAllowed: true}}, "cxl_allowed"},
+		"AES-256":                       {amd.Report{Policy: abi.SnpPolicy{MemAES256XTS: true}}, "aes256_xts_required"},
+		"RAPL":                          {amd.Report{Policy: abi.SnpPolicy{RAPLDis: true}}, "rapl_must_be_off"},
+		"ciphertext hiding":             {amd.Report{Policy: abi.SnpPolicy{CipherTextHidingDRAM: true}}, "ciphertext_hiding_required"},
+		"page swap":                     {amd.Report{Policy: abi.SnpPolicy{PageSwapDisable: true}}, "page_swap_disabled"},
+		"author key":                    {amd.Report{Edit: func(b []byte) { b[0x48] |= 1 }}, "author_key_enabled"},
+		"masked key":                    {amd.Report{Edit: func(b []byte) { b[0x48] |= 2 }}, "mask_chip_key"},
+		"platform SMT":                  {amd.Report{Platform: 1 << 0}, "platform_smt"},
+		"TSME":                          {amd.Report{Platform: 1 << 1}, "platform_tsme"},
+		"ECC":                           {amd.Report{Platform: 1 << 2}, "platform_ecc"},
+		"RAPL off":                      {amd.Report{Platform: 1 << 3}, "platform_rapl_disabled"},
+		"hiding":                        {amd.Report{Platform: 1 << 4}, "platform_ciphertext_hiding"},
+		"alias check":                   {amd.Report{Platform: 1 << 5}, "platform_alias_check_complete"},
+		"IOMMU write safe":              {amd.Report{Platform: 1 << 6}, "platform_iommu_write_safe"},
+		"TIO":                           {amd.Report{Platform: 1 << 7}, "platform_tio"},
+		"a policy bit without a name":   {amd.Report{Edit: func(b []byte) { b[0x0B] |= 0x80 }}, "unknown_bits"},
+		"a platform bit without a name": {amd.Report{Edit: func(b []byte) { b[0x41] |= 1 }}, "unknown_bits"},
+		"a key bit without a name":      {amd.Report{Edit: func(b []byte) { b[0x48] |= 1 << 5 }}, "unknown_bits"},
+		"none":                          {amd.Report{}, ""},
 	} {
 		tc.report.Data = testBinder
 		c, err := verify(t.Context(), lab(t, chip.Authority), must[*evidence](t)(chip.Evidence(tc.report)))
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
-		if len(c.Facts) != 56 {
+		if len(c.Facts) != 61 {
 			t.Errorf("%d facts", len(c.Facts))
 		}
 		for fact, v := range c.Facts {

@@ -26,6 +26,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
 )
@@ -239,8 +240,8 @@ func (q *question) Verify(ctx context.Context, evidence []byte, binder attestati
 	if err != nil {
 		return nil, err
 	}
-	if vmpl, ok := hw.Facts["vmpl"].(uint64); !ok || vmpl != 0 {
-		return nil, fmt.Errorf("%w: it is of VMPL %v", ErrVMPL, hw.Facts["vmpl"])
+	if vmpl, ok := facts.SNPVMPL.Of(hw); !ok || vmpl != 0 {
+		return nil, fmt.Errorf("%w: it is of VMPL %v", ErrVMPL, vmpl)
 	}
 	if !bytes.Equal(e.GetManifest(), q.tpm.EKPublic) {
 		return nil, ErrManifest
@@ -256,7 +257,7 @@ func (q *question) Verify(ctx context.Context, evidence []byte, binder attestati
 	hw.Via, vtpm.Via, vtpm.Trust = attestation.SVSM, attestation.SVSM, string(attestation.SVSM)
 	return []attestation.Claims{
 		{Kind: attestation.SVSM, Identity: vtpm.Identity, Trust: hw.Trust, Epoch: hw.Epoch,
-			Facts: map[string]any{"ek": vtpm.Identity}, EvidenceDigest: sha256.Sum256(evidence)},
+			Facts: map[string]any{string(facts.TPMEK): vtpm.Identity}, EvidenceDigest: sha256.Sum256(evidence)},
 		hw, vtpm,
 	}, nil
 }

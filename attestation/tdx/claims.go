@@ -5,19 +5,20 @@ import (
 	"fmt"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // tdAttributes are the bits of a TD's ATTRIBUTES that have a name in the facts
 // (Intel TDX Module ABI, "TD attributes"), besides those of debugging.
 var tdAttributes = []struct {
 	bit  int
-	name string
+	fact facts.Fact[bool]
 }{
-	{28, "sept_ve_disable"},
-	{29, "migratable"},
-	{30, "pks"},
-	{31, "key_locker"},
-	{63, "perfmon"},
+	{28, facts.TDXSEPTVEDisable},
+	{29, facts.TDXMigratable},
+	{30, facts.TDXPKS},
+	{31, facts.TDXKeyLocker},
+	{63, facts.TDXPerfmon},
 }
 
 // debugAttributes is how many bytes of ATTRIBUTES belong to a TD under debug or
@@ -39,46 +40,50 @@ func (q *Quote) Claims() attestation.Claims {
 	c := attestation.Claims{
 		Kind:         attestation.TDX,
 		Measurements: map[string]attestation.Measurement{registerMRTD: {Value: b.mrTD}},
-		Facts: map[string]any{
-			"quote_version":   uint64(q.Version),
-			"tee_tcb_svn":     hex.EncodeToString(b.teeTCBSVN),
-			"td_attributes":   hex.EncodeToString(b.tdAttributes),
-			"xfam":            hex.EncodeToString(b.xfam),
-			"tee_tcb_svn_2":   hexOrEmpty(b.teeTCBSVN2),
-			"mr_seam":         hexOrEmpty(b.mrSeam),
-			"mr_signer_seam":  hexOrEmpty(b.mrSignerSeam),
-			"seam_attributes": hexOrEmpty(b.seamAttributes),
-			"mr_config_id":    hexOrEmpty(b.mrConfigID),
-			"mr_owner":        hexOrEmpty(b.mrOwner),
-			"mr_owner_config": hexOrEmpty(b.mrOwnerConfig),
-			"mr_service_td":   hexOrEmpty(b.mrServiceTD),
-		},
+		Facts:        map[string]any{},
 	}
+	facts.TDXQuoteVersion.Put(c.Facts, uint64(q.Version))
+	facts.TDXTEETCBSVN.Put(c.Facts, hex.EncodeToString(b.teeTCBSVN))
+	facts.TDXAttributes.Put(c.Facts, hex.EncodeToString(b.tdAttributes))
+	facts.TDXXFAM.Put(c.Facts, hex.EncodeToString(b.xfam))
+	facts.TDXTEETCBSVN2.Put(c.Facts, hexOrEmpty(b.teeTCBSVN2))
+	facts.TDXMRSEAM.Put(c.Facts, hexOrEmpty(b.mrSeam))
+	facts.TDXMRSignerSEAM.Put(c.Facts, hexOrEmpty(b.mrSignerSeam))
+	facts.TDXSEAMAttributes.Put(c.Facts, hexOrEmpty(b.seamAttributes))
+	facts.TDXMRConfigID.Put(c.Facts, hexOrEmpty(b.mrConfigID))
+	facts.TDXMROwner.Put(c.Facts, hexOrEmpty(b.mrOwner))
+	facts.TDXMROwnerConfig.Put(c.Facts, hexOrEmpty(b.mrOwnerConfig))
+	facts.TDXMRServiceTD.Put(c.Facts, hexOrEmpty(b.mrServiceTD))
 	for i, v := range b.rtmr {
 		c.Measurements[Register(i)] = attestation.Measurement{Value: v}
 	}
-	c.Facts["debug"] = !zero(b.tdAttributes[:debugAttributes])
+	facts.Debug.Put(c.Facts, !zero(b.tdAttributes[:debugAttributes]))
 	for _, a := range tdAttributes {
-		c.Facts[a.name] = b.tdAttributes[a.bit/8]>>(a.bit%8)&1 == 1
+		a.fact.Put(c.Facts, b.tdAttributes[a.bit/8]>>(a.bit%8)&1 == 1)
 	}
 	return c
 }
 
 // addFacts adds what the PCK certificate says of the platform.
-func (p *pck) addFacts(facts map[string]any) {
-	facts["fmspc"], facts["ppid"], facts["piid"], facts["pce_id"] = p.FMSPC, p.PPID, p.piid, p.PCEID
-	facts["cpu_svn"] = hex.EncodeToString(p.TCB.CPUSvn)
-	facts["pce_svn"] = uint64(p.TCB.PCESvn)
-	facts["ca"] = p.ca
-	for name, set := range p.configuration {
-		facts[name] = set
+func (p *pck) addFacts(set map[string]any) {
+	facts.TDXFMSPC.Put(set, p.FMSPC)
+	facts.TDXPPID.Put(set, p.PPID)
+	facts.TDXPIID.Put(set, p.piid)
+	facts.TDXPCEID.Put(set, p.PCEID)
+	facts.TDXCPUSVN.Put(set, hex.EncodeToString(p.TCB.CPUSvn))
+	facts.TDXPCESVN.Put(set, uint64(p.TCB.PCESvn))
+	facts.TDXCA.Put(set, p.ca)
+	for fact, on := range p.configuration {
+		fact.Put(set, on)
 	}
 }
 
 // addFacts adds what Intel says of the platform now.
-func (s *standing) addFacts(facts map[string]any) {
-	facts["tcb_status"], facts["module_tcb_status"], facts["qe_tcb_status"] = s.status, s.module, s.qe
-	facts["tcb_date"] = s.date
-	facts["tcb_evaluation_number"] = s.evaluation
-	facts["advisories"] = s.advisories
+func (s *standing) addFacts(set map[string]any) {
+	facts.TDXTCBStatus.Put(set, s.status)
+	facts.TDXModuleTCBStatus.Put(set, s.module)
+	facts.TDXQETCBStatus.Put(set, s.qe)
+	facts.TDXTCBDate.Put(set, s.date)
+	facts.TDXTCBEvaluation.Put(set, s.evaluation)
+	facts.TDXAdvisories.Put(set, s.advisories)
 }

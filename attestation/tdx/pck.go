@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-tdx-guest/pcs"
+
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Names that Intel's certificates have (Intel SGX PCK Certificate and CRL Profile
@@ -42,7 +44,7 @@ type pck struct {
 	piid string
 	// configuration has what the certificate says: "dynamic_platform",
 	// "cached_keys", "smt_enabled".
-	configuration map[string]bool
+	configuration map[facts.Fact[bool]]bool
 }
 
 // parsePCK reads the chain of a quote: leaf, CA, root. The root is not used: it
@@ -130,15 +132,15 @@ func (p *pck) parseConfiguration(der []byte) error {
 	if rest, err := asn1.Unmarshal(der, &flags); err != nil || len(rest) > 0 {
 		return fmt.Errorf("%w: PCK certificate: configuration", ErrMalformed)
 	}
-	p.configuration = map[string]bool{}
+	p.configuration = map[facts.Fact[bool]]bool{}
 	for _, f := range flags {
 		switch {
 		case f.ID.Equal(oidDynamic):
-			p.configuration["dynamic_platform"] = f.Set
+			p.configuration[facts.TDXDynamicPlatform] = f.Set
 		case f.ID.Equal(oidCachedKeys):
-			p.configuration["cached_keys"] = f.Set
+			p.configuration[facts.TDXCachedKeys] = f.Set
 		case f.ID.Equal(oidSMT):
-			p.configuration["smt_enabled"] = f.Set
+			p.configuration[facts.TDXSMTEnabled] = f.Set
 		}
 	}
 	return nil

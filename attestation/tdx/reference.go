@@ -8,6 +8,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // UnverifiedClaims reads all that evidence says, for reference values of a machine
@@ -28,8 +29,8 @@ func UnverifiedClaims(ev *attestv1.TDXEvidence) (attestation.Claims, error) {
 	}
 	c.Identity = p.identity()
 	p.addFacts(c.Facts)
-	c.Facts["qe_svn"] = uint64(q.qe.svn)
-	c.Facts["event_log"] = len(ev.GetEventLog()) > 0
+	facts.TDXQESVN.Put(c.Facts, uint64(q.qe.svn))
+	facts.EventLog.Put(c.Facts, len(ev.GetEventLog()) > 0)
 	if len(ev.GetCollateral().GetTcbInfo()) == 0 || len(ev.GetCollateral().GetQeIdentity()) == 0 {
 		return c, nil
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Summary is what evidence says, for people. None of it is verified.
@@ -32,7 +33,7 @@ func Summarize(ev *attestv1.TDXEvidence) (*Summary, error) {
 	}
 	claims := q.Claims()
 	s := &Summary{
-		QuoteVersion: q.Version, TCBSVN: hex.EncodeToString(q.body.teeTCBSVN), Debug: claims.Facts["debug"] == true,
+		QuoteVersion: q.Version, TCBSVN: hex.EncodeToString(q.body.teeTCBSVN), Debug: claims.Facts[string(facts.Debug)] == true,
 		ReportData: hex.EncodeToString(q.ReportData[:]), Measurements: map[string]string{},
 		Carried: []string{}, EventLogBytes: len(ev.GetEventLog()),
 	}

@@ -16,6 +16,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // VerifierOptions configure [NewVerifier].
@@ -147,8 +148,8 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	c.Identity, c.Trust = p.identity(), "root:"+root.Name
 	p.addFacts(c.Facts)
 	s.addFacts(c.Facts)
-	c.Facts["qe_svn"] = uint64(q.qe.svn)
-	c.Facts["event_log"] = len(ev.GetEventLog()) > 0
+	facts.TDXQESVN.Put(c.Facts, uint64(q.qe.svn))
+	facts.EventLog.Put(c.Facts, len(ev.GetEventLog()) > 0)
 	return c, nil
 }
 

@@ -8,6 +8,8 @@ import (
 	"encoding/pem"
 	"fmt"
 	"slices"
+
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Google's authorities for the attestation keys of vTPMs, as they are published
@@ -85,7 +87,9 @@ func (v *Verifier) vouchAK(trust Trust, o offer) (hardware, error) {
 	if err != nil {
 		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	hw := hardware{identity: digest, trust: "ak-root:" + root, facts: map[string]any{"ak": digest, "ak_issuer": leaf.Issuer.String()}}
+	hw := hardware{identity: digest, trust: "ak-root:" + root, facts: map[string]any{}}
+	facts.TPMAK.Put(hw.facts, digest)
+	facts.TPMAKIssuer.Put(hw.facts, leaf.Issuer.String())
 	return hw, instanceFacts(leaf, hw.facts)
 }
 
@@ -109,7 +113,7 @@ type instanceProperties struct {
 }
 
 // instanceFacts adds what the certificate says of an instance, if it does.
-func instanceFacts(leaf *x509.Certificate, facts map[string]any) error {
+func instanceFacts(leaf *x509.Certificate, set map[string]any) error {
 	n := slices.IndexFunc(leaf.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(oidInstance) })
 	if n < 0 {
 		return nil
@@ -122,8 +126,11 @@ func instanceFacts(leaf *x509.Certificate, facts map[string]any) error {
 	if i.ProjectNumber < 0 || i.InstanceID < 0 {
 		return fmt.Errorf("%w: instance identity with negative numbers", ErrAKCertificate)
 	}
-	facts["gce_zone"], facts["gce_project_id"], facts["gce_instance_name"] = i.Zone, i.ProjectID, i.InstanceName
-	facts["gce_project_number"], facts["gce_instance_id"] = uint64(i.ProjectNumber), uint64(i.InstanceID)
-	facts["gce_production"] = i.Security.Production
+	facts.GCEZone.Put(set, i.Zone)
+	facts.GCEProjectID.Put(set, i.ProjectID)
+	facts.GCEInstanceName.Put(set, i.InstanceName)
+	facts.GCEProjectNumber.Put(set, uint64(i.ProjectNumber))
+	facts.GCEInstanceID.Put(set, uint64(i.InstanceID))
+	facts.GCEProduction.Put(set, i.Security.Production)
 	return nil
 }

@@ -13,6 +13,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Quoted is what a verified quote covers.
@@ -57,16 +58,16 @@ func verifyQuote(e *attestv1.TPMEvidence, key crypto.PublicKey, qualifying []byt
 		return Quoted{}, err
 	}
 	clock := attest.ClockInfo
+	set := map[string]any{}
+	facts.TPMFirmware.Put(set, fmt.Sprintf("%#x", attest.FirmwareVersion))
+	facts.TPMResetCount.Put(set, uint64(clock.ResetCount))
+	facts.TPMRestartCount.Put(set, uint64(clock.RestartCount))
+	facts.EventLog.Put(set, len(e.GetEventLog()) > 0)
 	return Quoted{
 		Signer:       attest.QualifiedSigner.Buffer,
 		Measurements: measurements,
 		Epoch:        fmt.Sprintf("reset %d restart %d", clock.ResetCount, clock.RestartCount),
-		Facts: map[string]any{
-			"firmware":      fmt.Sprintf("%#x", attest.FirmwareVersion),
-			"reset_count":   uint64(clock.ResetCount),
-			"restart_count": uint64(clock.RestartCount),
-			"event_log":     len(e.GetEventLog()) > 0,
-		},
+		Facts:        set,
 	}, nil
 }
 

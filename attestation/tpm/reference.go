@@ -8,6 +8,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // UnverifiedClaims reads what one exchange says, for reference values of a
@@ -40,11 +41,12 @@ func UnverifiedQuote(certificate []byte, pcrs []uint32, e *attestv1.TPMEvidence)
 	if err != nil {
 		return attestation.Claims{}, err
 	}
-	facts := map[string]any{"event_log": len(e.GetEventLog()) > 0}
+	set := map[string]any{}
+	facts.EventLog.Put(set, len(e.GetEventLog()) > 0)
 	if cert, err := x509.ParseCertificate(certificate); err == nil {
-		if err := instanceFacts(cert, facts); err != nil {
+		if err := instanceFacts(cert, set); err != nil {
 			return attestation.Claims{}, err
 		}
 	}
-	return attestation.Claims{Kind: attestation.TPM, Measurements: measurements, Facts: facts}, nil
+	return attestation.Claims{Kind: attestation.TPM, Measurements: measurements, Facts: set}, nil
 }

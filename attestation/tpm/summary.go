@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Summary is what a file of evidence says, for people. None of it is verified.
@@ -43,9 +44,9 @@ func Summarize(offer, asked, evidence []byte) (*Summary, error) {
 	}
 	if cert, err := x509.ParseCertificate(o.akCertificate); err == nil {
 		out.AKCertificate = cert.Issuer.String()
-		facts := map[string]any{}
-		if instanceFacts(cert, facts) == nil && len(facts) > 0 {
-			out.Instance = fmt.Sprintf("%v/%v/%v", facts["gce_project_id"], facts["gce_zone"], facts["gce_instance_name"])
+		set := map[string]any{}
+		if instanceFacts(cert, set) == nil && len(set) > 0 {
+			out.Instance = fmt.Sprintf("%v/%v/%v", set[string(facts.GCEProjectID)], set[string(facts.GCEZone)], set[string(facts.GCEInstanceName)])
 		}
 	}
 	var ask attestv1.TPMAsk

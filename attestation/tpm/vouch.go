@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // hardware is a TPM that somebody vouches for.
@@ -55,7 +57,7 @@ func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
 		return hardware{}, err
 	}
 	hw.trust = "root:" + root
-	hw.facts["ek_issuer"] = leaf.Issuer.String()
+	facts.TPMEKIssuer.Put(hw.facts, leaf.Issuer.String())
 	return hw, nil
 }
 
@@ -73,7 +75,10 @@ func nameEK(o offer) (hardware, error) {
 	if err != nil {
 		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	return hardware{identity: digest, facts: map[string]any{"ek": digest, "ek_issuer": ""}}, nil
+	hw := hardware{identity: digest, facts: map[string]any{}}
+	facts.TPMEK.Put(hw.facts, digest)
+	facts.TPMEKIssuer.Put(hw.facts, "")
+	return hw, nil
 }
 
 // parseEKCertificate parses a leaf and handles what crypto/x509 leaves to its

@@ -17,6 +17,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/setup"
+	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/failure"
 )
@@ -236,6 +237,18 @@ type fetched struct {
 	Fetched []string `json:"fetched"`
 }
 
+// unfetchable says what to do about evidence that does not say whose endorsements it
+// needs.
+func unfetchable(err error) string {
+	switch {
+	case errors.Is(err, snp.ErrProduct):
+		return "an SNP report of version 2 needs --product"
+	case errors.Is(err, snp.ErrChip):
+		return "AMD finds a certificate by its chip ID: have the host unmask it (MASK_CHIP_ID off), or take the certificate that the host itself hands over"
+	}
+	return ""
+}
+
 func fetchAll(ctx context.Context, source endorsement.Source, files []string, product string) (*fetched, error) {
 	out := &fetched{}
 	for _, path := range files {
@@ -245,7 +258,7 @@ func fetchAll(ctx context.Context, source endorsement.Source, files []string, pr
 		}
 		requests, err := setup.EndorsementRequests(s, product)
 		if err != nil {
-			return nil, failure.New(failure.Usage, fmt.Errorf("%s: %w", path, err), "an SNP report of version 2 needs --product")
+			return nil, failure.New(failure.Usage, fmt.Errorf("%s: %w", path, err), unfetchable(err))
 		}
 		for _, r := range requests {
 			if slices.Contains(out.Fetched, r.Name) {

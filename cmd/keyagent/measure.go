@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -120,6 +121,9 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 		all = append(all, claims...)
 	}
 	p, err := policy.Reference(m.name, "evidence "+m.evidence, all)
+	if errors.Is(err, policy.ErrMasked) {
+		return nil, failure.New(failure.EvidenceRefused, err, "have the host unmask it (MASK_CHIP_ID off), or use a VLEK")
+	}
 	if err != nil {
 		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
 	}

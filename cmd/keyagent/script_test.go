@@ -305,8 +305,14 @@ func (l *laboratory) writeHardware(dir string) error {
 	if err != nil {
 		return err
 	}
+	turin, err := os.ReadFile("../../attestation/snp/testdata/real/turin-v5.report")
+	if err != nil {
+		return err
+	}
+	masked := bytes.Clone(turin)
+	clear(masked[0x1A0:0x1E0])
 	for name, data := range map[string][]byte{
-		"genoa.bin": genoa,
+		"genoa.bin": genoa, "turin.bin": turin, "masked.bin": masked,
 		"snp.bin":   whole.Report, "snp-old.bin": old.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
 		"milan.bin": sevdata.AttestationBytes, "tdx.bin": bytes.TrimSuffix(tdxdata.RawQuote, []byte("\nextra bytes(only for testing purpose)\n")),
 	} {
