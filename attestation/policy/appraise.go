@@ -23,7 +23,8 @@ var (
 // Appraisal says that verified evidence fits a profile of one policy.
 type Appraisal struct {
 	Profile  string
-	Warnings []Mismatch // of warn_only values
+	Warnings []Mismatch         // of warn_only values
+	kinds    []attestation.Kind // that the profile has sections for
 	verified *attestation.Verified
 	policy   *Policy
 }
@@ -104,7 +105,11 @@ func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
 		pr := &p.file.Profiles[i]
 		hard, soft := pr.compare(v)
 		if len(hard) == 0 {
-			return &Appraisal{Profile: pr.Name, Warnings: soft, verified: v, policy: p}, nil
+			a := &Appraisal{Profile: pr.Name, Warnings: soft, verified: v, policy: p}
+			for _, s := range pr.sections() {
+				a.kinds = append(a.kinds, s.kind())
+			}
+			return a, nil
 		}
 		if closest == nil || len(hard) < len(closest.Mismatches) {
 			closest = &MismatchError{Profile: pr.Name, Mismatches: hard, show: pr.ShowMismatch}

@@ -2,6 +2,8 @@ package policy
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 
 	"github.com/google/cel-go/cel"
@@ -9,12 +11,14 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 )
 
-// Expressions see the request and the claims, and nothing of the outside:
+// Expressions see the request, and of the claims those that the profile demands: a
+// machine may bring others, which nothing was compared with.
 //
 //	volume, operation, profile   string
-//	identity, trust              string, of the TPM, or else of the first claims
-//	kinds                        list of the kinds of evidence, composites included
-//	tpm, snp, tdx, azure, nitro  maps of the claims' facts, empty without such claims
+//	identity, trust              string, of the TPM, or else of the profile's first claims
+//	kinds                        list of the profile's kinds, composites included
+//	tpm, snp, tdx, azure, nitro  maps of the claims' facts, with their identity and trust;
+//	                             empty where the profile demands no such claims
 //	now                          timestamp of the server's clock
 var environment = sync.OnceValues(func() (*cel.Env, error) {
 	facts := cel.MapType(cel.StringType, cel.DynType)
@@ -51,18 +55,22 @@ func compile(source string) (cel.Program, error) {
 
 func evaluate(program cel.Program, a *Appraisal, r Request) (bool, error) {
 	input := map[string]any{"volume": r.Volume, "operation": string(r.Operation), "profile": a.Profile, "now": r.Now}
-	all := a.verified.All()
-	speaker := all[0]
+	var speaker attestation.Claims
 	var kinds []string
 	for _, k := range []attestation.Kind{attestation.TPM, attestation.SNP, attestation.TDX, attestation.Azure, attestation.Nitro} {
 		input[string(k)] = map[string]any{}
 	}
-	for _, c := range all {
-		kinds = append(kinds, string(c.Kind))
-		input[string(c.Kind)] = c.Facts
-		if c.Kind == attestation.TPM {
+	for _, c := range a.verified.All() {
+		if !slices.Contains(a.kinds, c.Kind) {
+			continue
+		}
+		if len(kinds) == 0 || c.Kind == attestation.TPM {
 			speaker = c
 		}
+		kinds = append(kinds, string(c.Kind))
+		seen := map[string]any{"identity": c.Identity, "trust": c.Trust}
+		maps.Copy(seen, c.Facts)
+		input[string(c.Kind)] = seen
 	}
 	input["identity"], input["trust"], input["kinds"] = speaker.Identity, speaker.Trust, kinds
 	out, _, err := program.Eval(input)

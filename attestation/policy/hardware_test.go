@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"errors"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -454,6 +455,64 @@ func TestAMachineIsAskedForWhatAProfileDemands(t *testing.T) {
 		ask, err := p.Demand(tt.offered)
 		if !slices.Equal(ask, tt.ask) || (err == nil) != (len(tt.ask) > 0) || (err != nil && !errors.Is(err, attestation.ErrRefused)) {
 			t.Errorf("of %v: asks %v, %v", tt.offered, ask, err)
+		}
+	}
+}
+
+// A machine that brings evidence which its profile does not demand says nothing with it.
+func TestAnExpressionSeesWhatTheProfileDemands(t *testing.T) {
+	for name, when := range map[string]string{
+		"identity": `!(identity in ["chip"])`, "trust": `trust == "enrolled:rack-7"`, "kinds": `"tpm" in kinds`,
+		"facts": `"ek" in tpm`, "identity of the kind": `snp.identity != "chip"`, "trust of the kind": `"trust" in tpm`,
+	} {
+		p := parse(t, strings.Replace(plain(hardware), "operations: [open]}", `operations: [open], when: '`+when+`'}`, 1))
+		more := attestation.Claims{Kind: attestation.TPM, Identity: "another", Trust: "enrolled:rack-7", Facts: map[string]any{"ek": "another"}}
+		for _, all := range [][]attestation.Claims{{snpClaims()}, {snpClaims(), more}, {more, snpClaims()}} {
+			a, err := p.Appraise(verified(t, all...))
+			if err != nil || a.Profile != "snp" {
+				t.Fatalf("%+v, %v", a, err)
+			}
+			if _, err := p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)}); !errors.Is(err, ErrDenied) {
+				t.Errorf("%s, with %d claims: %v", name, len(all), err)
+			}
+		}
+	}
+}
+
+// Projects of a cloud are compared whatever vouches for the TPM, and its root is the same
+// one however the policy names it.
+func TestProjectsCountWhateverVouches(t *testing.T) {
+	google := "-----BEGIN CERTIFICATE-----"
+	if text, err := os.ReadFile("../tpm/google/ek-ak-ca-root.pem"); err != nil {
+		t.Fatal(err)
+	} else {
+		google = strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\\n")
+	}
+	for section, prefix := range map[string]string{"ak_roots": "ak-root:", "roots": "root:"} {
+		text := strings.Replace(plain(hardware), "{name: google, builtin: google}", `{name: google, pem: "`+google+`\n"}`, 1)
+		text = strings.Replace(strings.Replace(text, "ak_roots:", section+":", 1), "ak-root:google", prefix+"google", 1)
+		without := strings.Replace(text, "      gce: {projects: [lab], zones: [z1], instances: [node]}\n", "", 1)
+		if _, err := Parse("policy.yaml", []byte(without)); err == nil || !strings.Contains(err.Error(), "must name its projects") {
+			t.Errorf("%s, without projects: %v", section, err)
+		}
+		p := parse(t, text)
+		c := googleClaims()
+		c[0].Trust = prefix + "google"
+		n := slices.IndexFunc(p.file.Profiles, func(pr Profile) bool { return pr.Name == "google" })
+		differs := func() int {
+			hard, _ := p.file.Profiles[n].compare(verified(t, c...))
+			return len(hard)
+		}
+		if d := differs(); d != 0 {
+			t.Errorf("%s: %d differences", section, d)
+		}
+		facts.GCEProjectID.Put(c[0].Facts, "other")
+		if d := differs(); d != 1 {
+			t.Errorf("%s, of another project: %d differences", section, d)
+		}
+		delete(c[0].Facts, string(facts.GCEProjectID))
+		if d := differs(); d == 0 {
+			t.Errorf("%s, of no project: no difference", section)
 		}
 	}
 }

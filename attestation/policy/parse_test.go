@@ -170,7 +170,7 @@ func TestNamesAreUnique(t *testing.T) {
 	}
 }
 
-func certificate(t testing.TB) string {
+func certificateIn(t testing.TB) string {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -187,7 +187,7 @@ func certificate(t testing.TB) string {
 // Case 20: a trust root that is named and holds nothing.
 func TestATrustRootHoldsExactlyOneCertificate(t *testing.T) {
 	dir := t.TempDir()
-	one := certificate(t)
+	one := certificateIn(t)
 	rooted := strings.Replace(whole, "    enrolled:\n", "    roots: [{name: lab, file: root.pem}]\n    enrolled:\n", 1)
 	load := func(pemText string) (*Policy, error) {
 		if err := os.WriteFile(filepath.Join(dir, "root.pem"), []byte(pemText), 0o600); err != nil {
@@ -208,7 +208,7 @@ func TestATrustRootHoldsExactlyOneCertificate(t *testing.T) {
 		}
 	}
 	// The certificate is part of what the policy says, and of its hash.
-	second, err := load(certificate(t))
+	second, err := load(certificateIn(t))
 	if err != nil || second.Hash() == first.Hash() {
 		t.Errorf("another root, the same hash %s, %v", first.Hash(), err)
 	}

@@ -1,10 +1,11 @@
 package policy
 
 import (
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"slices"
-	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/facts"
@@ -60,7 +61,9 @@ func (t *TPMProfile) check(c *checker, pr *Profile, at path) {
 // checkGCE demands that whoever trusts Google's vTPMs says whose.
 func (t *TPMProfile) checkGCE(c *checker, at path) {
 	rented := slices.ContainsFunc(c.file.Trust.TPM.AKRoots, func(r Root) bool {
-		return r.Builtin == "google" && slices.Contains(t.Trust, "ak-root:"+r.Name)
+		return r.google() && slices.Contains(t.Trust, "ak-root:"+r.Name)
+	}) || slices.ContainsFunc(c.file.Trust.TPM.Roots, func(r Root) bool {
+		return r.google() && slices.Contains(t.Trust, "root:"+r.Name)
 	})
 	c.demand(!rented || t.GCE != nil, "missing: everybody can rent an instance that Google vouches for, so the profile must name its projects", at...)
 	if t.GCE != nil {
@@ -71,6 +74,27 @@ func (t *TPMProfile) checkGCE(c *checker, at path) {
 			c.filled(list, at.to(name))
 		}
 	}
+}
+
+// googleRoots are the SHA-256 of the roots that Google's vTPMs have. A root is the same
+// one whether the policy names it or brings it.
+var googleRoots = []string{
+	"594759594b9b61524f6c8ef668f7177f7b9066bc0674f2f49fe9e052be78beb2",
+	"9bd5285f8fb18502a7947e621ffd470266f49fcd3b73e19a190f690ad32a7caf",
+}
+
+// google reports whether an authority's certificates are Google's.
+func (r Root) google() bool {
+	return r.Builtin == "google" || slices.ContainsFunc(r.certificates, func(c *x509.Certificate) bool {
+		sum := sha256.Sum256(c.Raw)
+		return slices.Contains(googleRoots, hex.EncodeToString(sum[:])) || issuedByGoogle(c)
+	})
+}
+
+// issuedByGoogle is what an issuing authority says of itself, which may stand in a
+// policy without its root.
+func issuedByGoogle(c *x509.Certificate) bool {
+	return slices.Contains(c.Subject.Organization, "Google LLC") && slices.Contains(c.Subject.OrganizationalUnit, "Google Cloud")
 }
 
 func (c *checker) checkPCRs(pcrs []PCR, size int, at path) {
@@ -100,7 +124,7 @@ func (t *TPMProfile) compare(d *differences, claims attestation.Claims) {
 	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
 		d.refuse("event_log", []string{"an event log"}, "none")
 	}
-	if t.GCE != nil && strings.HasPrefix(claims.Trust, "ak-root:") {
+	if t.GCE != nil {
 		d.text("gce.project", facts.GCEProjectID, t.GCE.Projects)
 		d.flag("gce.production", facts.GCEProduction, true)
 		if len(t.GCE.Zones) > 0 {

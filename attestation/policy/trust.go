@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/keyagent/keyagent/attestation/certificate"
 )
 
 // TrustFile names who vouches for hardware.
@@ -55,8 +57,11 @@ type Root struct {
 	PEM     string `yaml:"pem,omitempty"`
 	// Product of an SNP authority: Milan, Genoa or Turin.
 	Product string `yaml:"product,omitempty"`
+	// CRLs are files with revocation lists of a TPM's authorities, in PEM or DER.
+	CRLs []string `yaml:"crls,omitempty"`
 
 	certificates []*x509.Certificate
+	crls         []*x509.RevocationList
 }
 
 // Certificate returns the root of a loaded policy: the one certificate that it
@@ -72,9 +77,12 @@ func (r Root) Certificate() *x509.Certificate {
 
 func selfSigned(c *x509.Certificate) bool { return bytes.Equal(c.RawIssuer, c.RawSubject) }
 
-// Certificates returns all of them: an SNP authority has up to three, and a
-// cloud's may have its intermediates beside it.
+// Certificates returns all of them: an SNP authority has up to three, and that of a TPM
+// may have its intermediates beside it.
 func (r Root) Certificates() []*x509.Certificate { return r.certificates }
+
+// RevocationLists returns those of a loaded policy.
+func (r Root) RevocationLists() []*x509.RevocationList { return r.crls }
 
 // Enrolled is a TPM that the operator vouches for.
 type Enrolled struct {
@@ -89,6 +97,9 @@ func (t *TrustFile) raw() [][]byte {
 		for _, r := range roots {
 			for _, c := range r.certificates {
 				out = append(out, c.Raw)
+			}
+			for _, l := range r.crls {
+				out = append(out, l.Raw)
 			}
 		}
 	}
@@ -105,8 +116,8 @@ func (c *checker) trust() {
 	t := &c.file.Trust
 	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
 	c.demand(vouchers > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust")
-	c.roots(t.TPM.Roots, "", 1, "trust", "tpm", "roots")
-	c.roots(t.TPM.AKRoots, "google", 8, "trust", "tpm", "ak_roots")
+	c.roots(t.TPM.Roots, "", maxTPMCertificates, "trust", "tpm", "roots")
+	c.roots(t.TPM.AKRoots, "google", maxTPMCertificates, "trust", "tpm", "ak_roots")
 	c.roots(t.SNP.Roots, "amd", 3, "trust", "snp", "roots")
 	c.roots(t.TDX.Roots, "intel", 1, "trust", "tdx", "roots")
 	c.roots(t.Nitro.Roots, "aws", 1, "trust", "nitro", "roots")
@@ -118,9 +129,18 @@ func (c *checker) trust() {
 			c.amdAuthority(r.certificates, at)
 		}
 	}
-	for i, r := range t.TPM.AKRoots {
-		roots := slices.DeleteFunc(slices.Clone(r.certificates), func(cert *x509.Certificate) bool { return !selfSigned(cert) })
-		c.demand(r.Builtin != "" || len(roots) == 1, "needs one self-signed root in PEM; others beside it are intermediates", "trust", "tpm", "ak_roots", i)
+	for i := range t.TPM.AKRoots {
+		c.tpmAuthority(&t.TPM.AKRoots[i], path{"trust", "tpm", "ak_roots", i})
+		alone := t.TPM.AKRoots[i].certificates
+		c.demand(len(alone) != 1 || selfSigned(alone[0]), "needs one self-signed root in PEM; others beside it are intermediates", "trust", "tpm", "ak_roots", i)
+	}
+	for i := range t.TPM.Roots {
+		c.tpmAuthority(&t.TPM.Roots[i], path{"trust", "tpm", "roots", i})
+	}
+	for kind, roots := range map[string][]Root{"snp": t.SNP.Roots, "tdx": t.TDX.Roots, "nitro": t.Nitro.Roots} {
+		for i, r := range roots {
+			c.demand(len(r.CRLs) == 0, "is for TPMs: other kinds bring their lists", "trust", kind, "roots", i, "crls")
+		}
 	}
 	seen := map[string]bool{}
 	for i, e := range t.TPM.Enrolled {
@@ -129,6 +149,39 @@ func (c *checker) trust() {
 		c.demand(isHex(e.EK, 32), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", append(at, "ek")...)
 	}
 	c.azureTrust(&t.Azure)
+}
+
+// maxTPMCertificates of one authority: a maker of TPMs has had some eighty issuing ones
+// below one root.
+const maxTPMCertificates = 256
+
+// tpmAuthority demands one root among several certificates, and reads the revocation
+// lists.
+func (c *checker) tpmAuthority(r *Root, at path) {
+	if len(r.certificates) > 1 {
+		roots := 0
+		for _, cert := range r.certificates {
+			if selfSigned(cert) {
+				roots++
+			}
+		}
+		c.demand(roots == 1, fmt.Sprintf("has %d self-signed certificates: it needs one root, and others beside it are intermediates", roots), at...)
+	}
+	for i, file := range r.CRLs {
+		data, err := c.read(file)
+		if err == nil {
+			if block, _ := pem.Decode(data); block != nil && block.Type == "X509 CRL" {
+				data = block.Bytes
+			}
+			var list *x509.RevocationList
+			if list, err = x509.ParseRevocationList(data); err == nil {
+				r.crls = append(r.crls, list)
+			}
+		}
+		if err != nil {
+			c.fail("%w", []any{err}, at.to("crls", i)...)
+		}
+	}
 }
 
 // amdAuthority demands one root, and of each kind at most one certificate, which
@@ -229,7 +282,7 @@ func certificates(text []byte, most int) ([]*x509.Certificate, error) {
 		case len(all) == most:
 			return nil, fmt.Errorf("holds more than %d certificates", most)
 		}
-		cert, err := x509.ParseCertificate(block.Bytes)
+		cert, err := certificate.Parse(block.Bytes)
 		if err != nil {
 			return nil, err
 		}

@@ -63,6 +63,9 @@ type builder struct {
 }
 
 func (o IssuerOptions) builders() []builder {
+	if o.TPM.Log == nil {
+		o.TPM.Log = o.Log
+	}
 	snpOpts := snp.IssuerOptions{Endorsements: o.Endorsements, Log: o.Log}
 	tdxOpts := tdx.IssuerOptions{Endorsements: o.Endorsements, Log: o.Log}
 	// The TPM of an SVSM has an RSA key by that specification, and no certificate

@@ -71,15 +71,15 @@ func tpmTrust(p *policy.Policy) tpm.Trust {
 	from := p.Trust().TPM
 	t := tpm.Trust{PCRs: p.PCRs()}
 	for _, r := range from.Roots {
-		t.Roots = append(t.Roots, tpm.Root{Name: r.Name, Certificate: r.Certificate()})
+		t.Roots = append(t.Roots, tpmRoot(r))
 	}
 	for _, r := range from.AKRoots {
 		if r.Builtin == "" {
-			t.AKRoots = append(t.AKRoots, tpm.Root{Name: r.Name, Certificate: r.Certificate(), Intermediates: r.Certificates()})
+			t.AKRoots = append(t.AKRoots, tpmRoot(r))
 			continue
 		}
 		for _, known := range tpm.Google() {
-			known.Name = r.Name
+			known.Name, known.CRLs = r.Name, r.RevocationLists()
 			t.AKRoots = append(t.AKRoots, known)
 		}
 	}
@@ -87,6 +87,10 @@ func tpmTrust(p *policy.Policy) tpm.Trust {
 		t.Enrolled = append(t.Enrolled, tpm.Enrolled{Name: e.Name, EKDigest: e.EK})
 	}
 	return t
+}
+
+func tpmRoot(r policy.Root) tpm.Root {
+	return tpm.Root{Name: r.Name, Certificate: r.Certificate(), Intermediates: r.Certificates(), CRLs: r.RevocationLists()}
 }
 
 func snpTrust(p *policy.Policy) snp.Trust {
@@ -124,7 +128,7 @@ func amdRoot(r policy.Root) snp.Root {
 func tdxTrust(p *policy.Policy) tdx.Trust {
 	var t tdx.Trust
 	for _, r := range p.Trust().TDX.Roots {
-		root := tdx.Root{Name: r.Name, Certificate: certificate(r, func() *x509.Certificate { return tdx.Intel().Certificate })}
+		root := tdx.Root{Name: r.Name, Certificate: rootOf(r, func() *x509.Certificate { return tdx.Intel().Certificate })}
 		t.Roots = append(t.Roots, root)
 	}
 	return t
@@ -142,14 +146,14 @@ func azureToken(p *policy.Policy) *azure.TokenOptions {
 func nitroTrust(p *policy.Policy) nitro.Trust {
 	var t nitro.Trust
 	for _, r := range p.Trust().Nitro.Roots {
-		root := nitro.Root{Name: r.Name, Certificate: certificate(r, func() *x509.Certificate { return nitro.AWS()[0].Certificate })}
+		root := nitro.Root{Name: r.Name, Certificate: rootOf(r, func() *x509.Certificate { return nitro.AWS()[0].Certificate })}
 		t.Roots = append(t.Roots, root)
 	}
 	return t
 }
 
-// certificate of a root that may be built in.
-func certificate(r policy.Root, builtin func() *x509.Certificate) *x509.Certificate {
+// rootOf is the certificate of a root that may be built in.
+func rootOf(r policy.Root, builtin func() *x509.Certificate) *x509.Certificate {
 	if r.Builtin != "" {
 		return builtin()
 	}

@@ -6,6 +6,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
+
+	"github.com/keyagent/keyagent/attestation/certificate"
 )
 
 // AKType chooses the attestation key that an issuer uses.
@@ -30,20 +32,20 @@ var cloudAKs = []struct{ certificate, template tpm2.TPMHandle }{
 
 // loadCloudAK makes the cloud's AK from its template. A TPM without one gives no
 // certificate and no error.
-func loadCloudAK(t transport.TPM) (object, []byte, error) {
+func loadCloudAK(t transport.TPM) (object, *x509.Certificate, error) {
 	for _, k := range cloudAKs {
-		der, err := readCertificate(t, k.certificate)
+		der, err := readNV(t, k.certificate)
 		if err != nil {
 			return object{}, nil, err
 		}
-		template, err := readCertificate(t, k.template)
+		template, err := readNV(t, k.template)
 		if err != nil {
 			return object{}, nil, err
 		}
 		if der == nil || template == nil {
 			continue
 		}
-		cert, err := x509.ParseCertificate(der)
+		cert, err := certificate.Parse(certificate.Unwrap(der))
 		if err != nil {
 			return object{}, nil, fmt.Errorf("attestation key certificate at NV index %#x: %w", uint32(k.certificate), err)
 		}
@@ -59,7 +61,7 @@ func loadCloudAK(t transport.TPM) (object, []byte, error) {
 			o.flush(t)
 			return object{}, nil, fmt.Errorf("the cloud's attestation key is not the one in its certificate (hint: was the TPM cleared? ak: own uses another)")
 		}
-		return o, der, nil
+		return o, cert, nil
 	}
 	return object{}, nil, nil
 }

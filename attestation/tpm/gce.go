@@ -9,13 +9,14 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/keyagent/keyagent/attestation/certificate"
 	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // Google's authorities for the attestation keys of vTPMs, as they are published
 // for verification in google/go-tpm-tools (server/ca-certs): the one in use since
-// 2022 and the one before, whose certificates live until 2051. SHA-256 of the
-// roots: 594759594b9b61524f6c8ef668f7177f7b9066bc0674f2f49fe9e052be78beb2 and
+// 2022, which has a second intermediate since May 2026, and the one before, whose
+// certificates live until 2051. SHA-256 of the roots: 594759594b9b61524f6c8ef668f7177f7b9066bc0674f2f49fe9e052be78beb2 and
 // 9bd5285f8fb18502a7947e621ffd470266f49fcd3b73e19a190f690ad32a7caf.
 //
 //go:embed google/*.pem
@@ -26,8 +27,8 @@ var googleCertificates embed.FS
 // in use. Such a certificate says which instance the vTPM belongs to.
 func Google() []Root {
 	return []Root{
-		{"google", embedded("ek-ak-ca-root"), []*x509.Certificate{embedded("ek-ak-ca-intermediate-v3")}},
-		{"google", embedded("cloud-host-root"), []*x509.Certificate{embedded("cloud-host-signer-2020"), embedded("cloud-host-signer-2021")}},
+		{Name: "google", Certificate: embedded("ek-ak-ca-root"), Intermediates: []*x509.Certificate{embedded("ek-ak-ca-intermediate-v3"), embedded("ek-ak-ca-intermediate-2026")}},
+		{Name: "google", Certificate: embedded("cloud-host-root"), Intermediates: []*x509.Certificate{embedded("cloud-host-signer-2020"), embedded("cloud-host-signer-2021")}},
 	}
 }
 
@@ -62,7 +63,7 @@ func (v *Verifier) vouchAK(trust Trust, o offer) (hardware, error) {
 	if len(o.akCertificate) > maxCertificate {
 		return hardware{}, fmt.Errorf("%w: certificate of %d bytes", ErrMalformed, len(o.akCertificate))
 	}
-	leaf, err := x509.ParseCertificate(o.akCertificate)
+	leaf, err := certificate.Parse(o.akCertificate)
 	if err != nil {
 		return hardware{}, fmt.Errorf("%w: certificate: %w", ErrMalformed, err)
 	}
@@ -79,7 +80,7 @@ func (v *Verifier) vouchAK(trust Trust, o offer) (hardware, error) {
 	case !samePublicKey(*o.ak.public, leaf):
 		return hardware{}, fmt.Errorf("%w: it is another key's", ErrAKCertificate)
 	}
-	root, err := v.chain(trust.AKRoots, leaf, o.akIntermediates, ErrAKUntrusted, ErrAKExpired)
+	root, err := v.chain(trust.AKRoots, leaf, o.akIntermediates, akChainErrors)
 	if err != nil {
 		return hardware{}, err
 	}

@@ -40,6 +40,12 @@ type IssuerOptions struct {
 	// EventLog is the path of the event log. Default DefaultEventLog. A file
 	// that does not exist is left out; the verifier's policy decides.
 	EventLog string
+	// EKIntermediates and AKIntermediates may stand between this machine's certificates
+	// and a root. Those that do are sent.
+	EKIntermediates, AKIntermediates []*x509.Certificate
+	// Log hears of keys and certificates that are there and of no use. Default: it goes
+	// unheard.
+	Log func(msg string, err error)
 }
 
 // Issuer makes evidence with the TPM of this machine. The TPM is opened for
@@ -80,6 +86,12 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	return &Issuer{opts: opts}, nil
 }
 
+func (i *Issuer) log(msg string, err error) {
+	if i.opts.Log != nil {
+		i.opts.Log(msg, err)
+	}
+}
+
 // Kind implements attestation.Issuer.
 func (*Issuer) Kind() attestation.Kind { return attestation.TPM }
 
@@ -105,9 +117,11 @@ func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
 	if a.clock, err = readClock(a.tpm); err != nil {
 		return nil, err
 	}
-	offer := &attestv1.TPMOffer{AkPublic: tpm2.Marshal(a.ak.public), AkCertificate: a.akCert}
-	if a.akCert == nil {
-		offer.EkCertificate, offer.EkPublic = a.cert, tpm2.Marshal(a.ekey.public)
+	offer := &attestv1.TPMOffer{AkPublic: tpm2.Marshal(a.ak.public)}
+	if a.akCert != nil {
+		offer.AkCertificate, offer.AkIntermediates = a.akCert, a.intermediates
+	} else {
+		offer.EkCertificate, offer.EkIntermediates, offer.EkPublic = a.cert, a.intermediates, tpm2.Marshal(a.ekey.public)
 	}
 	a.offer, err = proto.Marshal(offer)
 	return a, err
@@ -117,8 +131,13 @@ func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
 // our own.
 func (a *attempt) chooseKeys() (err error) {
 	if a.issuer.opts.AK != AKOwn {
-		if a.ak, a.akCert, err = loadCloudAK(a.tpm); err != nil || a.akCert != nil {
+		var cert *x509.Certificate
+		if a.ak, cert, err = loadCloudAK(a.tpm); err != nil {
 			return err
+		}
+		if cert != nil {
+			a.akCert, a.intermediates = cert.Raw, chainFrom(cert, a.issuer.opts.AKIntermediates)
+			return nil
 		}
 		if a.issuer.opts.AK == AKCloud {
 			return fmt.Errorf("%w: no cloud put a certified attestation key into this TPM (hint: ak: own)", attestation.ErrNoDevice)
@@ -141,57 +160,11 @@ type attempt struct {
 	ak     object
 	cert   []byte // of the EK
 	akCert []byte // of the AK, which then needs no EK
-	offer  []byte
-	clock  tpm2.TPMSClockInfo
-	once   sync.Once
-}
-
-// chooseEK loads the first endorsement key with a certificate; without any
-// certificate the P-384 key is used, which an operator may have enrolled.
-func (a *attempt) chooseEK() error {
-	var chosen *ek
-	for n := range eks {
-		e := &eks[n]
-		if a.issuer.opts.EK != EKAuto && a.issuer.opts.EK != e.kind {
-			continue
-		}
-		der, err := readCertificate(a.tpm, e.certificate)
-		if err != nil {
-			return err
-		}
-		if chosen == nil || der != nil {
-			chosen, a.cert = e, der
-		}
-		if der != nil {
-			break
-		}
-	}
-	a.ek = *chosen
-	var cert *x509.Certificate
-	if a.cert != nil {
-		var err error
-		if cert, err = x509.ParseCertificate(a.cert); err != nil {
-			return fmt.Errorf("endorsement key certificate at NV index %#x: %w", uint32(a.ek.certificate), err)
-		}
-	}
-	var err error
-	if a.ekey, err = loadEK(a.tpm, a.ek, cert); err != nil {
-		return err
-	}
-	if pin := a.issuer.opts.EKPin; pin != "" {
-		key, err := tpm2.Pub(a.ekey.public)
-		if err != nil {
-			return err
-		}
-		digest, err := EKDigest(key)
-		if err != nil {
-			return err
-		}
-		if digest != pin {
-			return fmt.Errorf("endorsement key is %s, the configuration pins %s (hint: is this the machine that was enrolled?)", digest, pin)
-		}
-	}
-	return nil
+	// intermediates lead from whichever of the two is offered towards a root.
+	intermediates [][]byte
+	offer         []byte
+	clock         tpm2.TPMSClockInfo
+	once          sync.Once
 }
 
 // Offer implements attestation.Attempt.

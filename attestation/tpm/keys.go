@@ -1,7 +1,6 @@
 package tpm
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
@@ -169,25 +168,6 @@ func createPrimary(t transport.TPM, template tpm2.TPMTPublic) (object, error) {
 	return object{rsp.ObjectHandle, *pub, rsp.Name, true}, nil
 }
 
-// loadEK gives the key that belongs to a certificate: the persistent one if the
-// platform kept it, else made again from the profile's template.
-func loadEK(t transport.TPM, e ek, cert *x509.Certificate) (object, error) {
-	if rsp, err := (tpm2.ReadPublic{ObjectHandle: e.persistent}).Execute(t); err == nil {
-		if pub, err := rsp.OutPublic.Contents(); err == nil && samePublicKey(*pub, cert) {
-			return object{e.persistent, *pub, rsp.Name, true}, nil
-		}
-	}
-	o, err := createPrimary(t, e.template)
-	if err != nil {
-		return object{}, fmt.Errorf("make the %s endorsement key: %w", e.kind, err)
-	}
-	if cert != nil && !samePublicKey(o.public, cert) {
-		o.flush(t)
-		return object{}, fmt.Errorf("the %s endorsement key is not the one in its certificate (hint: the TPM was cleared, or its maker used another template)", e.kind)
-	}
-	return o, nil
-}
-
 func samePublicKey(pub tpm2.TPMTPublic, cert *x509.Certificate) bool {
 	if cert == nil {
 		return false
@@ -203,13 +183,6 @@ func samePublicKey(pub tpm2.TPMTPublic, cert *x509.Certificate) bool {
 		return key.Equal(cert.PublicKey)
 	}
 	return false
-}
-
-// readCertificate reads a certificate or template from NV. No index is not an
-// error: the result is nil.
-func readCertificate(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
-	data, err := readNV(t, index)
-	return trimPadding(data), err
 }
 
 // readNV reads an NV index of at most maxCertificate bytes, by the authorisation
@@ -243,6 +216,9 @@ func readNV(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
 			Size:       uint16(n),
 			Offset:     uint16(len(data)),
 		}.Execute(t)
+		if errors.Is(err, tpm2.TPMRCNVUninitialized) {
+			return nil, nil // defined, and never written
+		}
 		if err != nil {
 			return nil, fmt.Errorf("read NV index %#x: %w", uint32(index), err)
 		}
@@ -252,20 +228,6 @@ func readNV(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
 		data = append(data, rsp.Data.Buffer...)
 	}
 	return data, nil
-}
-
-// trimPadding cuts what follows the DER: some makers pad the index.
-func trimPadding(der []byte) []byte {
-	if len(der) < 4 || der[0] != 0x30 || der[1] != 0x82 {
-		return der
-	}
-	if n := 4 + int(der[2])<<8 + int(der[3]); n < len(der) {
-		rest := der[n:]
-		if len(bytes.Trim(rest, "\x00")) == 0 || len(bytes.Trim(rest, "\xff")) == 0 {
-			return der[:n]
-		}
-	}
-	return der
 }
 
 // EKDigest names an endorsement key: the lower-case hex SHA-256 of its public

@@ -1,7 +1,6 @@
 package tpm
 
 import (
-	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"io"
@@ -11,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
+	"github.com/keyagent/keyagent/attestation/certificate"
 	"github.com/keyagent/keyagent/attestation/facts"
 )
 
@@ -39,10 +39,10 @@ func Summarize(offer, asked, evidence []byte) (*Summary, error) {
 		}
 		out.EK = hw.identity
 	}
-	if cert, err := x509.ParseCertificate(o.certificate); err == nil {
+	if cert, err := certificate.Parse(o.certificate); err == nil {
 		out.EKCertificate = cert.Issuer.String()
 	}
-	if cert, err := x509.ParseCertificate(o.akCertificate); err == nil {
+	if cert, err := certificate.Parse(o.akCertificate); err == nil {
 		out.AKCertificate = cert.Issuer.String()
 		set := map[string]any{}
 		if instanceFacts(cert, set) == nil && len(set) > 0 {

@@ -48,6 +48,8 @@ var (
 	ErrEKUntrusted      = refusal("endorsement key is not vouched for")
 	ErrEKCertificate    = refusal("endorsement key certificate does not fit")
 	ErrEKExpired        = refusal("endorsement key certificate is outside its validity")
+	ErrEKRevoked        = refusal("endorsement key certificate is revoked")
+	ErrAKRevoked        = refusal("attestation key certificate is revoked")
 	ErrAKUntrusted      = refusal("attestation key is not vouched for")
 	ErrAKCertificate    = refusal("attestation key certificate does not fit")
 	ErrAKExpired        = refusal("attestation key certificate is outside its validity")

@@ -39,6 +39,8 @@ type Root struct {
 	Certificate *x509.Certificate
 	// Intermediates are known beforehand; those that come along are tried too.
 	Intermediates []*x509.Certificate
+	// CRLs say which certificates below the root were taken back.
+	CRLs []*x509.RevocationList
 }
 
 // Enrolled is a named endorsement key, as [EKDigest] gives it.

@@ -1,11 +1,16 @@
 package tpm
 
 import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,6 +19,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/keyagent/keyagent/attestation/certificate"
 	"github.com/keyagent/keyagent/attestation/facts"
 )
 
@@ -52,7 +58,7 @@ func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
 	if !samePublicKey(*o.ek, leaf) {
 		return hardware{}, fmt.Errorf("%w: its certificate is another key's", ErrEKCertificate)
 	}
-	root, err := v.chain(trust.Roots, leaf, o.intermediates, ErrEKUntrusted, ErrEKExpired)
+	root, err := v.chain(trust.Roots, leaf, o.intermediates, ekChainErrors)
 	if err != nil {
 		return hardware{}, err
 	}
@@ -88,7 +94,7 @@ func parseEKCertificate(der []byte) (*x509.Certificate, error) {
 	if len(der) > maxCertificate {
 		return nil, fmt.Errorf("%w: certificate of %d bytes", ErrMalformed, len(der))
 	}
-	leaf, err := x509.ParseCertificate(der)
+	leaf, err := certificate.Parse(der)
 	if err != nil {
 		return nil, fmt.Errorf("%w: certificate: %w", ErrMalformed, err)
 	}
@@ -133,37 +139,55 @@ func hasDirectoryName(c *x509.Certificate) bool {
 // that a stranger sends: he can make a chain of which each takes a tenth of a second.
 const maxRSAExponent = 65537
 
+// bearable refuses a key whose signatures take long to verify.
+func bearable(key crypto.PublicKey) error {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		if key.N.BitLen() > maxRSABits || key.E > maxRSAExponent {
+			return fmt.Errorf("a key of %d bits and exponent %d", key.N.BitLen(), key.E)
+		}
+		return nil
+	case *ecdsa.PublicKey:
+		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
+			return fmt.Errorf("a key on %s", key.Curve.Params().Name)
+		}
+		return nil
+	}
+	return fmt.Errorf("a key of type %T", key)
+}
+
 // chain verifies leaf against each root by itself, so that the result names the
 // root that vouched.
-//
-// An EK's certificate and an AK's have errors of their own.
-func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, untrusted, outdated error) (string, error) {
+func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, errs chainErrors) (string, error) {
 	carried := x509.NewCertPool()
-	if len(intermediates) > 4 {
+	var known []*x509.Certificate
+	if len(intermediates) > maxIntermediates {
 		return "", fmt.Errorf("%w: %d intermediate certificates", ErrMalformed, len(intermediates))
 	}
 	for _, der := range intermediates {
 		if len(der) > maxCertificate {
 			return "", fmt.Errorf("%w: intermediate certificate of %d bytes", ErrMalformed, len(der))
 		}
-		c, err := x509.ParseCertificate(der)
+		c, err := certificate.Parse(der)
 		if err != nil {
 			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
 		}
-		if key, ok := c.PublicKey.(*rsa.PublicKey); ok && (key.N.BitLen() > maxRSABits || key.E > maxRSAExponent) {
-			return "", fmt.Errorf("%w: intermediate certificate with a key of %d bits and exponent %d", ErrMalformed, key.N.BitLen(), key.E)
+		if err := bearable(c.PublicKey); err != nil {
+			return "", fmt.Errorf("%w: intermediate certificate with %w", ErrMalformed, err)
 		}
 		carried.AddCert(c)
+		known = append(known, c)
 	}
 	now := v.now()
-	var expired error
+	var reason error
 	for _, root := range roots {
-		key := chainKey(root.Certificate, leaf, intermediates)
+		key := chainKey(root, leaf, intermediates)
 		if v.chains.holds(key, now) {
 			return root.Name, nil
 		}
 		one, pool := x509.NewCertPool(), carried.Clone()
 		one.AddCert(root.Certificate)
+		known = append(known, root.Intermediates...)
 		for _, c := range root.Intermediates {
 			pool.AddCert(c)
 		}
@@ -172,19 +196,73 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 			KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 		})
 		if err == nil {
+			if err := root.revokes(chains[0], errs.revoked); err != nil {
+				reason = err
+				continue
+			}
 			v.chains.add(key, chains[0])
 			return root.Name, nil
 		}
 		var invalid x509.CertificateInvalidError
 		if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-			expired = fmt.Errorf("%w: valid from %s to %s, this machine's clock says %s", outdated,
+			reason = fmt.Errorf("%w: valid from %s to %s, this machine's clock says %s", errs.expired,
 				invalid.Cert.NotBefore.Format(time.RFC3339), invalid.Cert.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 		}
 	}
-	if expired != nil {
-		return "", expired
+	if reason != nil {
+		return "", reason
 	}
-	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", untrusted, leaf.Issuer)
+	return "", fmt.Errorf("%w: its certificate does not chain to a configured root: %s", errs.untrusted, missing(leaf, known))
+}
+
+// chainErrors are what is said of a certificate that no root vouches for: an EK's and
+// an AK's have errors of their own.
+type chainErrors struct{ untrusted, expired, revoked error }
+
+var (
+	ekChainErrors = chainErrors{ErrEKUntrusted, ErrEKExpired, ErrEKRevoked}
+	akChainErrors = chainErrors{ErrAKUntrusted, ErrAKExpired, ErrAKRevoked}
+)
+
+// missing names the certificate that would lead on towards a root, and where its issuer
+// says that it is to be had. Nothing is ever fetched from there.
+func missing(leaf *x509.Certificate, known []*x509.Certificate) string {
+	last := leaf
+	if chain := chainFrom(leaf, known); len(chain) > 0 {
+		if c, err := certificate.Parse(chain[len(chain)-1]); err == nil {
+			last = c
+		}
+	}
+	text := fmt.Sprintf("the issuer %q", cut(last.Issuer.String()))
+	if len(last.AuthorityKeyId) > 0 {
+		text += fmt.Sprintf(" with the key ID %s", cut(hex.EncodeToString(last.AuthorityKeyId)))
+	}
+	text += " is neither a root nor an intermediate that is known"
+	if len(last.IssuingCertificateURL) > 0 {
+		text += fmt.Sprintf("; the certificate says that it is at %q", cut(last.IssuingCertificateURL[0]))
+	}
+	return text + " (hint: put it into the policy beside its root, or into the node's tpm.ek_intermediates or tpm.ak_intermediates)"
+}
+
+// cut bounds what a stranger writes into messages.
+func cut(text string) string { return text[:min(len(text), 200)] }
+
+// revokes says which certificate of a chain a list of the root's has. A list counts for
+// what its issuer's key signed, however old it is: what was taken back stays so.
+func (r Root) revokes(chain []*x509.Certificate, refusal error) error {
+	for _, list := range r.CRLs {
+		for i, c := range chain[:len(chain)-1] {
+			if !bytes.Equal(list.RawIssuer, c.RawIssuer) || list.CheckSignatureFrom(chain[i+1]) != nil {
+				continue
+			}
+			for _, entry := range list.RevokedCertificateEntries {
+				if entry.SerialNumber.Cmp(c.SerialNumber) == 0 {
+					return fmt.Errorf("%w: %q, serial number %s, since %s", refusal, cut(c.Subject.String()), c.SerialNumber, entry.RevocationTime.Format(time.RFC3339))
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // chainCache remembers chains that verified, since a machine comes back with
@@ -200,9 +278,13 @@ type validity struct{ from, to time.Time }
 // maxChains bounds the cache; a full one is emptied.
 const maxChains = 4096
 
-func chainKey(root, leaf *x509.Certificate, intermediates [][]byte) (key [sha256.Size]byte) {
+func chainKey(root Root, leaf *x509.Certificate, intermediates [][]byte) (key [sha256.Size]byte) {
 	h := sha256.New()
-	for _, der := range append([][]byte{root.Raw, leaf.Raw}, intermediates...) {
+	parts := [][]byte{root.Certificate.Raw, leaf.Raw, {byte(len(root.CRLs))}}
+	for _, list := range root.CRLs {
+		parts = append(parts, list.Raw)
+	}
+	for _, der := range append(parts, intermediates...) {
 		h.Write(binary.BigEndian.AppendUint32(nil, uint32(len(der))))
 		h.Write(der)
 	}

@@ -24,7 +24,6 @@ import (
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/policy"
 	hardware "github.com/keyagent/keyagent/attestation/setup"
-	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -54,7 +53,7 @@ type Config struct {
 	// Metrics is a loopback address for /metrics, /healthz and /readyz.
 	Metrics string `yaml:"metrics,omitempty"`
 	// TPM, if set, lets clients demand the service's own evidence.
-	TPM *TPMConfig `yaml:"tpm,omitempty"`
+	TPM *hardware.TPMConfig `yaml:"tpm,omitempty"`
 	// Evidence, if set, does so too: kinds such as snp and tpm, or auto alone for
 	// the strongest that the machine has.
 	Evidence []string `yaml:"evidence,omitempty"`
@@ -79,14 +78,6 @@ type TLSConfig struct {
 	Key         string `yaml:"key"`
 }
 
-// TPMConfig names the TPM of this machine.
-type TPMConfig struct {
-	Device   string `yaml:"device,omitempty"`
-	EK       string `yaml:"ek,omitempty"`
-	EKPin    string `yaml:"ek_pin,omitempty"`
-	EventLog string `yaml:"event_log,omitempty"`
-}
-
 // issuers makes the service's own evidence, or none if it is not configured.
 func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *slog.Logger) ([]attestation.Issuer, error) {
 	opts := hardware.IssuerOptions{Endorsements: source, Log: func(msg string, err error) { log.Warn(msg, "error", err) }}
@@ -99,10 +90,12 @@ func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *sl
 	case len(names) == 1 && names[0] == "auto":
 		names = nil
 	}
-	if c.TPM != nil {
-		opts.TPM = tpm.IssuerOptions{Device: c.TPM.Device, EK: tpm.EKType(c.TPM.EK), EKPin: c.TPM.EKPin, EventLog: c.TPM.EventLog}
-	}
 	var err error
+	if c.TPM != nil {
+		if opts.TPM, err = c.TPM.Options(); err != nil {
+			return nil, failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
+		}
+	}
 	if opts.Kinds, err = hardware.ParseKinds(names); err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}

@@ -22,9 +22,9 @@ import (
 // field. A node without volumes is a good node: a control plane that only wants a
 // KEK has none, and so has one whose volumes all come from a CSI driver.
 type Config struct {
-	Servers      []ServerConfig `yaml:"servers"`
-	ServerPolicy string         `yaml:"server_policy,omitempty"`
-	TPM          TPMConfig      `yaml:"tpm,omitempty"`
+	Servers      []ServerConfig     `yaml:"servers"`
+	ServerPolicy string             `yaml:"server_policy,omitempty"`
+	TPM          hardware.TPMConfig `yaml:"tpm,omitempty"`
 	// Evidence names the kinds to give, such as snp and tpm. Empty: the strongest
 	// that the machine has.
 	Evidence     []string                   `yaml:"evidence,omitempty"`
@@ -56,15 +56,6 @@ type ServerConfig struct {
 
 	roots *x509.CertPool
 	pins  [][32]byte
-}
-
-// TPMConfig names the TPM of this machine.
-type TPMConfig struct {
-	Device   string `yaml:"device,omitempty"`
-	AK       string `yaml:"ak,omitempty"` // auto, own or cloud
-	EK       string `yaml:"ek,omitempty"`
-	EKPin    string `yaml:"ek_pin,omitempty"`
-	EventLog string `yaml:"event_log,omitempty"`
 }
 
 // AzureConfig names what a confidential VM of Azure talks to.

@@ -14,7 +14,6 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/setup"
-	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/policysource"
@@ -23,8 +22,8 @@ import (
 // Check builds what can be built without the hardware that the configuration
 // speaks of.
 func (c *Config) Check(log *slog.Logger) error {
-	if _, err := tpm.NewIssuer(c.tpmOptions()); err != nil {
-		return failure.New(failure.Configuration, err, "")
+	if _, err := c.TPM.Options(); err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
 	}
 	_, err := c.serverDemands(nil, log)
 	return err
@@ -68,11 +67,6 @@ func (c *Config) endpoints() []keyclient.Server {
 	return out
 }
 
-func (c *Config) tpmOptions() tpm.IssuerOptions {
-	return tpm.IssuerOptions{Device: c.TPM.Device, AK: tpm.AKType(c.TPM.AK), EK: tpm.EKType(c.TPM.EK),
-		EKPin: c.TPM.EKPin, EventLog: c.TPM.EventLog}
-}
-
 // closers are closed in order.
 type closers []io.Closer
 
@@ -91,12 +85,13 @@ func (c *Config) issuers(source endorsement.Source, log *slog.Logger) (func(cont
 	if err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}
-	if _, err := tpm.NewIssuer(c.tpmOptions()); err != nil {
-		return nil, failure.New(failure.Configuration, err, "")
+	options, err := c.TPM.Options()
+	if err != nil {
+		return nil, failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
 	}
 	opts := setup.IssuerOptions{
 		Kinds:        kinds,
-		TPM:          c.tpmOptions(),
+		TPM:          options,
 		Metadata:     c.Azure.Metadata,
 		Attestation:  c.Azure.Attestation,
 		Endorsements: source,

@@ -21,6 +21,16 @@ func open(device string) (transport.TPMCloser, error) {
 
 // WriteNV defines an NV index that everybody may read, and fills it.
 func WriteNV(device string, index uint32, data []byte) error {
+	return provision(device, index, data, len(data))
+}
+
+// DefineNV makes an NV index and writes nothing into it. With no size there is none
+// afterwards.
+func DefineNV(device string, index uint32, size int) error {
+	return provision(device, index, nil, size)
+}
+
+func provision(device string, index uint32, data []byte, size int) error {
 	t, err := open(device)
 	if err != nil {
 		return err
@@ -28,13 +38,20 @@ func WriteNV(device string, index uint32, data []byte) error {
 	defer t.Close()
 	owner := tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}
 	public := tpm2.TPMSNVPublic{
-		NVIndex: tpm2.TPMHandle(index), NameAlg: tpm2.TPMAlgSHA256, DataSize: uint16(len(data)),
+		NVIndex: tpm2.TPMHandle(index), NameAlg: tpm2.TPMAlgSHA256, DataSize: uint16(size),
 		Attributes: tpm2.TPMANV{OwnerWrite: true, OwnerRead: true, AuthRead: true, NoDA: true, NT: tpm2.TPMNTOrdinary},
 	}
 	if old, err := (tpm2.NVReadPublic{NVIndex: public.NVIndex}).Execute(t); err == nil {
-		if _, err := (tpm2.NVUndefineSpace{AuthHandle: owner, NVIndex: tpm2.NamedHandle{Handle: public.NVIndex, Name: old.NVName}}).Execute(t); err != nil {
+		auth := owner
+		if was, err := old.NVPublic.Contents(); err == nil && was.Attributes.PlatformCreate {
+			auth.Handle = tpm2.TPMRHPlatform
+		}
+		if _, err := (tpm2.NVUndefineSpace{AuthHandle: auth, NVIndex: tpm2.NamedHandle{Handle: public.NVIndex, Name: old.NVName}}).Execute(t); err != nil {
 			return fmt.Errorf("undefine NV index %#x: %w", index, err)
 		}
+	}
+	if size == 0 {
+		return nil
 	}
 	if _, err := (tpm2.NVDefineSpace{AuthHandle: owner, PublicInfo: tpm2.New2B(public)}).Execute(t); err != nil {
 		return fmt.Errorf("define NV index %#x: %w", index, err)
