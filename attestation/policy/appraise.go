@@ -101,13 +101,13 @@ func (e *MismatchError) PeerDetail() string {
 // Appraise finds the first profile that fits. The error is a [*MismatchError].
 func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
 	var closest *MismatchError
-	for i := range p.file.Profiles {
-		pr := &p.file.Profiles[i]
+	for i := range p.profiles {
+		pr := &p.profiles[i]
 		hard, soft := pr.compare(v)
 		if len(hard) == 0 {
 			a := &Appraisal{Profile: pr.Name, Warnings: soft, verified: v, policy: p}
-			for _, s := range pr.sections() {
-				a.kinds = append(a.kinds, s.kind())
+			for _, p := range pr.parts {
+				a.kinds = append(a.kinds, p.kind.Name)
 			}
 			return a, nil
 		}
@@ -126,8 +126,8 @@ func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
 func (p *Policy) Demand(offered []attestation.Kind) ([]attestation.Kind, error) {
 	var ask []attestation.Kind
 	var wanted []string
-	for i := range p.file.Profiles {
-		kinds := p.file.Profiles[i].Kinds()
+	for i := range p.profiles {
+		kinds := p.profiles[i].Kinds()
 		if want := join(kinds); !slices.Contains(wanted, want) {
 			wanted = append(wanted, want)
 		}
@@ -145,9 +145,9 @@ func (p *Policy) Demand(offered []attestation.Kind) ([]attestation.Kind, error) 
 	}
 	// What carries the claims of others comes alone: those others would say the
 	// same once more.
-	for _, carrier := range []attestation.Kind{attestation.Azure, attestation.SVSM} {
-		if slices.Contains(ask, carrier) {
-			ask = slices.DeleteFunc(ask, func(k attestation.Kind) bool { return k != carrier && k != attestation.Nitro })
+	for _, carrier := range p.kinds {
+		if slices.Contains(ask, carrier.Name) {
+			ask = slices.DeleteFunc(ask, func(k attestation.Kind) bool { return slices.Contains(carrier.Carries, k) })
 		}
 	}
 	return ask, nil
@@ -231,8 +231,8 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 		return Decision{}, fmt.Errorf("%w: %q is not a volume ID", ErrDenied, cut(r.Volume, 64))
 	}
 	why := fmt.Sprintf("no grant for profile %q", a.Profile)
-	for i := range p.file.Grants {
-		g := &p.file.Grants[i]
+	for i := range p.grants {
+		g := &p.grants[i]
 		switch {
 		case !slices.Contains(g.Profiles, a.Profile):
 			continue

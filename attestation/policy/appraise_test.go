@@ -153,7 +153,7 @@ func TestARegisterThatWasNeverExtendedIsRefused(t *testing.T) {
 	}
 	// Should a policy ever come about without its check, the appraisal still refuses.
 	p := parse(t, allowed)
-	p.file.Profiles[0].TPM.PCRs[1].AllowUnextended = false
+	p.profiles[0].TPM().PCRs[1].AllowUnextended = false
 	_, err := appraise(t, p, zero)
 	wantErr(t, err, ErrMismatch)
 }

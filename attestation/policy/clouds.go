@@ -21,35 +21,40 @@ var azureWeaknesses = []weakness{
 	{"console", facts.AzureConsoleEnabled, false},
 }
 
-func (*AzureProfile) kind() attestation.Kind { return attestation.Azure }
-
-func (a *AzureProfile) check(c *checker, _ *Profile, at path) {
-	c.listOrAny(a.VMs, a.AnyVM, "any_vm", at.to("vms"))
-	c.filled(a.VMs, at.to("vms"))
-	c.oneOf(a.Allow, words(azureWeaknesses), at.to("allow"))
-	c.demand(a.Token == "" || a.Token == "required", "must be required, or left out", at.to("token")...)
-	c.demand(a.Token == "" || c.file.Trust.Azure.Issuer != "", "needs trust.azure, which says whose tokens", at.to("token")...)
+// Check implements Section.
+func (a *AzureProfile) Check(c *Checker, pr *Profile, at Path) {
+	c.Demand((pr.SNP() == nil) != (pr.TDX() == nil), "azure has either SNP or TDX below it: exactly one of snp and tdx must be there", at...)
+	c.ListOrAny(a.VMs, a.AnyVM, "any_vm", at.To("vms"))
+	c.Filled(a.VMs, at.To("vms"))
+	c.OneOf(a.Allow, words(azureWeaknesses), at.To("allow"))
+	c.Demand(a.Token == "" || a.Token == "required", "must be required, or left out", at.To("token")...)
+	c.Demand(a.Token == "" || c.trust.Azure().Issuer != "", "needs trust.azure, which says whose tokens", at.To("token")...)
 }
 
-func (a *AzureProfile) compare(d *differences, _ attestation.Claims) {
+// Compare implements Section.
+func (a *AzureProfile) Compare(d *Differences, _ attestation.Claims) {
 	if !a.AnyVM {
-		d.text("azure.vm", facts.AzureVMID, a.VMs)
+		d.Text("azure.vm", facts.AzureVMID, a.VMs)
 	}
 	if a.Token == "required" {
-		d.flag("azure.token", facts.AzureTokenVerified, true)
+		d.Flag("azure.token", facts.AzureTokenVerified, true)
 	}
-	d.weaknesses("azure", azureWeaknesses, a.Allow)
+	d.Weaknesses("azure", azureWeaknesses, a.Allow)
 }
 
 // SVSMProfile says that a vTPM below SNP is meant, which the report vouches for.
 // The snp section says which SVSM, the tpm section what booted on it.
 type SVSMProfile struct{}
 
-func (*SVSMProfile) kind() attestation.Kind { return attestation.SVSM }
+// Check implements Section.
+func (*SVSMProfile) Check(c *Checker, pr *Profile, at Path) {
+	c.Demand(pr.SNP() != nil && pr.TDX() == nil, "an SVSM is below SNP: it needs an snp section and no tdx section", at...)
+}
 
-func (*SVSMProfile) check(*checker, *Profile, path) {}
+func svsmReference(attestation.Claims, string) (Section, error) { return &SVSMProfile{}, nil }
 
-func (*SVSMProfile) compare(*differences, attestation.Claims) {}
+// Compare implements Section: what the SVSM brings is compared by the snp and tpm sections.
+func (*SVSMProfile) Compare(*Differences, attestation.Claims) {}
 
 // NitroProfile holds reference values of an AWS NitroTPM.
 type NitroProfile struct {
@@ -59,19 +64,36 @@ type NitroProfile struct {
 	PCRs        []PCR    `yaml:"pcrs"` // SHA-384
 }
 
-func (*NitroProfile) kind() attestation.Kind { return attestation.Nitro }
-
-func (n *NitroProfile) check(c *checker, _ *Profile, at path) {
-	c.vouchers(n.Trust, namesOf("root:", c.file.Trust.Nitro.Roots), at.to("trust"))
-	c.listOrAny(n.Instances, n.AnyInstance, "any_instance", at.to("instances"))
-	c.filled(n.Instances, at.to("instances"))
-	c.checkPCRs(n.PCRs, 48, at.to("pcrs"))
+// Check implements Section.
+func (n *NitroProfile) Check(c *Checker, _ *Profile, at Path) {
+	c.Vouchers(n.Trust, namesOf("root:", c.trust.Nitro().Roots), at.To("trust"))
+	c.ListOrAny(n.Instances, n.AnyInstance, "any_instance", at.To("instances"))
+	c.Filled(n.Instances, at.To("instances"))
+	c.checkPCRs(n.PCRs, 48, at.To("pcrs"))
 }
 
-func (n *NitroProfile) compare(d *differences, _ attestation.Claims) {
-	d.trust("nitro.trust", n.Trust)
+// Compare implements Section.
+func (n *NitroProfile) Compare(d *Differences, _ attestation.Claims) {
+	d.Trust("nitro.trust", n.Trust)
 	if !n.AnyInstance {
-		d.text("nitro.instance", facts.NitroInstanceID, n.Instances)
+		d.Text("nitro.instance", facts.NitroInstanceID, n.Instances)
 	}
 	d.pcrs("nitro.", n.PCRs)
+}
+
+// Allowed says what the section leaves open.
+func (a *AzureProfile) Allowed() (string, []string) { return every("VM", a.AnyVM), a.Allow }
+
+func azureReference(c attestation.Claims, _ string) (Section, error) {
+	return &AzureProfile{AnyVM: true, Allow: seen(c, azureWeaknesses)}, nil
+}
+
+// Allowed says what the section leaves open.
+func (n *NitroProfile) Allowed() (string, []string) { return every("instance", n.AnyInstance), nil }
+
+// WarnOnly names the registers that only warn.
+func (n *NitroProfile) WarnOnly() []string { return warnOnly("nitro.pcr", n.PCRs) }
+
+func nitroReference(c attestation.Claims, source string) (Section, error) {
+	return &NitroProfile{Trust: []string{trustOr(c, "root:aws")}, AnyInstance: true, PCRs: pcrReferences(c, source)}, nil
 }

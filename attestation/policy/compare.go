@@ -11,8 +11,8 @@ import (
 	"github.com/keyagent/keyagent/attestation/facts"
 )
 
-// differences collects how claims differ from one profile.
-type differences struct {
+// Differences collects how claims differ from one profile.
+type Differences struct {
 	profile    string
 	claims     attestation.Claims
 	hard, soft []Mismatch
@@ -21,25 +21,22 @@ type differences struct {
 // compare returns how verified claims differ from the profile: hard differences
 // refuse, soft ones are only warned of.
 func (pr *Profile) compare(v *attestation.Verified) (hard, soft []Mismatch) {
-	d := &differences{profile: pr.Name}
-	for _, s := range pr.sections() {
-		c, ok := v.Claims(s.kind())
+	d := &Differences{profile: pr.Name}
+	for _, p := range pr.parts {
+		c, ok := v.Claims(p.kind.Name)
 		if !ok {
-			d.refuse("kind", []string{string(s.kind())}, "none")
+			d.Refuse("kind", []string{string(p.kind.Name)}, "none")
 			continue
 		}
 		// A report that some other evidence carries covers something else than
 		// the binder: what it proves is another thing.
-		via := attestation.Kind("")
-		if pr.carried(s.kind()) {
-			via = pr.carrier()
-		}
+		via := pr.via(p.kind.Name)
 		if c.Via != via {
-			d.refuse(string(s.kind())+".via", []string{how(via)}, how(c.Via))
+			d.Refuse(string(p.kind.Name)+".via", []string{how(via)}, how(c.Via))
 			continue
 		}
 		d.claims = c
-		s.compare(d, c)
+		p.section.Compare(d, c)
 	}
 	return d.hard, d.soft
 }
@@ -51,19 +48,19 @@ func how(via attestation.Kind) string {
 	return "carried by " + string(via) + " evidence"
 }
 
-func (d *differences) refuse(field string, expected []string, found string) {
+func (d *Differences) Refuse(field string, expected []string, found string) {
 	d.hard = append(d.hard, Mismatch{Profile: d.profile, Field: field, Expected: expected, Found: found})
 }
 
-// trust demands a voucher of the list.
-func (d *differences) trust(field string, names []string) {
+// Trust demands a voucher of the list.
+func (d *Differences) Trust(field string, names []string) {
 	if !slices.Contains(names, d.claims.Trust) {
-		d.refuse(field, names, d.claims.Trust)
+		d.Refuse(field, names, d.claims.Trust)
 	}
 }
 
-// values compares a measurement.
-func (d *differences) values(field, register string, ref Values, events []attestation.Event) {
+// Values compares a measurement.
+func (d *Differences) Values(field, register string, ref Values, events []attestation.Event) {
 	got, ok := d.claims.Measurements[register]
 	found := "not measured"
 	if ok {
@@ -86,56 +83,56 @@ func (d *differences) values(field, register string, ref Values, events []attest
 	}
 }
 
-// text compares a fact with a list. The fact is "" where the field is all zero,
+// Text compares a fact with a list. The fact is "" where the field is all zero,
 // and an empty list demands just that.
-func (d *differences) text(field string, fact facts.Fact[string], accept []string) {
+func (d *Differences) Text(field string, fact facts.Fact[string], accept []string) {
 	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
-		d.refuse(field, accept, "nothing")
+		d.Refuse(field, accept, "nothing")
 	case len(accept) == 0 && got != "":
-		d.refuse(field, []string{"none, or one that the profile names"}, got)
+		d.Refuse(field, []string{"none, or one that the profile names"}, got)
 	case len(accept) > 0 && !slices.Contains(accept, got):
 		if got == "" {
 			got = "none"
 		}
-		d.refuse(field, accept, got)
+		d.Refuse(field, accept, got)
 	}
 }
 
-// flag demands the value of a fact. A fact that is not there is refused.
-func (d *differences) flag(field string, fact facts.Fact[bool], want bool) {
+// Flag demands the value of a fact. A fact that is not there is refused.
+func (d *Differences) Flag(field string, fact facts.Fact[bool], want bool) {
 	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
-		d.refuse(field, []string{strconv.FormatBool(want)}, "nothing")
+		d.Refuse(field, []string{strconv.FormatBool(want)}, "nothing")
 	case got != want:
-		d.refuse(field, []string{strconv.FormatBool(want)}, strconv.FormatBool(got))
+		d.Refuse(field, []string{strconv.FormatBool(want)}, strconv.FormatBool(got))
 	}
 }
 
-// atLeast demands a number of a minimum.
-func (d *differences) atLeast(field string, fact facts.Fact[uint64], least uint64) {
+// AtLeast demands a number of a minimum.
+func (d *Differences) AtLeast(field string, fact facts.Fact[uint64], least uint64) {
 	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
-		d.refuse(field, []string{fmt.Sprintf("at least %d", least)}, "nothing")
+		d.Refuse(field, []string{fmt.Sprintf("at least %d", least)}, "nothing")
 	case got < least:
-		d.refuse(field, []string{fmt.Sprintf("at least %d", least)}, strconv.FormatUint(got, 10))
+		d.Refuse(field, []string{fmt.Sprintf("at least %d", least)}, strconv.FormatUint(got, 10))
 	}
 }
 
-// bits demands that all of these bits are set.
-func (d *differences) bits(field string, fact facts.Fact[uint64], want uint64) {
+// Bits demands that all of these bits are set.
+func (d *Differences) Bits(field string, fact facts.Fact[uint64], want uint64) {
 	if want == 0 {
 		return
 	}
 	got, ok := fact.Of(d.claims)
 	switch {
 	case !ok:
-		d.refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, "nothing")
+		d.Refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, "nothing")
 	case got&want != want:
-		d.refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, fmt.Sprintf("%#x", got))
+		d.Refuse(field, []string{fmt.Sprintf("all bits of %#x", want)}, fmt.Sprintf("%#x", got))
 	}
 }
 
@@ -154,10 +151,10 @@ func words(all []weakness) []string {
 	return out
 }
 
-func (d *differences) weaknesses(section string, all []weakness, allow []string) {
+func (d *Differences) Weaknesses(section string, all []weakness, allow []string) {
 	for _, w := range all {
 		if !slices.Contains(allow, w.word) {
-			d.flag(section+"."+w.word, w.fact, w.safe)
+			d.Flag(section+"."+w.word, w.fact, w.safe)
 		}
 	}
 }

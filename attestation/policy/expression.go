@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync"
 
 	"github.com/google/cel-go/cel"
 
@@ -17,29 +16,30 @@ import (
 //	volume, operation, profile   string
 //	identity, trust              string, of the TPM, or else of the profile's first claims
 //	kinds                        list of the profile's kinds, composites included
-//	tpm, snp, tdx, azure, nitro  maps of the claims' facts, with their identity and trust;
+//	tpm, snp and other kinds     maps of the claims' facts, with their identity and trust;
 //	                             empty where the profile demands no such claims
 //	now                          timestamp of the server's clock
-var environment = sync.OnceValues(func() (*cel.Env, error) {
-	facts := cel.MapType(cel.StringType, cel.DynType)
-	return cel.NewEnv(
+func environment(kinds []Kind) (*cel.Env, error) {
+	variables := []cel.EnvOption{
 		cel.Variable("volume", cel.StringType),
 		cel.Variable("operation", cel.StringType),
 		cel.Variable("profile", cel.StringType),
 		cel.Variable("identity", cel.StringType),
 		cel.Variable("trust", cel.StringType),
 		cel.Variable("kinds", cel.ListType(cel.StringType)),
-		cel.Variable("tpm", facts), cel.Variable("snp", facts), cel.Variable("tdx", facts),
-		cel.Variable("azure", facts), cel.Variable("nitro", facts),
 		cel.Variable("now", cel.TimestampType),
-	)
-})
+	}
+	for _, k := range kinds {
+		variables = append(variables, cel.Variable(string(k.Name), cel.MapType(cel.StringType, cel.DynType)))
+	}
+	return cel.NewEnv(variables...)
+}
 
 // maxCost bounds the work of one evaluation, in CEL's own units.
 const maxCost = 100_000
 
-func compile(source string) (cel.Program, error) {
-	env, err := environment()
+func compile(kinds []Kind, source string) (cel.Program, error) {
+	env, err := environment(kinds)
 	if err != nil {
 		return nil, err
 	}
@@ -57,8 +57,8 @@ func evaluate(program cel.Program, a *Appraisal, r Request) (bool, error) {
 	input := map[string]any{"volume": r.Volume, "operation": string(r.Operation), "profile": a.Profile, "now": r.Now}
 	var speaker attestation.Claims
 	var kinds []string
-	for _, k := range []attestation.Kind{attestation.TPM, attestation.SNP, attestation.TDX, attestation.Azure, attestation.Nitro} {
-		input[string(k)] = map[string]any{}
+	for _, k := range a.policy.kinds {
+		input[string(k.Name)] = map[string]any{}
 	}
 	for _, c := range a.verified.All() {
 		if !slices.Contains(a.kinds, c.Kind) {

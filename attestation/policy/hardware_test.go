@@ -294,8 +294,8 @@ func TestEachFieldOfHardwareThatDiffersIsNamed(t *testing.T) {
 				tt.change(&all[k.at])
 				// Only the profile of this machine: another one may come closer.
 				profile := strings.Split(strings.Split(name, "'")[0], " ")[0]
-				n := slices.IndexFunc(p.file.Profiles, func(pr Profile) bool { return pr.Name == profile })
-				hard, _ := p.file.Profiles[n].compare(verified(t, all...))
+				n := slices.IndexFunc(p.profiles, func(pr Profile) bool { return pr.Name == profile })
+				hard, _ := p.profiles[n].compare(verified(t, all...))
 				if len(hard) != 1 || hard[0].Field != tt.field {
 					t.Errorf("refused by %v", hard)
 				}
@@ -365,7 +365,7 @@ func TestWhatASNPProfileDemands(t *testing.T) {
 		}
 	}
 	for from, to := range map[string]string{"1.55.29": "1.55", "launch: 0x3, current: 0x5": "", "[platform_iommu_write_safe]": "[platform_tio]"} {
-		if _, err := Parse("policy.yaml", []byte(strings.Replace(text, from, to, 1))); err == nil {
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(text, from, to, 1))); err == nil {
 			t.Errorf("%q in place of %q is accepted", to, from)
 		}
 	}
@@ -432,7 +432,7 @@ func TestHardwareProfilesAreReadStrictly(t *testing.T) {
 			t.Errorf("%q is not in the policy", tt.from)
 			continue
 		}
-		if _, err := Parse("policy.yaml", []byte(changed)); err == nil || !strings.Contains(err.Error(), tt.want) {
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(changed)); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%q for %q: %v does not say %q", tt.to, tt.from, err, tt.want)
 		}
 	}
@@ -492,15 +492,15 @@ func TestProjectsCountWhateverVouches(t *testing.T) {
 		text := strings.Replace(plain(hardware), "{name: google, builtin: google}", `{name: google, pem: "`+google+`\n"}`, 1)
 		text = strings.Replace(strings.Replace(text, "ak_roots:", section+":", 1), "ak-root:google", prefix+"google", 1)
 		without := strings.Replace(text, "      gce: {projects: [lab], zones: [z1], instances: [node]}\n", "", 1)
-		if _, err := Parse("policy.yaml", []byte(without)); err == nil || !strings.Contains(err.Error(), "must name its projects") {
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(without)); err == nil || !strings.Contains(err.Error(), "must name its projects") {
 			t.Errorf("%s, without projects: %v", section, err)
 		}
 		p := parse(t, text)
 		c := googleClaims()
 		c[0].Trust = prefix + "google"
-		n := slices.IndexFunc(p.file.Profiles, func(pr Profile) bool { return pr.Name == "google" })
+		n := slices.IndexFunc(p.profiles, func(pr Profile) bool { return pr.Name == "google" })
 		differs := func() int {
-			hard, _ := p.file.Profiles[n].compare(verified(t, c...))
+			hard, _ := p.profiles[n].compare(verified(t, c...))
 			return len(hard)
 		}
 		if d := differs(); d != 0 {
@@ -557,7 +557,7 @@ func TestAnAuthorityInPEMIsWhole(t *testing.T) {
 			text += "          " + line
 		}
 		changed := strings.Replace(plain(hardware), "      - {name: amd, builtin: amd}\n", text, 1)
-		if _, err := Parse("policy.yaml", []byte(changed)); (err == nil) != (tt.want == "") || (err != nil && !strings.Contains(err.Error(), tt.want)) {
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(changed)); (err == nil) != (tt.want == "") || (err != nil && !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: %v does not say %q", name, err, tt.want)
 		}
 	}

@@ -54,7 +54,7 @@ grants:
 
 func parse(t testing.TB, text string) *Policy {
 	t.Helper()
-	p, err := Parse("policy.yaml", []byte(text))
+	p, err := Parse(Builtin(), "policy.yaml", []byte(text))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +139,7 @@ func TestAPolicyIsReadStrictly(t *testing.T) {
 			if name == "warn_only everywhere" {
 				text = strings.Replace(text, good7+"]", good7+"]\n          warn_only: true", 1)
 			}
-			_, err := Parse("policy.yaml", []byte(text))
+			_, err := Parse(Builtin(), "policy.yaml", []byte(text))
 			if !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), tt.says) {
 				t.Fatalf("got %v, want one that says %q", err, tt.says)
 			}
@@ -152,7 +152,7 @@ func TestAPolicyIsReadStrictly(t *testing.T) {
 		})
 	}
 	for name, text := range map[string]string{"nothing": "", "a comment": "# nothing\n", "null": "null\n", "a list": "- 1\n", "a number": "1\n"} {
-		if _, err := Parse("policy.yaml", []byte(text)); !errors.Is(err, config.ErrInvalid) {
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(text)); !errors.Is(err, config.ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -163,7 +163,7 @@ func TestNamesAreUnique(t *testing.T) {
 	grant := whole[strings.Index(whole, "  - name: data"):]
 	enrolled := "      - name: rack-7\n        ek: " + ek + "\n"
 	for name, block := range map[string]string{"profile": profile, "grant": grant, "enrolled": enrolled} {
-		_, err := Parse("policy.yaml", []byte(strings.Replace(whole, block, block+block, 1)))
+		_, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(whole, block, block+block, 1)))
 		if !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), "used twice") {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -193,7 +193,7 @@ func TestATrustRootHoldsExactlyOneCertificate(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, "root.pem"), []byte(pemText), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		return Parse(filepath.Join(dir, "policy.yaml"), []byte(rooted))
+		return Parse(Builtin(), filepath.Join(dir, "policy.yaml"), []byte(rooted))
 	}
 	first, err := load(one)
 	if err != nil {
@@ -213,11 +213,11 @@ func TestATrustRootHoldsExactlyOneCertificate(t *testing.T) {
 		t.Errorf("another root, the same hash %s, %v", first.Hash(), err)
 	}
 	os.Remove(filepath.Join(dir, "root.pem"))
-	if _, err := Parse(filepath.Join(dir, "policy.yaml"), []byte(rooted)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Parse(Builtin(), filepath.Join(dir, "policy.yaml"), []byte(rooted)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing: %v", err)
 	}
 	for name, root := range map[string]string{"both": "{name: lab, file: root.pem, pem: x}", "neither": "{name: lab}"} {
-		_, err := Parse("policy.yaml", []byte(strings.Replace(rooted, "{name: lab, file: root.pem}", root, 1)))
+		_, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(rooted, "{name: lab, file: root.pem}", root, 1)))
 		if !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), "either file or pem") {
 			t.Errorf("%s: %v", name, err)
 		}

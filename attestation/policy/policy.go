@@ -26,6 +26,7 @@ import (
 
 	"github.com/google/cel-go/cel"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/pattern"
 )
@@ -60,26 +61,25 @@ const (
 
 const takeoverExpiry = "expiry"
 
-// File is the policy file.
-type File struct {
-	Version  int       `yaml:"version"`
-	Lifetime string    `yaml:"lifetime"`
-	Trust    TrustFile `yaml:"trust"`
-	Profiles []Profile `yaml:"profiles"`
-	Grants   []Grant   `yaml:"grants"`
+// file is the policy file. What kinds of evidence say is decoded by them.
+type file struct {
+	Version  int               `yaml:"version"`
+	Lifetime string            `yaml:"lifetime"`
+	Trust    map[string]*later `yaml:"trust"`
+	Profiles []struct {
+		Name         string            `yaml:"name"`
+		ShowMismatch bool              `yaml:"show_mismatch,omitempty"`
+		Sections     map[string]*later `yaml:",inline"`
+	} `yaml:"profiles"`
+	Grants []Grant `yaml:"grants"`
 }
 
 // Profile is a set of reference values for one kind of machine. It demands each
 // kind of evidence that it has a section for.
 type Profile struct {
-	Name         string        `yaml:"name"`
-	ShowMismatch bool          `yaml:"show_mismatch,omitempty"` // the refused machine may see the difference
-	Azure        *AzureProfile `yaml:"azure,omitempty"`
-	SVSM         *SVSMProfile  `yaml:"svsm,omitempty"`
-	SNP          *SNPProfile   `yaml:"snp,omitempty"`
-	TDX          *TDXProfile   `yaml:"tdx,omitempty"`
-	Nitro        *NitroProfile `yaml:"nitro,omitempty"`
-	TPM          *TPMProfile   `yaml:"tpm,omitempty"`
+	Name         string
+	ShowMismatch bool // the refused machine may see the difference
+	parts        []part
 }
 
 // Grant allows operations.
@@ -104,14 +104,17 @@ type Grant struct {
 
 // Policy is a file that was checked as a whole. It is immutable.
 type Policy struct {
-	file     File
+	kinds    []Kind
+	trust    Trusts
+	profiles []Profile
+	grants   []Grant
 	hash     string
 	lifetime time.Duration
 	pcrs     []uint32
 }
 
-// Load reads and checks the policy file at path.
-func Load(path string) (*Policy, error) {
+// Load reads and checks the policy file at path, which may speak of these kinds.
+func Load(kinds []Kind, path string) (*Policy, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -122,30 +125,83 @@ func Load(path string) (*Policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Parse(path, data)
+	return Parse(kinds, path, data)
 }
 
-// Parse checks a policy. Files that it names are read relative to the folder of
-// name.
-func Parse(name string, data []byte) (*Policy, error) {
-	p := &Policy{}
-	doc, err := config.Decode(name, data, &p.file)
+// Parse checks a policy, which may speak of these kinds. Files that it names are read
+// relative to the folder of name.
+func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
+	var f file
+	doc, err := config.Decode(name, data, &f)
 	if err != nil {
 		return nil, err
 	}
-	c := checker{doc: doc, file: &p.file, dir: filepath.Dir(name)}
-	c.check(p)
+	p := &Policy{kinds: kinds, grants: f.Grants}
+	if err := p.decode(&f, doc); err != nil {
+		return nil, err
+	}
+	c := Checker{doc: doc, trust: p.trust, dir: filepath.Dir(name)}
+	c.check(p, &f)
 	if c.err != nil {
 		return nil, c.err
 	}
 	// Files that the policy names are part of what it says.
 	h := sha256.New()
 	h.Write(data)
-	for _, part := range p.file.Trust.raw() {
+	for _, part := range p.trust.raw() {
 		h.Write(part)
 	}
 	p.hash = hex.EncodeToString(h.Sum(nil))
 	return p, nil
+}
+
+// decode hands each part of the file to its kind.
+func (p *Policy) decode(f *file, doc *config.Document) error {
+	for name, l := range f.Trust {
+		k := kindOf(p.kinds, attestation.Kind(name))
+		if k == nil || k.Trust == nil {
+			return doc.Errorf([]any{"trust", name}, "%q is not a kind of evidence that somebody vouches for", name)
+		}
+		t := k.Trust()
+		if err := l.into(t, doc, "trust", name); err != nil {
+			return err
+		}
+		p.trust = append(p.trust, vouching{k.Name, t})
+	}
+	slices.SortFunc(p.trust, func(a, b vouching) int { return strings.Compare(string(a.kind), string(b.kind)) })
+	for i, raw := range f.Profiles {
+		pr := Profile{Name: raw.Name, ShowMismatch: raw.ShowMismatch}
+		for name := range raw.Sections {
+			if kindOf(p.kinds, attestation.Kind(name)) == nil {
+				return doc.Errorf([]any{"profiles", i, name}, "unknown field %q", name)
+			}
+		}
+		for j := range p.kinds {
+			k := &p.kinds[j]
+			l, ok := raw.Sections[string(k.Name)]
+			if !ok {
+				continue
+			}
+			s := k.Section()
+			if err := l.into(s, doc, "profiles", i, string(k.Name)); err != nil {
+				return err
+			}
+			pr.parts = append(pr.parts, part{k, s})
+		}
+		p.profiles = append(p.profiles, pr)
+	}
+	return nil
+}
+
+// into decodes a part. One without a value is as good as none.
+func (l *later) into(v any, doc *config.Document, at ...any) error {
+	if l == nil {
+		return nil
+	}
+	if err := l.decode(v); err != nil {
+		return doc.Decoding(err)
+	}
+	return nil
 }
 
 // Hash identifies the policy in the audit log: SHA-256 of the file, followed by
@@ -156,59 +212,66 @@ func (p *Policy) Hash() string { return p.hash }
 func (p *Policy) Lifetime() time.Duration { return p.lifetime }
 
 // Trust returns who vouches for what.
-func (p *Policy) Trust() TrustFile { return p.file.Trust }
+func (p *Policy) Trust() Trusts { return p.trust }
 
 // PCRs returns every register that some profile compares, ascending.
 func (p *Policy) PCRs() []uint32 { return p.pcrs }
 
 // Profiles returns the profiles, for people.
-func (p *Policy) Profiles() []Profile { return p.file.Profiles }
+func (p *Policy) Profiles() []Profile { return p.profiles }
 
 // Grants returns the grants, for people.
-func (p *Policy) Grants() []Grant { return p.file.Grants }
+func (p *Policy) Grants() []Grant { return p.grants }
 
-// checker collects the first error, so that the checks read as a list.
-type checker struct {
-	doc  *config.Document
-	file *File
-	dir  string
-	err  error
+// Checker collects the first error, so that the checks read as a list.
+type Checker struct {
+	doc   *config.Document
+	trust Trusts
+	dir   string
+	err   error
 }
 
-func (c *checker) fail(format string, args []any, path ...any) {
+func (c *Checker) Fail(format string, args []any, path ...any) {
 	if c.err == nil {
 		c.err = c.doc.Errorf(path, format, args...)
 	}
 }
 
-func (c *checker) demand(ok bool, message string, path ...any) {
+func (c *Checker) Demand(ok bool, message string, path ...any) {
 	if !ok {
-		c.fail("%s", []any{message}, path...)
+		c.Fail("%s", []any{message}, path...)
 	}
 }
 
 var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
-func (c *checker) check(p *Policy) {
-	f := c.file
-	c.demand(f.Version == 1, "must be 1", "version")
+func (c *Checker) check(p *Policy, f *file) {
+	c.Demand(f.Version == 1, "must be 1", "version")
 	var err error
 	if p.lifetime, err = time.ParseDuration(f.Lifetime); err != nil || p.lifetime < time.Second || p.lifetime > 24*time.Hour {
-		c.fail("must be a duration from 1s to 24h, such as 15m", nil, "lifetime")
+		c.Fail("must be a duration from 1s to 24h, such as 15m", nil, "lifetime")
 	}
-	c.trust()
-	c.demand(len(f.Profiles) > 0, "no profile: nothing could ever be accepted", "profiles")
-	c.demand(len(f.Grants) > 0, "no grant: nothing could ever be allowed", "grants")
+	vouchers := 0
+	for _, t := range p.trust {
+		vouchers += t.by.Vouchers()
+	}
+	c.Demand(vouchers > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust")
+	for _, t := range p.trust {
+		t.by.Check(c, Path{"trust", string(t.kind)})
+	}
+	c.Demand(len(p.profiles) > 0, "no profile: nothing could ever be accepted", "profiles")
+	c.Demand(len(p.grants) > 0, "no grant: nothing could ever be allowed", "grants")
 	seen := map[string]bool{}
-	for i := range f.Profiles {
-		c.name(f.Profiles[i].Name, seen, "profiles", i, "name")
-		c.profile(&f.Profiles[i], i)
+	for i := range p.profiles {
+		c.name(p.profiles[i].Name, seen, "profiles", i, "name")
+		c.profile(&p.profiles[i], i)
 	}
-	for _, pr := range f.Profiles {
-		if pr.TPM == nil {
+	for i := range p.profiles {
+		t := p.profiles[i].TPM()
+		if t == nil {
 			continue
 		}
-		for _, r := range pr.TPM.PCRs {
+		for _, r := range t.PCRs {
 			if r.PCR != nil && !slices.Contains(p.pcrs, *r.PCR) {
 				p.pcrs = append(p.pcrs, *r.PCR)
 			}
@@ -216,15 +279,15 @@ func (c *checker) check(p *Policy) {
 	}
 	slices.Sort(p.pcrs)
 	seen = map[string]bool{}
-	for i := range f.Grants {
-		c.name(f.Grants[i].Name, seen, "grants", i, "name")
-		c.grant(&f.Grants[i], i)
+	for i := range p.grants {
+		c.name(p.grants[i].Name, seen, "grants", i, "name")
+		c.grant(p, &p.grants[i], i)
 	}
 }
 
-func (c *checker) name(name string, seen map[string]bool, path ...any) {
-	c.demand(namePattern.MatchString(name), "must be 1 to 64 letters, digits, dots, dashes or underscores", path...)
-	c.demand(!seen[name], "is used twice", path...)
+func (c *Checker) name(name string, seen map[string]bool, path ...any) {
+	c.Demand(namePattern.MatchString(name), "must be 1 to 64 letters, digits, dots, dashes or underscores", path...)
+	c.Demand(!seen[name], "is used twice", path...)
 	seen[name] = true
 }
 
@@ -234,50 +297,50 @@ func isHex(s string, size int) bool {
 	return err == nil && len(b) == size && strings.ToLower(s) == s
 }
 
-func (c *checker) grant(g *Grant, i int) {
-	c.demand(len(g.Profiles) > 0, "empty: the grant is for nobody", "grants", i, "profiles")
+func (c *Checker) grant(p *Policy, g *Grant, i int) {
+	c.Demand(len(g.Profiles) > 0, "empty: the grant is for nobody", "grants", i, "profiles")
 	for n, name := range g.Profiles {
-		known := slices.ContainsFunc(c.file.Profiles, func(p Profile) bool { return p.Name == name })
-		c.demand(known, fmt.Sprintf("%q is not a profile", name), "grants", i, "profiles", n)
+		known := slices.ContainsFunc(p.profiles, func(pr Profile) bool { return pr.Name == name })
+		c.Demand(known, fmt.Sprintf("%q is not a profile", name), "grants", i, "profiles", n)
 	}
-	c.demand(len(g.Volumes) > 0, "empty: the grant is for no volume", "grants", i, "volumes")
+	c.Demand(len(g.Volumes) > 0, "empty: the grant is for no volume", "grants", i, "volumes")
 	for n, v := range g.Volumes {
-		c.demand(validPattern(v), "must be a volume name, in which * stands for any run of characters", "grants", i, "volumes", n)
+		c.Demand(validPattern(v), "must be a volume name, in which * stands for any run of characters", "grants", i, "volumes", n)
 	}
-	c.demand(len(g.Operations) > 0, "empty: the grant allows nothing", "grants", i, "operations")
+	c.Demand(len(g.Operations) > 0, "empty: the grant allows nothing", "grants", i, "operations")
 	for n, op := range g.Operations {
-		c.demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format)", op), "grants", i, "operations", n)
+		c.Demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format)", op), "grants", i, "operations", n)
 	}
 	for n, name := range g.Adopts {
-		c.demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)
+		c.Demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)
 	}
 	c.writers(g, i)
 	if g.When != "" {
 		var err error
-		if g.when, err = compile(g.When); err != nil {
-			c.fail("%w", []any{err}, "grants", i, "when")
+		if g.when, err = compile(p.kinds, g.When); err != nil {
+			c.Fail("%w", []any{err}, "grants", i, "when")
 		}
 	}
 }
 
 // writers checks what a grant says of those who write, and fills in what it does not.
-func (c *checker) writers(g *Grant, i int) {
+func (c *Checker) writers(g *Grant, i int) {
 	if g.Writers == "" {
 		g.Writers = WritersOne
 	}
 	known := []Writers{WritersOne, WritersMany, WritersReaders}
-	c.demand(slices.Contains(known, g.Writers), fmt.Sprintf("%q is not known (hint: one, many, readers)", g.Writers), "grants", i, "writers")
-	c.demand(g.Writers != WritersReaders || !slices.Contains(g.Operations, Format), "readers create no volume: a grant for them has only the operation open", "grants", i, "writers")
-	c.demand(g.Takeover == "" || g.Takeover == takeoverExpiry, fmt.Sprintf("%q is not known (hint: expiry, or nothing for an operator's word only)", g.Takeover), "grants", i, "takeover")
+	c.Demand(slices.Contains(known, g.Writers), fmt.Sprintf("%q is not known (hint: one, many, readers)", g.Writers), "grants", i, "writers")
+	c.Demand(g.Writers != WritersReaders || !slices.Contains(g.Operations, Format), "readers create no volume: a grant for them has only the operation open", "grants", i, "writers")
+	c.Demand(g.Takeover == "" || g.Takeover == takeoverExpiry, fmt.Sprintf("%q is not known (hint: expiry, or nothing for an operator's word only)", g.Takeover), "grants", i, "takeover")
 	alone := g.Writers == WritersOne
-	c.demand(alone || g.Takeover == "", "there is no lease to take over unless one node writes", "grants", i, "takeover")
-	c.demand(g.Writers != WritersReaders || g.Lease == "", "readers have no lease", "grants", i, "lease")
+	c.Demand(alone || g.Takeover == "", "there is no lease to take over unless one node writes", "grants", i, "takeover")
+	c.Demand(g.Writers != WritersReaders || g.Lease == "", "readers have no lease", "grants", i, "lease")
 	g.lease = DefaultLease
 	if g.Lease == "" {
 		return
 	}
 	var err error
 	if g.lease, err = time.ParseDuration(g.Lease); err != nil || g.lease < MinLease || g.lease > MaxLease {
-		c.fail("must be a duration from %s to %s, such as 2m", []any{MinLease, MaxLease}, "grants", i, "lease")
+		c.Fail("must be a duration from %s to %s, such as 2m", []any{MinLease, MaxLease}, "grants", i, "lease")
 	}
 }

@@ -20,32 +20,22 @@ var ErrMasked = errors.New("the report's chip ID is masked, so that its key's ce
 //
 // A machine that its host may read, or whose chip its host hides ([ErrMasked]), gives no
 // profile: no verifier would ever accept it.
-func Reference(name, source string, claims []attestation.Claims) (*Profile, error) {
+func Reference(kinds []Kind, name, source string, claims []attestation.Claims) (*Profile, error) {
 	p := &Profile{Name: name}
-	for _, c := range claims {
-		if debug, _ := facts.Debug.Of(c); debug {
+	for i := range kinds {
+		k := &kinds[i]
+		n := slices.IndexFunc(claims, func(c attestation.Claims) bool { return c.Kind == k.Name })
+		if n < 0 {
+			continue
+		}
+		if debug, _ := facts.Debug.Of(claims[n]); debug {
 			return nil, fmt.Errorf("the machine runs with debugging allowed: its host can read it, and no profile accepts it")
 		}
-		if text(c, facts.SNPSigner) == "vcek" && text(c, facts.SNPChipID) == "" {
-			return nil, ErrMasked
+		s, err := k.Reference(claims[n], source)
+		if err != nil {
+			return nil, err
 		}
-		switch c.Kind {
-		case attestation.SNP:
-			p.SNP = snpReference(c, source)
-		case attestation.TDX:
-			p.TDX = tdxReference(c, source)
-		case attestation.TPM:
-			p.TPM = &TPMProfile{Trust: []string{trustOr(c, "root:NAME")}, Bank: "sha256", EventLog: logOf(c), PCRs: pcrReferences(c, source)}
-			if project, ok := facts.GCEProjectID.Of(c); ok {
-				p.TPM.GCE = &GCEProfile{Projects: []string{project}}
-			}
-		case attestation.Nitro:
-			p.Nitro = &NitroProfile{Trust: []string{trustOr(c, "root:aws")}, AnyInstance: true, PCRs: pcrReferences(c, source)}
-		case attestation.Azure:
-			p.Azure = &AzureProfile{AnyVM: true, Allow: seen(c, azureWeaknesses)}
-		case attestation.SVSM:
-			p.SVSM = &SVSMProfile{}
-		}
+		p.parts = append(p.parts, part{k, s})
 	}
 	return p, nil
 }
@@ -97,7 +87,10 @@ func valueOf(c attestation.Claims, register, source string) Values {
 	return Values{Accept: []string{hex.EncodeToString(c.Measurements[register].Value)}, Source: source}
 }
 
-func snpReference(c attestation.Claims, source string) *SNPProfile {
+func snpReference(c attestation.Claims, source string) (Section, error) {
+	if text(c, facts.SNPSigner) == "vcek" && text(c, facts.SNPChipID) == "" {
+		return nil, ErrMasked
+	}
 	least := func(part string) *uint64 {
 		n := *number(c, facts.SNPTCB("reported", part))
 		for _, when := range []string{"committed", "current", "launch"} {
@@ -127,10 +120,10 @@ func snpReference(c attestation.Claims, source string) *SNPProfile {
 	if vmpl := *number(c, facts.SNPVMPL); vmpl != 0 {
 		s.VMPL = []uint64{vmpl}
 	}
-	return s
+	return s, nil
 }
 
-func tdxReference(c attestation.Claims, source string) *TDXProfile {
+func tdxReference(c attestation.Claims, source string) (Section, error) {
 	status := text(c, facts.TDXTCBStatus)
 	if status == "" {
 		status = "UpToDate"
@@ -148,7 +141,7 @@ func tdxReference(c attestation.Claims, source string) *TDXProfile {
 			t.RTMRs = append(t.RTMRs, RTMR{RTMR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)})
 		}
 	}
-	return t
+	return t, nil
 }
 
 func pcrReferences(c attestation.Claims, source string) []PCR {

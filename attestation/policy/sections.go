@@ -8,144 +8,165 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 )
 
-// section is a profile's part about one kind of claims.
-type section interface {
-	kind() attestation.Kind
-	// check says whether the section is good, when the file is read.
-	check(c *checker, pr *Profile, at path)
-	// compare returns how verified claims differ from the section.
-	compare(d *differences, claims attestation.Claims)
+// Path is a place in the policy file.
+type Path []any
+
+func (p Path) To(more ...any) Path { return append(slices.Clone(p), more...) }
+
+// part is a section of a profile and its kind.
+type part struct {
+	kind    *Kind
+	section Section
 }
 
-// path is a place in the policy file.
-type path []any
-
-func (p path) to(more ...any) path { return append(slices.Clone(p), more...) }
-
-// sections returns those that are there.
-func (pr *Profile) sections() []section {
-	var all []section
-	if pr.Azure != nil {
-		all = append(all, pr.Azure)
+// Section returns the profile's section of a kind, nil if it has none.
+func (pr *Profile) Section(k attestation.Kind) Section {
+	for _, p := range pr.parts {
+		if p.kind.Name == k {
+			return p.section
+		}
 	}
-	if pr.SVSM != nil {
-		all = append(all, pr.SVSM)
-	}
-	if pr.SNP != nil {
-		all = append(all, pr.SNP)
-	}
-	if pr.TDX != nil {
-		all = append(all, pr.TDX)
-	}
-	if pr.Nitro != nil {
-		all = append(all, pr.Nitro)
-	}
-	if pr.TPM != nil {
-		all = append(all, pr.TPM)
-	}
-	return all
+	return nil
 }
 
-// carrier is the kind of evidence that brings the profile's hardware and TPM
-// claims together, or empty if each brings its own.
-func (pr *Profile) carrier() attestation.Kind {
-	switch {
-	case pr.Azure != nil:
-		return attestation.Azure
-	case pr.SVSM != nil:
-		return attestation.SVSM
+// Set gives the profile a section of a kind of this package, nil for none.
+func (pr *Profile) Set(k attestation.Kind, s Section) {
+	pr.parts = slices.DeleteFunc(pr.parts, func(p part) bool { return p.kind.Name == k })
+	if s == nil {
+		return
+	}
+	all := Builtin()
+	pr.parts = append(pr.parts, part{kindOf(all, k), s})
+	slices.SortStableFunc(pr.parts, func(a, b part) int {
+		order := func(p part) int { return slices.IndexFunc(all, func(k Kind) bool { return k.Name == p.kind.Name }) }
+		return order(a) - order(b)
+	})
+}
+
+func sectionOf[S Section](pr *Profile, k attestation.Kind) S {
+	s, _ := pr.Section(k).(S)
+	return s
+}
+
+// Azure returns the section of that kind, nil if there is none. So do the others.
+func (pr *Profile) Azure() *AzureProfile { return sectionOf[*AzureProfile](pr, attestation.Azure) }
+
+// SVSM returns the section of an SVSM's vTPM.
+func (pr *Profile) SVSM() *SVSMProfile { return sectionOf[*SVSMProfile](pr, attestation.SVSM) }
+
+// SNP returns the section of an SEV-SNP report.
+func (pr *Profile) SNP() *SNPProfile { return sectionOf[*SNPProfile](pr, attestation.SNP) }
+
+// TDX returns the section of a TDX quote.
+func (pr *Profile) TDX() *TDXProfile { return sectionOf[*TDXProfile](pr, attestation.TDX) }
+
+// Nitro returns the section of an AWS NitroTPM.
+func (pr *Profile) Nitro() *NitroProfile { return sectionOf[*NitroProfile](pr, attestation.Nitro) }
+
+// TPM returns the section of a TPM.
+func (pr *Profile) TPM() *TPMProfile { return sectionOf[*TPMProfile](pr, attestation.TPM) }
+
+// carrier is the kind of evidence that brings claims of others with it, nil if each
+// brings its own.
+func (pr *Profile) carrier() *Kind {
+	for _, p := range pr.parts {
+		if len(p.kind.Carries) > 0 {
+			return p.kind
+		}
+	}
+	return nil
+}
+
+// via is the kind of evidence in which the claims of a kind have to come, empty if that
+// is evidence of its own.
+func (pr *Profile) via(k attestation.Kind) attestation.Kind {
+	if c := pr.carrier(); c != nil && slices.Contains(c.Carries, k) {
+		return c.Name
 	}
 	return ""
-}
-
-// carried reports whether the claims of a kind come in another's evidence.
-func (pr *Profile) carried(k attestation.Kind) bool {
-	return pr.carrier() != "" && k != pr.carrier() && k != attestation.Nitro
 }
 
 // Kinds returns the evidence that the profile demands.
 func (pr *Profile) Kinds() []attestation.Kind {
 	var kinds []attestation.Kind
-	for _, s := range pr.sections() {
-		if !pr.carried(s.kind()) {
-			kinds = append(kinds, s.kind())
+	for _, p := range pr.parts {
+		if pr.via(p.kind.Name) == "" {
+			kinds = append(kinds, p.kind.Name)
 		}
 	}
 	return kinds
 }
 
 // WarnOnly names the reference values that only warn, for people.
-func (pr *Profile) WarnOnly() []string {
-	var out []string
-	add := func(soft bool, format string, args ...any) {
-		if soft {
-			out = append(out, pr.Name+" "+fmt.Sprintf(format, args...))
-		}
-	}
-	if pr.TPM != nil {
-		for _, r := range pr.TPM.PCRs {
-			add(r.WarnOnly, "pcr%d", *r.PCR)
-		}
-	}
-	if pr.Nitro != nil {
-		for _, r := range pr.Nitro.PCRs {
-			add(r.WarnOnly, "nitro.pcr%d", *r.PCR)
-		}
-	}
-	if pr.TDX != nil {
-		for _, r := range pr.TDX.RTMRs {
-			add(r.WarnOnly, "tdx.rtmr%d", *r.RTMR)
+func (pr *Profile) WarnOnly() (out []string) {
+	for _, p := range pr.parts {
+		if s, ok := p.section.(interface{ WarnOnly() []string }); ok {
+			for _, register := range s.WarnOnly() {
+				out = append(out, pr.Name+" "+register)
+			}
 		}
 	}
 	return out
 }
 
-// Allowed says in sentences which weaknesses the profile accepts by name, and
-// whose machines it does not tell apart.
-func (pr *Profile) Allowed() []string {
-	var out []string
-	add := func(section, anything string, open bool, allow []string) {
-		if open {
-			out = append(out, fmt.Sprintf("profile %q accepts %s (%s)", pr.Name, anything, section))
+// Allowed says in sentences which weaknesses the profile accepts by name, and whose
+// machines it does not tell apart.
+func (pr *Profile) Allowed() (out []string) {
+	for _, p := range pr.parts {
+		s, ok := p.section.(interface {
+			Allowed() (anything string, words []string)
+		})
+		if !ok {
+			continue
 		}
-		if len(allow) > 0 {
-			out = append(out, fmt.Sprintf("profile %q accepts by name: %s (%s)", pr.Name, strings.Join(allow, ", "), section))
+		anything, words := s.Allowed()
+		if anything != "" {
+			out = append(out, fmt.Sprintf("profile %q accepts %s (%s)", pr.Name, anything, p.kind.Name))
 		}
-	}
-	if pr.SNP != nil {
-		add("snp", "every chip", pr.SNP.AnyChip, pr.SNP.Allow)
-	}
-	if pr.TDX != nil {
-		add("tdx", "every platform", pr.TDX.AnyPlatform, pr.TDX.Allow)
-	}
-	if pr.Azure != nil {
-		add("azure", "every VM", pr.Azure.AnyVM, pr.Azure.Allow)
-	}
-	if pr.Nitro != nil {
-		add("nitro", "every instance", pr.Nitro.AnyInstance, nil)
+		if len(words) > 0 {
+			out = append(out, fmt.Sprintf("profile %q accepts by name: %s (%s)", pr.Name, strings.Join(words, ", "), p.kind.Name))
+		}
 	}
 	return out
 }
 
-// profile checks which sections come together, and each by itself.
-func (c *checker) profile(pr *Profile, i int) {
-	at := path{"profiles", i}
-	switch {
-	case pr.Azure != nil && pr.SVSM != nil:
-		c.fail("azure and svsm are two kinds of machine", nil, at...)
-	case pr.carrier() != "" && pr.TPM == nil:
-		c.fail("azure and svsm tie a vTPM to the hardware: a tpm section says what has to be in it", nil, at...)
-	case pr.Azure != nil && (pr.SNP == nil) == (pr.TDX == nil):
-		c.fail("azure has either SNP or TDX below it: exactly one of snp and tdx must be there", nil, at.to("azure")...)
-	case pr.SVSM != nil && (pr.SNP == nil || pr.TDX != nil):
-		c.fail("an SVSM is below SNP: it needs an snp section and no tdx section", nil, at.to("svsm")...)
-	case pr.SNP != nil && pr.TDX != nil:
-		c.fail("no machine has both SNP and TDX", nil, at...)
-	case pr.TPM == nil && pr.SNP == nil && pr.TDX == nil && pr.Nitro == nil:
-		c.fail("no evidence is demanded: a profile needs a tpm, snp, tdx or nitro section", nil, at...)
+// every is what a section without a list of machines accepts.
+func every(what string, any bool) string {
+	if any {
+		return "every " + what
 	}
-	for _, s := range pr.sections() {
-		s.check(c, pr, at.to(string(s.kind())))
+	return ""
+}
+
+func warnOnly(prefix string, pcrs []PCR) (out []string) {
+	for _, r := range pcrs {
+		if r.WarnOnly {
+			out = append(out, fmt.Sprintf("%s%d", prefix, *r.PCR))
+		}
+	}
+	return out
+}
+
+// profile checks that evidence is demanded, and each section.
+func (c *Checker) profile(pr *Profile, i int) {
+	at := Path{"profiles", i}
+	c.Demand(len(pr.parts) > 0, "no evidence is demanded: a profile needs a tpm, snp, tdx or nitro section", at...)
+	for _, p := range pr.parts {
+		if len(p.kind.Carries) > 0 {
+			c.carries(pr, p.kind, at)
+		}
+	}
+	for _, p := range pr.parts {
+		p.section.Check(c, pr, at.To(string(p.kind.Name)))
+	}
+}
+
+// carries checks a profile of evidence that ties a vTPM to the hardware below it.
+func (c *Checker) carries(pr *Profile, k *Kind, at Path) {
+	other := pr.carrier()
+	c.Demand(other.Name == k.Name, fmt.Sprintf("%s and %s are two kinds of machine", other.Name, k.Name), at...)
+	if slices.Contains(k.Carries, attestation.TPM) {
+		c.Demand(pr.TPM() != nil, "azure and svsm tie a vTPM to the hardware: a tpm section says what has to be in it", at...)
 	}
 }
 
@@ -156,48 +177,48 @@ type Values struct {
 	Source   string   `yaml:"source,omitempty"` // for people
 }
 
-func (v *Values) check(c *checker, size int, at path) {
-	c.demand(len(v.Accept) > 0, "empty: no value would be accepted", at.to("accept")...)
-	c.hexes(v.Accept, size, at.to("accept"))
+func (v *Values) check(c *Checker, size int, at Path) {
+	c.Demand(len(v.Accept) > 0, "empty: no value would be accepted", at.To("accept")...)
+	c.Hexes(v.Accept, size, at.To("accept"))
 	for m, value := range v.Accept {
-		c.demand(!unextended(value), "is what was never measured: it would prove nothing", at.to("accept", m)...)
+		c.Demand(!unextended(value), "is what was never measured: it would prove nothing", at.To("accept", m)...)
 	}
 }
 
-// hexes demands lower-case hex of size bytes.
-func (c *checker) hexes(values []string, size int, at path) {
+// Hexes demands lower-case hex of size bytes.
+func (c *Checker) Hexes(values []string, size int, at Path) {
 	for n, v := range values {
 		if !isHex(v, size) {
-			c.fail("must be %d lower-case hex digits", []any{2 * size}, at.to(n)...)
+			c.Fail("must be %d lower-case hex digits", []any{2 * size}, at.To(n)...)
 		}
 	}
 }
 
-// filled demands values that say something: an empty one would fit a fact that is
+// Filled demands values that say something: an empty one would fit a fact that is
 // not there.
-func (c *checker) filled(values []string, at path) {
+func (c *Checker) Filled(values []string, at Path) {
 	for n, v := range values {
-		c.demand(v != "", "must not be empty", at.to(n)...)
+		c.Demand(v != "", "must not be empty", at.To(n)...)
 	}
 }
 
-// oneOf demands values of a closed set.
-func (c *checker) oneOf(values, known []string, at path) {
+// OneOf demands values of a closed set.
+func (c *Checker) OneOf(values, known []string, at Path) {
 	for n, v := range values {
 		if !slices.Contains(known, v) {
-			c.fail("%q is not known (hint: %s)", []any{v, hintOf(known)}, at.to(n)...)
+			c.Fail("%q is not known (hint: %s)", []any{v, hintOf(known)}, at.To(n)...)
 		}
 	}
 }
 
-// listOrAny demands either a list or the explicit word that everything goes.
-func (c *checker) listOrAny(list []string, anything bool, word string, at path) {
-	c.demand((len(list) > 0) != anything, "must be a list, or else "+word+": true must say that any is meant", at...)
+// ListOrAny demands either a list or the explicit word that everything goes.
+func (c *Checker) ListOrAny(list []string, anything bool, word string, at Path) {
+	c.Demand((len(list) > 0) != anything, "must be a list, or else "+word+": true must say that any is meant", at...)
 }
 
-// set is a number that must be there.
-func (c *checker) set(n *uint64, most uint64, at path) {
+// Set is a number that must be there.
+func (c *Checker) Set(n *uint64, most uint64, at Path) {
 	if n == nil || *n > most {
-		c.fail("must be a number from 0 to %d", []any{most}, at...)
+		c.Fail("must be a number from 0 to %d", []any{most}, at...)
 	}
 }

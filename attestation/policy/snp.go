@@ -67,111 +67,114 @@ var snpWeaknesses = []weakness{
 	{"unknown-bits", facts.SNPUnknownBits, false},
 }
 
-func (*SNPProfile) kind() attestation.Kind { return attestation.SNP }
-
-func (s *SNPProfile) check(c *checker, _ *Profile, at path) {
-	c.vouchers(s.Trust, namesOf("root:", c.file.Trust.SNP.Roots), at.to("trust"))
-	c.demand(len(s.Products) > 0, "empty: no product would be accepted", at.to("products")...)
-	c.oneOf(s.Products, products, at.to("products"))
-	c.demand(len(s.Signers) > 0, "empty: neither vcek nor vlek would be accepted", at.to("signers")...)
-	c.oneOf(s.Signers, []string{"vcek", "vlek"}, at.to("signers"))
-	c.demand(slices.Contains(s.Signers, "vlek") == (len(s.CSPs) > 0), "must name the clouds whose VLEKs are accepted, and only with vlek among the signers", at.to("csps")...)
-	s.Measurement.check(c, 48, at.to("measurement"))
-	c.demand(!s.Measurement.WarnOnly, "must not be warn_only: nothing else says what runs", at.to("measurement")...)
+// Check implements Section.
+func (s *SNPProfile) Check(c *Checker, _ *Profile, at Path) {
+	c.Vouchers(s.Trust, namesOf("root:", c.trust.SNP().Roots), at.To("trust"))
+	c.Demand(len(s.Products) > 0, "empty: no product would be accepted", at.To("products")...)
+	c.OneOf(s.Products, products, at.To("products"))
+	c.Demand(len(s.Signers) > 0, "empty: neither vcek nor vlek would be accepted", at.To("signers")...)
+	c.OneOf(s.Signers, []string{"vcek", "vlek"}, at.To("signers"))
+	c.Demand(slices.Contains(s.Signers, "vlek") == (len(s.CSPs) > 0), "must name the clouds whose VLEKs are accepted, and only with vlek among the signers", at.To("csps")...)
+	s.Measurement.check(c, 48, at.To("measurement"))
+	c.Demand(!s.Measurement.WarnOnly, "must not be warn_only: nothing else says what runs", at.To("measurement")...)
 	if s.MinTCB == nil {
-		c.fail("missing: every version of the firmware would be accepted", nil, at.to("min_tcb")...)
+		c.Fail("missing: every version of the firmware would be accepted", nil, at.To("min_tcb")...)
 		return
 	}
 	for name, part := range s.MinTCB.parts() {
 		if name != "fmc" || slices.Contains(s.Products, "Turin") {
-			c.set(part, 255, at.to("min_tcb", name))
+			c.Set(part, 255, at.To("min_tcb", name))
 		}
 	}
 	s.checkDemands(c, at)
 	for n, v := range s.VMPL {
-		c.demand(v <= 3, "must be a number from 0 to 3", at.to("vmpl", n)...)
+		c.Demand(v <= 3, "must be a number from 0 to 3", at.To("vmpl", n)...)
 	}
-	c.listOrAny(s.Chips, s.AnyChip, "any_chip", at.to("chips"))
-	c.hexes(s.Chips, 64, at.to("chips"))
-	c.hexes(s.HostData, 32, at.to("host_data"))
-	c.hexes(s.IDKeys, 48, at.to("id_keys"))
-	c.hexes(s.AuthorKeys, 48, at.to("author_keys"))
-	c.oneOf(s.Allow, words(snpWeaknesses), at.to("allow"))
+	c.ListOrAny(s.Chips, s.AnyChip, "any_chip", at.To("chips"))
+	c.Hexes(s.Chips, 64, at.To("chips"))
+	c.Hexes(s.HostData, 32, at.To("host_data"))
+	c.Hexes(s.IDKeys, 48, at.To("id_keys"))
+	c.Hexes(s.AuthorKeys, 48, at.To("author_keys"))
+	c.OneOf(s.Allow, words(snpWeaknesses), at.To("allow"))
 }
 
 func (t *SNPTCB) parts() map[string]*uint64 {
 	return map[string]*uint64{"fmc": t.FMC, "bootloader": t.Bootloader, "tee": t.TEE, "snp": t.SNP, "microcode": t.Microcode}
 }
 
-func (s *SNPProfile) compare(d *differences, claims attestation.Claims) {
-	d.trust("snp.trust", s.Trust)
-	d.text("snp.product", facts.SNPProduct, s.Products)
-	d.text("snp.signer", facts.SNPSigner, s.Signers)
+// Compare implements Section.
+func (s *SNPProfile) Compare(d *Differences, claims attestation.Claims) {
+	d.Trust("snp.trust", s.Trust)
+	d.Text("snp.product", facts.SNPProduct, s.Products)
+	d.Text("snp.signer", facts.SNPSigner, s.Signers)
 	if signer, _ := facts.SNPSigner.Of(claims); signer == "vlek" && slices.Contains(s.Signers, signer) {
-		d.text("snp.csp", facts.SNPCSP, s.CSPs)
+		d.Text("snp.csp", facts.SNPCSP, s.CSPs)
 	}
-	d.values("snp.measurement", "measurement", s.Measurement, nil)
+	d.Values("snp.measurement", "measurement", s.Measurement, nil)
 	// The reported version is what the certificate stands for; a committed one
 	// that is lower could be gone back to, and a launch under a lower one
 	// happened under firmware that is not good enough.
 	for _, when := range []string{"reported", "committed", "current", "launch"} {
 		for _, name := range []string{"fmc", "bootloader", "tee", "snp", "microcode"} {
 			if least := s.MinTCB.parts()[name]; least != nil {
-				d.atLeast(fmt.Sprintf("snp.tcb.%s.%s", when, name), facts.SNPTCB(when, name), *least)
+				d.AtLeast(fmt.Sprintf("snp.tcb.%s.%s", when, name), facts.SNPTCB(when, name), *least)
 			}
 		}
 	}
 	s.compareDemands(d)
 	vmpl, ok := facts.SNPVMPL.Of(claims)
 	if accept := append([]uint64(nil), s.VMPL...); !ok || !slices.Contains(orZero(accept), vmpl) {
-		d.refuse("snp.vmpl", []string{fmt.Sprint(orZero(accept))}, fmt.Sprint(claims.Facts[string(facts.SNPVMPL)]))
+		d.Refuse("snp.vmpl", []string{fmt.Sprint(orZero(accept))}, fmt.Sprint(claims.Facts[string(facts.SNPVMPL)]))
 	}
 	if !s.AnyChip {
-		d.text("snp.chip", facts.SNPChipID, s.Chips)
+		d.Text("snp.chip", facts.SNPChipID, s.Chips)
 	}
-	d.text("snp.host_data", facts.SNPHostData, s.HostData)
-	d.text("snp.id_key", facts.SNPIDKey, s.IDKeys)
-	d.text("snp.author_key", facts.SNPAuthorKey, s.AuthorKeys)
-	d.flag("snp.debug", facts.Debug, false)
-	d.weaknesses("snp", snpWeaknesses, s.Allow)
+	d.Text("snp.host_data", facts.SNPHostData, s.HostData)
+	d.Text("snp.id_key", facts.SNPIDKey, s.IDKeys)
+	d.Text("snp.author_key", facts.SNPAuthorKey, s.AuthorKeys)
+	d.Flag("snp.debug", facts.Debug, false)
+	d.Weaknesses("snp", snpWeaknesses, s.Allow)
 }
 
+// Allowed says what the section leaves open.
+func (s *SNPProfile) Allowed() (string, []string) { return every("chip", s.AnyChip), s.Allow }
+
 // checkDemands checks what a profile may demand and need not.
-func (s *SNPProfile) checkDemands(c *checker, at path) {
+func (s *SNPProfile) checkDemands(c *Checker, at Path) {
 	_, err := versionOf(s.MinVersion)
-	c.demand(s.MinVersion == "" || err == nil, "must be a firmware version such as 1.55.29", at.to("min_version")...)
+	c.Demand(s.MinVersion == "" || err == nil, "must be a firmware version such as 1.55.29", at.To("min_version")...)
 	var known []string
 	for _, f := range facts.SNPGuarantees {
 		known = append(known, string(f))
 	}
-	c.oneOf(s.Demand, known, at.to("demand"))
+	c.OneOf(s.Demand, known, at.To("demand"))
 	if s.MinGuestSVN != nil {
-		c.set(s.MinGuestSVN, 1<<32-1, at.to("min_guest_svn"))
+		c.Set(s.MinGuestSVN, 1<<32-1, at.To("min_guest_svn"))
 	}
 	if m := s.Mitigations; m != nil {
-		c.demand(m.Launch != 0 || m.Current != 0, "empty: no mitigation is demanded", at.to("mitigations")...)
+		c.Demand(m.Launch != 0 || m.Current != 0, "empty: no mitigation is demanded", at.To("mitigations")...)
 	}
 }
 
-func (s *SNPProfile) compareDemands(d *differences) {
+func (s *SNPProfile) compareDemands(d *Differences) {
 	if s.MinVersion != "" {
 		for field, fact := range map[string]facts.Fact[string]{"snp.version.current": facts.SNPVersionCurrent, "snp.version.committed": facts.SNPVersionCommitted} {
 			least, _ := versionOf(s.MinVersion)
 			text, _ := fact.Of(d.claims)
 			if got, err := versionOf(text); err != nil || slices.Compare(got[:], least[:]) < 0 {
-				d.refuse(field, []string{"at least " + s.MinVersion}, text)
+				d.Refuse(field, []string{"at least " + s.MinVersion}, text)
 			}
 		}
 	}
 	if s.MinGuestSVN != nil {
-		d.atLeast("snp.guest_svn", facts.SNPGuestSVN, *s.MinGuestSVN)
+		d.AtLeast("snp.guest_svn", facts.SNPGuestSVN, *s.MinGuestSVN)
 	}
 	if m := s.Mitigations; m != nil {
-		d.bits("snp.mitigations.launch", facts.SNPLaunchMitigations, m.Launch)
-		d.bits("snp.mitigations.current", facts.SNPCurrentMitigations, m.Current)
+		d.Bits("snp.mitigations.launch", facts.SNPLaunchMitigations, m.Launch)
+		d.Bits("snp.mitigations.current", facts.SNPCurrentMitigations, m.Current)
 	}
 	for _, name := range s.Demand {
-		d.flag("snp."+name, facts.Fact[bool](name), true)
+		d.Flag("snp."+name, facts.Fact[bool](name), true)
 	}
 }
 

@@ -59,79 +59,80 @@ var tdxWeaknesses = []weakness{
 	{"perfmon", facts.TDXPerfmon, false},
 }
 
-func (*TDXProfile) kind() attestation.Kind { return attestation.TDX }
-
-func (t *TDXProfile) check(c *checker, pr *Profile, at path) {
-	c.vouchers(t.Trust, namesOf("root:", c.file.Trust.TDX.Roots), at.to("trust"))
-	c.demand(len(t.TCBStatus) > 0, "empty: no status would be accepted", at.to("tcb_status")...)
-	c.oneOf(t.TCBStatus, tdxStatuses, at.to("tcb_status"))
-	t.MRTD.check(c, 48, at.to("mrtd"))
-	c.demand(!t.MRTD.WarnOnly, "must not be warn_only: nothing else says what firmware runs", at.to("mrtd")...)
-	t.MRSEAM.check(c, 48, at.to("mr_seam"))
-	c.demand(!t.MRSEAM.WarnOnly, "must not be warn_only: the module is what keeps the host out", at.to("mr_seam")...)
-	c.demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.to("event_log")...)
-	c.demand(pr.Azure == nil || t.EventLog != "required", "must be optional: on Azure the vTPM's log is the only one", at.to("event_log")...)
-	t.checkRTMRs(c, at.to("rtmrs"))
-	c.demand(len(t.XFAM) > 0, "empty: no value would be accepted", at.to("xfam")...)
-	c.hexes(t.XFAM, 8, at.to("xfam"))
-	c.listOrAny(t.Platforms, t.AnyPlatform, "any_platform", at.to("platforms"))
-	c.hexes(t.Platforms, 16, at.to("platforms"))
-	c.hexes(t.MRConfigID, 48, at.to("mr_config_id"))
-	c.hexes(t.MROwner, 48, at.to("mr_owner"))
-	c.hexes(t.MROwnerConfig, 48, at.to("mr_owner_config"))
-	c.hexes(t.MRServiceTD, 48, at.to("mr_service_td"))
-	c.oneOf(t.Allow, words(tdxWeaknesses), at.to("allow"))
+// Check implements Section.
+func (t *TDXProfile) Check(c *Checker, pr *Profile, at Path) {
+	c.Demand(pr.SNP() == nil || pr.Azure() != nil, "no machine has both SNP and TDX", at...)
+	c.Vouchers(t.Trust, namesOf("root:", c.trust.TDX().Roots), at.To("trust"))
+	c.Demand(len(t.TCBStatus) > 0, "empty: no status would be accepted", at.To("tcb_status")...)
+	c.OneOf(t.TCBStatus, tdxStatuses, at.To("tcb_status"))
+	t.MRTD.check(c, 48, at.To("mrtd"))
+	c.Demand(!t.MRTD.WarnOnly, "must not be warn_only: nothing else says what firmware runs", at.To("mrtd")...)
+	t.MRSEAM.check(c, 48, at.To("mr_seam"))
+	c.Demand(!t.MRSEAM.WarnOnly, "must not be warn_only: the module is what keeps the host out", at.To("mr_seam")...)
+	c.Demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.To("event_log")...)
+	c.Demand(pr.Azure() == nil || t.EventLog != "required", "must be optional: on Azure the vTPM's log is the only one", at.To("event_log")...)
+	t.checkRTMRs(c, at.To("rtmrs"))
+	c.Demand(len(t.XFAM) > 0, "empty: no value would be accepted", at.To("xfam")...)
+	c.Hexes(t.XFAM, 8, at.To("xfam"))
+	c.ListOrAny(t.Platforms, t.AnyPlatform, "any_platform", at.To("platforms"))
+	c.Hexes(t.Platforms, 16, at.To("platforms"))
+	c.Hexes(t.MRConfigID, 48, at.To("mr_config_id"))
+	c.Hexes(t.MROwner, 48, at.To("mr_owner"))
+	c.Hexes(t.MROwnerConfig, 48, at.To("mr_owner_config"))
+	c.Hexes(t.MRServiceTD, 48, at.To("mr_service_td"))
+	c.OneOf(t.Allow, words(tdxWeaknesses), at.To("allow"))
 	if t.MinSVN == nil {
-		c.fail("missing: every version of the firmware would be accepted", nil, at.to("min_svn")...)
+		c.Fail("missing: every version of the firmware would be accepted", nil, at.To("min_svn")...)
 		return
 	}
-	c.demand(isHex(t.MinSVN.TEETCB, 16), "must be 32 lower-case hex digits", at.to("min_svn", "tee_tcb")...)
-	c.set(t.MinSVN.QE, 65535, at.to("min_svn", "qe"))
-	c.set(t.MinSVN.PCE, 65535, at.to("min_svn", "pce"))
-	c.set(t.MinSVN.TCBEvaluation, 1<<31, at.to("min_svn", "tcb_evaluation"))
+	c.Demand(isHex(t.MinSVN.TEETCB, 16), "must be 32 lower-case hex digits", at.To("min_svn", "tee_tcb")...)
+	c.Set(t.MinSVN.QE, 65535, at.To("min_svn", "qe"))
+	c.Set(t.MinSVN.PCE, 65535, at.To("min_svn", "pce"))
+	c.Set(t.MinSVN.TCBEvaluation, 1<<31, at.To("min_svn", "tcb_evaluation"))
 }
 
-func (t *TDXProfile) checkRTMRs(c *checker, at path) {
+func (t *TDXProfile) checkRTMRs(c *Checker, at Path) {
 	seen := map[uint32]bool{}
 	for n, r := range t.RTMRs {
 		if r.RTMR == nil || *r.RTMR > 3 {
-			c.fail("must be a number from 0 to 3", nil, at.to(n, "rtmr")...)
+			c.Fail("must be a number from 0 to 3", nil, at.To(n, "rtmr")...)
 			return
 		}
-		c.demand(!seen[*r.RTMR], "is named twice", at.to(n, "rtmr")...)
+		c.Demand(!seen[*r.RTMR], "is named twice", at.To(n, "rtmr")...)
 		seen[*r.RTMR] = true
-		(&Values{Accept: r.Accept}).check(c, 48, at.to(n))
+		(&Values{Accept: r.Accept}).check(c, 48, at.To(n))
 	}
 }
 
-func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
-	d.trust("tdx.trust", t.Trust)
-	d.text("tdx.tcb_status", facts.TDXTCBStatus, t.TCBStatus)
-	d.values("tdx.mrtd", "mrtd", t.MRTD, nil)
-	d.text("tdx.mr_seam", facts.TDXMRSEAM, t.MRSEAM.Accept)
+// Compare implements Section.
+func (t *TDXProfile) Compare(d *Differences, claims attestation.Claims) {
+	d.Trust("tdx.trust", t.Trust)
+	d.Text("tdx.tcb_status", facts.TDXTCBStatus, t.TCBStatus)
+	d.Values("tdx.mrtd", "mrtd", t.MRTD, nil)
+	d.Text("tdx.mr_seam", facts.TDXMRSEAM, t.MRSEAM.Accept)
 	// Intel's own module has neither a signer nor attributes.
-	d.text("tdx.mr_signer_seam", facts.TDXMRSignerSEAM, nil)
-	d.text("tdx.seam_attributes", facts.TDXSEAMAttributes, nil)
+	d.Text("tdx.mr_signer_seam", facts.TDXMRSignerSEAM, nil)
+	d.Text("tdx.seam_attributes", facts.TDXSEAMAttributes, nil)
 	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
-		d.refuse("tdx.event_log", []string{"an event log"}, "none")
+		d.Refuse("tdx.event_log", []string{"an event log"}, "none")
 	}
 	t.compareRTMRs(d)
-	d.text("tdx.xfam", facts.TDXXFAM, t.XFAM)
-	d.text("tdx.mr_config_id", facts.TDXMRConfigID, t.MRConfigID)
-	d.text("tdx.mr_owner", facts.TDXMROwner, t.MROwner)
-	d.text("tdx.mr_owner_config", facts.TDXMROwnerConfig, t.MROwnerConfig)
-	d.text("tdx.mr_service_td", facts.TDXMRServiceTD, t.MRServiceTD)
+	d.Text("tdx.xfam", facts.TDXXFAM, t.XFAM)
+	d.Text("tdx.mr_config_id", facts.TDXMRConfigID, t.MRConfigID)
+	d.Text("tdx.mr_owner", facts.TDXMROwner, t.MROwner)
+	d.Text("tdx.mr_owner_config", facts.TDXMROwnerConfig, t.MROwnerConfig)
+	d.Text("tdx.mr_service_td", facts.TDXMRServiceTD, t.MRServiceTD)
 	if !t.AnyPlatform {
 		fact := facts.TDXPIID
 		if id, _ := fact.Of(claims); id == "" {
 			fact = facts.TDXPPID
 		}
-		d.text("tdx.platform", fact, t.Platforms)
+		d.Text("tdx.platform", fact, t.Platforms)
 	}
 	t.compareSVNs(d)
-	d.flag("tdx.debug", facts.Debug, false)
+	d.Flag("tdx.debug", facts.Debug, false)
 	t.compareAttributes(d)
-	d.weaknesses("tdx", tdxWeaknesses, t.Allow)
+	d.Weaknesses("tdx", tdxWeaknesses, t.Allow)
 }
 
 // knownAttributes are the bits of a TD's attributes that have a fact of their own:
@@ -139,15 +140,15 @@ func (t *TDXProfile) compare(d *differences, claims attestation.Claims) {
 // PERFMON. What another one would mean, nobody has looked at.
 const knownAttributes = 0xff | 1<<27 | 1<<28 | 1<<29 | 1<<30 | 1<<31 | 1<<63
 
-func (t *TDXProfile) compareAttributes(d *differences) {
+func (t *TDXProfile) compareAttributes(d *Differences) {
 	text, _ := facts.TDXAttributes.Of(d.claims)
 	bits, err := hex.DecodeString(text)
 	if err != nil || len(bits) != 8 || binary.LittleEndian.Uint64(bits)&^uint64(knownAttributes) != 0 {
-		d.refuse("tdx.td_attributes", []string{"no bits that are not known here"}, text)
+		d.Refuse("tdx.td_attributes", []string{"no bits that are not known here"}, text)
 	}
 }
 
-func (t *TDXProfile) compareRTMRs(d *differences) {
+func (t *TDXProfile) compareRTMRs(d *Differences) {
 	named := map[string]RTMR{}
 	for _, r := range t.RTMRs {
 		named[fmt.Sprintf("rtmr%d", *r.RTMR)] = r
@@ -155,16 +156,16 @@ func (t *TDXProfile) compareRTMRs(d *differences) {
 	for n := range 4 {
 		register := fmt.Sprintf("rtmr%d", n)
 		if r, ok := named[register]; ok {
-			d.values("tdx."+register, register, Values{Accept: r.Accept, WarnOnly: r.WarnOnly}, r.Events)
+			d.Values("tdx."+register, register, Values{Accept: r.Accept, WarnOnly: r.WarnOnly}, r.Events)
 			continue
 		}
 		if got, ok := d.claims.Measurements[register]; !ok || !unextended(hex.EncodeToString(got.Value)) {
-			d.refuse("tdx."+register, []string{"unextended, since the profile does not name it"}, hex.EncodeToString(got.Value))
+			d.Refuse("tdx."+register, []string{"unextended, since the profile does not name it"}, hex.EncodeToString(got.Value))
 		}
 	}
 }
 
-func (t *TDXProfile) compareSVNs(d *differences) {
+func (t *TDXProfile) compareSVNs(d *Differences) {
 	least, _ := hex.DecodeString(t.MinSVN.TEETCB)
 	text, _ := facts.TDXTEETCBSVN.Of(d.claims)
 	got, err := hex.DecodeString(text)
@@ -173,9 +174,22 @@ func (t *TDXProfile) compareSVNs(d *differences) {
 		ok = got[i] >= least[i]
 	}
 	if !ok {
-		d.refuse("tdx.svn.tee_tcb", []string{"at least " + t.MinSVN.TEETCB + ", each byte"}, text)
+		d.Refuse("tdx.svn.tee_tcb", []string{"at least " + t.MinSVN.TEETCB + ", each byte"}, text)
 	}
-	d.atLeast("tdx.svn.qe", facts.TDXQESVN, *t.MinSVN.QE)
-	d.atLeast("tdx.svn.pce", facts.TDXPCESVN, *t.MinSVN.PCE)
-	d.atLeast("tdx.svn.tcb_evaluation", facts.TDXTCBEvaluation, *t.MinSVN.TCBEvaluation)
+	d.AtLeast("tdx.svn.qe", facts.TDXQESVN, *t.MinSVN.QE)
+	d.AtLeast("tdx.svn.pce", facts.TDXPCESVN, *t.MinSVN.PCE)
+	d.AtLeast("tdx.svn.tcb_evaluation", facts.TDXTCBEvaluation, *t.MinSVN.TCBEvaluation)
+}
+
+// Allowed says what the section leaves open.
+func (t *TDXProfile) Allowed() (string, []string) { return every("platform", t.AnyPlatform), t.Allow }
+
+// WarnOnly names the registers that only warn.
+func (t *TDXProfile) WarnOnly() (out []string) {
+	for _, r := range t.RTMRs {
+		if r.WarnOnly {
+			out = append(out, fmt.Sprintf("tdx.rtmr%d", *r.RTMR))
+		}
+	}
+	return out
 }

@@ -40,38 +40,37 @@ type PCR struct {
 	Events          []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
 }
 
-func (*TPMProfile) kind() attestation.Kind { return attestation.TPM }
-
-func (t *TPMProfile) check(c *checker, pr *Profile, at path) {
-	c.demand(t.Bank == "sha256", "must be sha256", at.to("bank")...)
-	c.demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.to("event_log")...)
-	known := namesOf("root:", c.file.Trust.TPM.Roots)
-	for _, e := range c.file.Trust.TPM.Enrolled {
+// Check implements Section.
+func (t *TPMProfile) Check(c *Checker, pr *Profile, at Path) {
+	c.Demand(t.Bank == "sha256", "must be sha256", at.To("bank")...)
+	c.Demand(t.EventLog == "required" || t.EventLog == "optional", "must be required or optional", at.To("event_log")...)
+	known := namesOf("root:", c.trust.TPM().Roots)
+	for _, e := range c.trust.TPM().Enrolled {
 		known = append(known, "enrolled:"+e.Name)
 	}
-	known = append(known, namesOf("ak-root:", c.file.Trust.TPM.AKRoots)...)
-	if carrier := pr.carrier(); carrier != "" {
+	known = append(known, namesOf("ak-root:", c.trust.TPM().AKRoots)...)
+	if carrier := pr.via(attestation.TPM); carrier != "" {
 		known = []string{string(carrier)}
 	}
-	c.vouchers(t.Trust, known, at.to("trust"))
-	t.checkGCE(c, at.to("gce"))
-	c.checkPCRs(t.PCRs, 32, at.to("pcrs"))
+	c.Vouchers(t.Trust, known, at.To("trust"))
+	t.checkGCE(c, at.To("gce"))
+	c.checkPCRs(t.PCRs, 32, at.To("pcrs"))
 }
 
 // checkGCE demands that whoever trusts Google's vTPMs says whose.
-func (t *TPMProfile) checkGCE(c *checker, at path) {
-	rented := slices.ContainsFunc(c.file.Trust.TPM.AKRoots, func(r Root) bool {
+func (t *TPMProfile) checkGCE(c *Checker, at Path) {
+	rented := slices.ContainsFunc(c.trust.TPM().AKRoots, func(r Root) bool {
 		return r.google() && slices.Contains(t.Trust, "ak-root:"+r.Name)
-	}) || slices.ContainsFunc(c.file.Trust.TPM.Roots, func(r Root) bool {
+	}) || slices.ContainsFunc(c.trust.TPM().Roots, func(r Root) bool {
 		return r.google() && slices.Contains(t.Trust, "root:"+r.Name)
 	})
-	c.demand(!rented || t.GCE != nil, "missing: everybody can rent an instance that Google vouches for, so the profile must name its projects", at...)
+	c.Demand(!rented || t.GCE != nil, "missing: everybody can rent an instance that Google vouches for, so the profile must name its projects", at...)
 	if t.GCE != nil {
-		c.demand(len(t.GCE.Projects) > 0, "empty: no project would be accepted", at.to("projects")...)
-		c.filled(t.GCE.Projects, at.to("projects"))
+		c.Demand(len(t.GCE.Projects) > 0, "empty: no project would be accepted", at.To("projects")...)
+		c.Filled(t.GCE.Projects, at.To("projects"))
 		for name, list := range map[string][]string{"zones": t.GCE.Zones, "instances": t.GCE.Instances} {
-			c.demand(list == nil || len(list) > 0, "empty: leave it out if any is meant", at.to(name)...)
-			c.filled(list, at.to(name))
+			c.Demand(list == nil || len(list) > 0, "empty: leave it out if any is meant", at.To(name)...)
+			c.Filled(list, at.To(name))
 		}
 	}
 }
@@ -97,47 +96,48 @@ func issuedByGoogle(c *x509.Certificate) bool {
 	return slices.Contains(c.Subject.Organization, "Google LLC") && slices.Contains(c.Subject.OrganizationalUnit, "Google Cloud")
 }
 
-func (c *checker) checkPCRs(pcrs []PCR, size int, at path) {
-	c.demand(len(pcrs) > 0, "empty: no register would be compared", at...)
+func (c *Checker) checkPCRs(pcrs []PCR, size int, at Path) {
+	c.Demand(len(pcrs) > 0, "empty: no register would be compared", at...)
 	seen := map[uint32]bool{}
 	enforced := false
 	for n, r := range pcrs {
 		if r.PCR == nil || *r.PCR > 23 {
-			c.fail("must be a number from 0 to 23", nil, at.to(n, "pcr")...)
+			c.Fail("must be a number from 0 to 23", nil, at.To(n, "pcr")...)
 			return
 		}
-		c.demand(!seen[*r.PCR], "is named twice", at.to(n, "pcr")...)
+		c.Demand(!seen[*r.PCR], "is named twice", at.To(n, "pcr")...)
 		seen[*r.PCR] = true
 		enforced = enforced || !r.WarnOnly
-		c.demand(len(r.Accept) > 0, "empty: no value would be accepted", at.to(n, "accept")...)
-		c.hexes(r.Accept, size, at.to(n, "accept"))
+		c.Demand(len(r.Accept) > 0, "empty: no value would be accepted", at.To(n, "accept")...)
+		c.Hexes(r.Accept, size, at.To(n, "accept"))
 		for m, v := range r.Accept {
-			c.demand(r.AllowUnextended || !unextended(v),
-				"is the value of a register that nothing was measured into; if that is meant, say allow_unextended: true", at.to(n, "accept", m)...)
+			c.Demand(r.AllowUnextended || !unextended(v),
+				"is the value of a register that nothing was measured into; if that is meant, say allow_unextended: true", at.To(n, "accept", m)...)
 		}
 	}
-	c.demand(enforced, "every register is warn_only: nothing would be enforced", at...)
+	c.Demand(enforced, "every register is warn_only: nothing would be enforced", at...)
 }
 
-func (t *TPMProfile) compare(d *differences, claims attestation.Claims) {
-	d.trust("trust", t.Trust)
+// Compare implements Section.
+func (t *TPMProfile) Compare(d *Differences, claims attestation.Claims) {
+	d.Trust("trust", t.Trust)
 	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
-		d.refuse("event_log", []string{"an event log"}, "none")
+		d.Refuse("event_log", []string{"an event log"}, "none")
 	}
 	if t.GCE != nil {
-		d.text("gce.project", facts.GCEProjectID, t.GCE.Projects)
-		d.flag("gce.production", facts.GCEProduction, true)
+		d.Text("gce.project", facts.GCEProjectID, t.GCE.Projects)
+		d.Flag("gce.production", facts.GCEProduction, true)
 		if len(t.GCE.Zones) > 0 {
-			d.text("gce.zone", facts.GCEZone, t.GCE.Zones)
+			d.Text("gce.zone", facts.GCEZone, t.GCE.Zones)
 		}
 		if len(t.GCE.Instances) > 0 {
-			d.text("gce.instance", facts.GCEInstanceName, t.GCE.Instances)
+			d.Text("gce.instance", facts.GCEInstanceName, t.GCE.Instances)
 		}
 	}
 	d.pcrs("", t.PCRs)
 }
 
-func (d *differences) pcrs(prefix string, pcrs []PCR) {
+func (d *Differences) pcrs(prefix string, pcrs []PCR) {
 	for _, ref := range pcrs {
 		register := fmt.Sprintf("pcr%d", *ref.PCR)
 		got, ok := d.claims.Measurements[register]
@@ -146,6 +146,17 @@ func (d *differences) pcrs(prefix string, pcrs []PCR) {
 				continue
 			}
 		}
-		d.values(prefix+register, register, Values{Accept: ref.Accept, WarnOnly: ref.WarnOnly}, ref.Events)
+		d.Values(prefix+register, register, Values{Accept: ref.Accept, WarnOnly: ref.WarnOnly}, ref.Events)
 	}
+}
+
+// WarnOnly names the registers that only warn.
+func (t *TPMProfile) WarnOnly() []string { return warnOnly("pcr", t.PCRs) }
+
+func tpmReference(c attestation.Claims, source string) (Section, error) {
+	t := &TPMProfile{Trust: []string{trustOr(c, "root:NAME")}, Bank: "sha256", EventLog: logOf(c), PCRs: pcrReferences(c, source)}
+	if project, ok := facts.GCEProjectID.Of(c); ok {
+		t.GCE = &GCEProfile{Projects: []string{project}}
+	}
+	return t, nil
 }

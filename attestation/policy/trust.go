@@ -12,16 +12,48 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/certificate"
 )
 
-// TrustFile names who vouches for hardware.
-type TrustFile struct {
-	TPM   TPMTrust   `yaml:"tpm,omitempty"`
-	SNP   RootsTrust `yaml:"snp,omitempty"`
-	TDX   RootsTrust `yaml:"tdx,omitempty"`
-	Nitro RootsTrust `yaml:"nitro,omitempty"`
-	Azure AzureTrust `yaml:"azure,omitempty"`
+// Trusts are who vouches for what, one part for each kind of a policy's trust section.
+type Trusts []vouching
+
+type vouching struct {
+	kind attestation.Kind
+	by   Trust
+}
+
+// Of returns the part of one kind, nil if there is none.
+func (t Trusts) Of(k attestation.Kind) Trust {
+	for _, v := range t {
+		if v.kind == k {
+			return v.by
+		}
+	}
+	return nil
+}
+
+// TPM returns the part of that kind, an empty one if there is none. So do the others.
+func (t Trusts) TPM() *TPMTrust { return trustOf(t, attestation.TPM, &TPMTrust{}) }
+
+// SNP returns the authorities of SEV-SNP.
+func (t Trusts) SNP() *SNPTrust { return trustOf(t, attestation.SNP, &SNPTrust{}) }
+
+// TDX returns the authorities of TDX.
+func (t Trusts) TDX() *TDXTrust { return trustOf(t, attestation.TDX, &TDXTrust{}) }
+
+// Nitro returns the authorities of NitroTPM.
+func (t Trusts) Nitro() *NitroTrust { return trustOf(t, attestation.Nitro, &NitroTrust{}) }
+
+// Azure returns whose tokens are believed.
+func (t Trusts) Azure() *AzureTrust { return trustOf(t, attestation.Azure, &AzureTrust{}) }
+
+func trustOf[T Trust](t Trusts, k attestation.Kind, empty T) T {
+	if found, ok := t.Of(k).(T); ok {
+		return found
+	}
+	return empty
 }
 
 // TPMTrust names who vouches for TPMs.
@@ -35,6 +67,40 @@ type TPMTrust struct {
 type RootsTrust struct {
 	Roots []Root `yaml:"roots,omitempty"`
 }
+
+// Vouchers implements Trust.
+func (r *RootsTrust) Vouchers() int { return len(r.Roots) }
+
+// Raw implements Trust.
+func (r *RootsTrust) Raw() [][]byte { return rawRoots(r.Roots) }
+
+func (r *RootsTrust) check(c *Checker, builtin string, most int, at Path) {
+	c.Roots(r.Roots, builtin, most, at.To("roots"))
+	for i, root := range r.Roots {
+		c.Demand(len(root.CRLs) == 0, "is for TPMs: other kinds bring their lists", at.To("roots", i, "crls")...)
+	}
+}
+
+// SNPTrust names AMD's authorities, or others of SEV-SNP.
+type SNPTrust struct {
+	RootsTrust `yaml:",inline"`
+}
+
+// TDXTrust names Intel's authority, or others of TDX.
+type TDXTrust struct {
+	RootsTrust `yaml:",inline"`
+}
+
+// NitroTrust names AWS's authority, or others of NitroTPM.
+type NitroTrust struct {
+	RootsTrust `yaml:",inline"`
+}
+
+// Check implements Trust.
+func (t *TDXTrust) Check(c *Checker, at Path) { t.check(c, "intel", 1, at) }
+
+// Check implements Trust.
+func (t *NitroTrust) Check(c *Checker, at Path) { t.check(c, "aws", 1, at) }
 
 // AzureTrust names a Microsoft Attestation service. Only profiles with
 // "token: required" look at its tokens.
@@ -91,9 +157,15 @@ type Enrolled struct {
 }
 
 // raw returns what files and PEM in the section say, in a fixed order.
-func (t *TrustFile) raw() [][]byte {
-	var out [][]byte
-	for _, roots := range [][]Root{t.TPM.Roots, t.TPM.AKRoots, t.SNP.Roots, t.TDX.Roots, t.Nitro.Roots} {
+func (t Trusts) raw() (out [][]byte) {
+	for _, v := range t {
+		out = append(out, v.by.Raw()...)
+	}
+	return out
+}
+
+func rawRoots(lists ...[]Root) (out [][]byte) {
+	for _, roots := range lists {
 		for _, r := range roots {
 			for _, c := range r.certificates {
 				out = append(out, c.Raw)
@@ -103,7 +175,7 @@ func (t *TrustFile) raw() [][]byte {
 			}
 		}
 	}
-	return append(out, t.Azure.jwks)
+	return out
 }
 
 // products of AMD that have SNP and a public authority.
@@ -112,44 +184,43 @@ var products = []string{"Milan", "Genoa", "Turin"}
 // Products returns the product lines of AMD that a policy can name.
 func Products() []string { return slices.Clone(products) }
 
-func (c *checker) trust() {
-	t := &c.file.Trust
-	vouchers := len(t.TPM.Roots) + len(t.TPM.Enrolled) + len(t.TPM.AKRoots) + len(t.SNP.Roots) + len(t.TDX.Roots) + len(t.Nitro.Roots)
-	c.demand(vouchers > 0, "no root and no enrolled TPM: nobody vouches for any hardware", "trust")
-	c.roots(t.TPM.Roots, "", maxTPMCertificates, "trust", "tpm", "roots")
-	c.roots(t.TPM.AKRoots, "google", maxTPMCertificates, "trust", "tpm", "ak_roots")
-	c.roots(t.SNP.Roots, "amd", 3, "trust", "snp", "roots")
-	c.roots(t.TDX.Roots, "intel", 1, "trust", "tdx", "roots")
-	c.roots(t.Nitro.Roots, "aws", 1, "trust", "nitro", "roots")
-	for i, r := range t.SNP.Roots {
-		at := []any{"trust", "snp", "roots", i}
-		c.demand(r.Builtin != "" || slices.Contains(products, r.Product), "needs product: Milan, Genoa or Turin", at...)
-		c.demand(r.Builtin != "" || len(r.certificates) >= 2, "needs an ARK and the ASK or ASVK below it in PEM", at...)
+// Check implements Trust.
+func (t *SNPTrust) Check(c *Checker, at Path) {
+	t.check(c, "amd", 3, at)
+	for i, r := range t.Roots {
+		at := at.To("roots", i)
+		c.Demand(r.Builtin != "" || slices.Contains(products, r.Product), "needs product: Milan, Genoa or Turin", at...)
+		c.Demand(r.Builtin != "" || len(r.certificates) >= 2, "needs an ARK and the ASK or ASVK below it in PEM", at...)
 		if r.Builtin == "" && c.err == nil {
 			c.amdAuthority(r.certificates, at)
 		}
 	}
-	for i := range t.TPM.AKRoots {
-		c.tpmAuthority(&t.TPM.AKRoots[i], path{"trust", "tpm", "ak_roots", i})
-		alone := t.TPM.AKRoots[i].certificates
-		c.demand(len(alone) != 1 || selfSigned(alone[0]), "needs one self-signed root in PEM; others beside it are intermediates", "trust", "tpm", "ak_roots", i)
+}
+
+// Check implements Trust.
+func (t *TPMTrust) Check(c *Checker, at Path) {
+	c.Roots(t.Roots, "", maxTPMCertificates, at.To("roots"))
+	c.Roots(t.AKRoots, "google", maxTPMCertificates, at.To("ak_roots"))
+	for i := range t.AKRoots {
+		c.tpmAuthority(&t.AKRoots[i], at.To("ak_roots", i))
+		alone := t.AKRoots[i].certificates
+		c.Demand(len(alone) != 1 || selfSigned(alone[0]), "needs one self-signed root in PEM; others beside it are intermediates", at.To("ak_roots", i)...)
 	}
-	for i := range t.TPM.Roots {
-		c.tpmAuthority(&t.TPM.Roots[i], path{"trust", "tpm", "roots", i})
-	}
-	for kind, roots := range map[string][]Root{"snp": t.SNP.Roots, "tdx": t.TDX.Roots, "nitro": t.Nitro.Roots} {
-		for i, r := range roots {
-			c.demand(len(r.CRLs) == 0, "is for TPMs: other kinds bring their lists", "trust", kind, "roots", i, "crls")
-		}
+	for i := range t.Roots {
+		c.tpmAuthority(&t.Roots[i], at.To("roots", i))
 	}
 	seen := map[string]bool{}
-	for i, e := range t.TPM.Enrolled {
-		at := []any{"trust", "tpm", "enrolled", i}
-		c.name(e.Name, seen, append(at, "name")...)
-		c.demand(isHex(e.EK, 32), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", append(at, "ek")...)
+	for i, e := range t.Enrolled {
+		c.name(e.Name, seen, at.To("enrolled", i, "name")...)
+		c.Demand(isHex(e.EK, 32), "must be 64 lower-case hex digits (hint: keyagent evidence prints it)", at.To("enrolled", i, "ek")...)
 	}
-	c.azureTrust(&t.Azure)
 }
+
+// Vouchers implements Trust.
+func (t *TPMTrust) Vouchers() int { return len(t.Roots) + len(t.AKRoots) + len(t.Enrolled) }
+
+// Raw implements Trust.
+func (t *TPMTrust) Raw() [][]byte { return rawRoots(t.Roots, t.AKRoots) }
 
 // maxTPMCertificates of one authority: a maker of TPMs has had some eighty issuing ones
 // below one root.
@@ -157,7 +228,7 @@ const maxTPMCertificates = 256
 
 // tpmAuthority demands one root among several certificates, and reads the revocation
 // lists.
-func (c *checker) tpmAuthority(r *Root, at path) {
+func (c *Checker) tpmAuthority(r *Root, at Path) {
 	if len(r.certificates) > 1 {
 		roots := 0
 		for _, cert := range r.certificates {
@@ -165,7 +236,7 @@ func (c *checker) tpmAuthority(r *Root, at path) {
 				roots++
 			}
 		}
-		c.demand(roots == 1, fmt.Sprintf("has %d self-signed certificates: it needs one root, and others beside it are intermediates", roots), at...)
+		c.Demand(roots == 1, fmt.Sprintf("has %d self-signed certificates: it needs one root, and others beside it are intermediates", roots), at...)
 	}
 	for i, file := range r.CRLs {
 		data, err := c.read(file)
@@ -179,34 +250,35 @@ func (c *checker) tpmAuthority(r *Root, at path) {
 			}
 		}
 		if err != nil {
-			c.fail("%w", []any{err}, at.to("crls", i)...)
+			c.Fail("%w", []any{err}, at.To("crls", i)...)
 		}
 	}
 }
 
 // amdAuthority demands one root, and of each kind at most one certificate, which
 // that root signed.
-func (c *checker) amdAuthority(certs []*x509.Certificate, at path) {
+func (c *Checker) amdAuthority(certs []*x509.Certificate, at Path) {
 	var root *x509.Certificate
 	below := map[bool]*x509.Certificate{} // by whether it is for keys of clouds
 	for _, cert := range certs {
 		if bytes.Equal(cert.RawIssuer, cert.RawSubject) {
-			c.demand(root == nil, "needs one ARK, which signs itself, not two", at...)
+			c.Demand(root == nil, "needs one ARK, which signs itself, not two", at...)
 			root = cert
 			continue
 		}
 		vlek := strings.HasPrefix(cert.Subject.CommonName, "SEV-VLEK-")
-		c.demand(below[vlek] == nil, fmt.Sprintf("has %q twice", cert.Subject.CommonName), at...)
+		c.Demand(below[vlek] == nil, fmt.Sprintf("has %q twice", cert.Subject.CommonName), at...)
 		below[vlek] = cert
 	}
-	c.demand(root != nil, "needs one ARK, which signs itself", at...)
+	c.Demand(root != nil, "needs one ARK, which signs itself", at...)
 	for _, cert := range below {
-		c.demand(c.err != nil || cert.CheckSignatureFrom(root) == nil, fmt.Sprintf("%q is not signed by the ARK beside it", cert.Subject.CommonName), at...)
+		c.Demand(c.err != nil || cert.CheckSignatureFrom(root) == nil, fmt.Sprintf("%q is not signed by the ARK beside it", cert.Subject.CommonName), at...)
 	}
 }
 
-// roots checks and reads authorities. known is the one that may be built in.
-func (c *checker) roots(roots []Root, known string, most int, path ...any) {
+// Roots checks and reads authorities of at most most certificates each. known is the one
+// that may be built in.
+func (c *Checker) Roots(roots []Root, known string, most int, path Path) {
 	seen := map[string]bool{}
 	sources := "file or pem"
 	if known != "" {
@@ -214,7 +286,7 @@ func (c *checker) roots(roots []Root, known string, most int, path ...any) {
 	}
 	for i := range roots {
 		r := &roots[i]
-		at := append(slices.Clone(path), i)
+		at := path.To(i)
 		c.name(r.Name, seen, append(at, "name")...)
 		given := 0
 		for _, s := range []string{r.Builtin, r.File, r.PEM} {
@@ -222,8 +294,8 @@ func (c *checker) roots(roots []Root, known string, most int, path ...any) {
 				given++
 			}
 		}
-		c.demand(given == 1, "needs either "+sources, at...)
-		c.demand(r.Builtin == "" || r.Builtin == known, fmt.Sprintf("%q is not built in (%s)", r.Builtin, hintOf([]string{known})), append(at, "builtin")...)
+		c.Demand(given == 1, "needs either "+sources, at...)
+		c.Demand(r.Builtin == "" || r.Builtin == known, fmt.Sprintf("%q is not built in (%s)", r.Builtin, hintOf([]string{known})), append(at, "builtin")...)
 		if r.Builtin != "" || c.err != nil {
 			continue
 		}
@@ -231,33 +303,45 @@ func (c *checker) roots(roots []Root, known string, most int, path ...any) {
 		var err error
 		if r.File != "" {
 			if text, err = c.read(r.File); err != nil {
-				c.fail("%w", []any{err}, append(at, "file")...)
+				c.Fail("%w", []any{err}, append(at, "file")...)
 			}
 		}
 		if r.certificates, err = certificates(text, most); err != nil {
-			c.fail("%w", []any{err}, at...)
+			c.Fail("%w", []any{err}, at...)
 		}
 	}
 }
 
-func (c *checker) azureTrust(a *AzureTrust) {
+// Check implements Trust.
+func (a *AzureTrust) Check(c *Checker, at Path) {
 	if a.Issuer == "" && a.JWKS == "" {
 		return
 	}
 	u, err := url.Parse(a.Issuer)
-	c.demand(err == nil && u.Scheme == "https" && u.Host != "", "must be the https URL of an attestation service", "trust", "azure", "issuer")
-	c.demand(a.JWKS != "", "needs a file with the service's signing keys", "trust", "azure", "jwks")
+	c.Demand(err == nil && u.Scheme == "https" && u.Host != "", "must be the https URL of an attestation service", at.To("issuer")...)
+	c.Demand(a.JWKS != "", "needs a file with the service's signing keys", at.To("jwks")...)
 	if c.err != nil {
 		return
 	}
 	if a.jwks, err = c.read(a.JWKS); err != nil {
-		c.fail("%w", []any{err}, "trust", "azure", "jwks")
+		c.Fail("%w", []any{err}, at.To("jwks")...)
 	}
-	c.demand(json.Valid(a.jwks), "is not JSON", "trust", "azure", "jwks")
+	c.Demand(json.Valid(a.jwks), "is not JSON", at.To("jwks")...)
+}
+
+// Vouchers implements Trust: a token vouches for nothing by itself.
+func (*AzureTrust) Vouchers() int { return 0 }
+
+// Raw implements Trust.
+func (a *AzureTrust) Raw() [][]byte {
+	if a.jwks == nil {
+		return nil
+	}
+	return [][]byte{a.jwks}
 }
 
 // read reads a file that the policy names, relative to its folder.
-func (c *checker) read(path string) ([]byte, error) {
+func (c *Checker) read(path string) ([]byte, error) {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(c.dir, path)
 	}
@@ -290,11 +374,11 @@ func certificates(text []byte, most int) ([]*x509.Certificate, error) {
 	}
 }
 
-// vouchers demands that each name stands in the trust section.
-func (c *checker) vouchers(names, known []string, at []any) {
-	c.demand(len(names) > 0, "empty: nobody vouches for the hardware", at...)
+// Vouchers demands that each name stands in the trust section.
+func (c *Checker) Vouchers(names, known []string, at []any) {
+	c.Demand(len(names) > 0, "empty: nobody vouches for the hardware", at...)
 	for n, name := range names {
-		c.demand(slices.Contains(known, name), fmt.Sprintf("%q is not in the trust section (hint: %s)", name, hintOf(known)), append(slices.Clone(at), n)...)
+		c.Demand(slices.Contains(known, name), fmt.Sprintf("%q is not in the trust section (hint: %s)", name, hintOf(known)), append(slices.Clone(at), n)...)
 	}
 }
 

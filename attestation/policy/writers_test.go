@@ -33,7 +33,7 @@ func TestAGrantSaysWhoWrites(t *testing.T) {
 		"    lease: soon\n":                         "must be a duration",
 		"    lease: -2m\n":                          "must be a duration",
 	} {
-		_, err := Parse("policy.yaml", []byte(strings.Replace(whole, "[open, format]\n", "[open, format]\n"+text, 1)))
+		_, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(whole, "[open, format]\n", "[open, format]\n"+text, 1)))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)
 		}

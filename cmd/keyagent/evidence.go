@@ -15,8 +15,8 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/saved"
-	"github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -45,7 +45,7 @@ func parsePCRs(s string) ([]uint32, error) {
 
 // endorsementFlags say where endorsements come from.
 type endorsementFlags struct {
-	cfg setup.EndorsementConfig
+	cfg kinds.EndorsementConfig
 }
 
 func (e *endorsementFlags) add(cmd *cobra.Command) {
@@ -70,9 +70,9 @@ func (e *endorsementFlags) open(ask ...string) (*endorsement.Cache, error) {
 }
 
 func newEvidence() *cobra.Command {
-	var opts setup.IssuerOptions
+	var opts kinds.IssuerOptions
 	var from endorsementFlags
-	var kinds []string
+	var names []string
 	var ek, ak, pcrs, file string
 	var endorse bool
 	cmd := &cobra.Command{
@@ -97,7 +97,7 @@ verifies it has to ask nobody.`,
 		if err != nil {
 			return err
 		}
-		if opts.Kinds, err = setup.ParseKinds(kinds); err != nil {
+		if opts.Kinds, err = kinds.All().Parse(names); err != nil {
 			return failure.New(failure.Usage, err, "")
 		}
 		opts.TPM.EK, opts.TPM.AK = tpm.EKType(ek), tpm.AKType(ak)
@@ -127,7 +127,7 @@ verifies it has to ask nobody.`,
 		return print(cmd, *output, shown, shown.print)
 	}
 	f := cmd.Flags()
-	f.StringSliceVar(&kinds, "evidence", nil, "kinds of evidence to give, for example snp,tpm (default: the strongest that is there)")
+	f.StringSliceVar(&names, "evidence", nil, "kinds of evidence to give, for example snp,tpm (default: the strongest that is there)")
 	f.StringVar(&opts.TPM.Device, "device", tpm.DefaultDevice, "TPM device, or unix:PATH of a software TPM")
 	f.StringVar(&ek, "ek", string(tpm.EKAuto), "endorsement key: auto, rsa-2048 or ecc-p384")
 	f.StringVar(&ak, "ak", string(tpm.AKAuto), "attestation key: auto, own, or cloud for one that the cloud certified")
@@ -141,8 +141,8 @@ verifies it has to ask nobody.`,
 	return cmd
 }
 
-func collect(ctx context.Context, opts setup.IssuerOptions, pcrs []uint32) (*attestv1.Saved, []setup.Finding, error) {
-	issuers, findings, err := setup.Issuers(ctx, opts)
+func collect(ctx context.Context, opts kinds.IssuerOptions, pcrs []uint32) (*attestv1.Saved, []kinds.Finding, error) {
+	issuers, findings, err := kinds.All().Issuers(ctx, opts)
 	switch {
 	case errors.Is(err, attestation.ErrNoDevice):
 		return nil, nil, failure.New(failure.NoDevice, err, "is the driver loaded? name a TPM with --device")
@@ -158,16 +158,16 @@ func collect(ctx context.Context, opts setup.IssuerOptions, pcrs []uint32) (*att
 
 // shownEvidence is what evidence prints.
 type shownEvidence struct {
-	Findings []setup.Finding                    `json:"findings,omitempty"`
-	Evidence map[attestation.Kind]setup.Summary `json:"evidence"`
+	Findings []kinds.Finding                    `json:"findings,omitempty"`
+	Evidence map[attestation.Kind]kinds.Summary `json:"evidence"`
 	order    []attestation.Kind
 }
 
 func show(s *attestv1.Saved) (*shownEvidence, error) {
-	out := &shownEvidence{Evidence: map[attestation.Kind]setup.Summary{}, order: saved.Kinds(s)}
+	out := &shownEvidence{Evidence: map[attestation.Kind]kinds.Summary{}, order: saved.Kinds(s)}
 	for _, k := range out.order {
 		var err error
-		if out.Evidence[k], err = setup.Summarize(s, k); err != nil {
+		if out.Evidence[k], err = kinds.All().Summarize(s, k); err != nil {
 			return nil, failure.New(failure.EvidenceRefused, err, "")
 		}
 	}
@@ -256,7 +256,7 @@ func fetchAll(ctx context.Context, source endorsement.Source, files []string, pr
 		if err != nil {
 			return nil, err
 		}
-		requests, err := setup.EndorsementRequests(s, product)
+		requests, err := kinds.All().EndorsementRequests(s, product)
 		if err != nil {
 			return nil, failure.New(failure.Usage, fmt.Errorf("%s: %w", path, err), unfetchable(err))
 		}

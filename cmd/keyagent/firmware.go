@@ -8,6 +8,7 @@ import (
 	"github.com/google/gce-tcb-verifier/tdx"
 	"github.com/google/go-sev-guest/kds"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/failure"
 )
@@ -28,10 +29,10 @@ func (m *measurement) fromFirmware(p *policy.Profile) error {
 		if err != nil {
 			return failure.New(failure.Usage, fmt.Errorf("%s: %w", m.firmware, err), "is it firmware for TDX? --product says that SNP is meant")
 		}
-		if p.TDX == nil {
-			p.TDX = &policy.TDXProfile{Trust: []string{"root:intel"}}
+		if p.TDX() == nil {
+			p.Set(attestation.TDX, &policy.TDXProfile{Trust: []string{"root:intel"}})
 		}
-		return m.computed(&p.TDX.MRTD, mrtd[:])
+		return m.computed(&p.TDX().MRTD, mrtd[:])
 	}
 	product, err := kds.ParseProductLine(m.product)
 	if err != nil || m.vcpus == 0 || m.vcpus > 1024 {
@@ -41,10 +42,10 @@ func (m *measurement) fromFirmware(p *policy.Profile) error {
 	if err != nil {
 		return failure.New(failure.Usage, fmt.Errorf("%s: %w", m.firmware, err), "is it firmware for SEV-SNP?")
 	}
-	if p.SNP == nil {
-		p.SNP = &policy.SNPProfile{Trust: []string{"root:amd"}, Products: []string{m.product}}
+	if p.SNP() == nil {
+		p.Set(attestation.SNP, &policy.SNPProfile{Trust: []string{"root:amd"}, Products: []string{m.product}})
 	}
-	return m.computed(&p.SNP.Measurement, digest)
+	return m.computed(&p.SNP().Measurement, digest)
 }
 
 // computed replaces a measurement. One that a trusted machine says otherwise is

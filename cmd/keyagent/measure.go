@@ -13,9 +13,9 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/saved"
-	"github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/attestation/tpm/uki"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -93,14 +93,14 @@ func (m *measurement) profile() (*policy.Profile, error) {
 		}
 	}
 	if m.uki != "" || m.eventLog != "" || (m.evidence == "" && m.firmware == "") {
-		t, err := m.tpm(p.TPM)
+		t, err := m.tpm(p.TPM())
 		if err != nil {
 			return nil, err
 		}
-		p.TPM = t
+		p.Set(attestation.TPM, t)
 	}
-	if p.TPM != nil && len(m.trust) > 0 {
-		p.TPM.Trust = m.trust
+	if t := p.TPM(); t != nil && len(m.trust) > 0 {
+		t.Trust = m.trust
 	}
 	return p, nil
 }
@@ -114,29 +114,29 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 	}
 	var all []attestation.Claims
 	for _, k := range saved.Kinds(s) {
-		claims, err := setup.Claims(s, k)
+		claims, err := kinds.All().Claims(s, k)
 		if err != nil {
 			return nil, failure.New(failure.EvidenceRefused, err, "")
 		}
 		all = append(all, claims...)
 	}
-	p, err := policy.Reference(m.name, "evidence "+m.evidence, all)
+	p, err := policy.Reference(policy.Builtin(), m.name, "evidence "+m.evidence, all)
 	if errors.Is(err, policy.ErrMasked) {
 		return nil, failure.New(failure.EvidenceRefused, err, "have the host unmask it (MASK_CHIP_ID off), or use a VLEK")
 	}
 	if err != nil {
 		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
 	}
-	if p.SNP != nil && len(p.SNP.Products) == 0 {
+	if s := p.SNP(); s != nil && len(s.Products) == 0 {
 		// A report of version 2 does not say.
 		if !slices.Contains(policy.Products(), m.product) {
 			return nil, failure.Newf(failure.Usage, "--product Milan, or "+strings.Join(policy.Products()[1:], " or "),
 				"the report does not name its product line, and --product is %q", m.product)
 		}
-		p.SNP.Products = []string{m.product}
+		s.Products = []string{m.product}
 	}
-	if p.TPM != nil {
-		p.TPM.PCRs = slices.DeleteFunc(p.TPM.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
+	if t := p.TPM(); t != nil {
+		t.PCRs = slices.DeleteFunc(t.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
 	}
 	return p, nil
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -29,7 +30,7 @@ func newPolicy() *cobra.Command {
 	}
 	output := outputFlag(check)
 	check.RunE = func(cmd *cobra.Command, args []string) error {
-		p, err := policy.Load(args[0])
+		p, err := kinds.LoadPolicy(args[0])
 		if err != nil {
 			hint := ""
 			if errors.Is(err, config.ErrInvalid) {
@@ -61,7 +62,7 @@ func summarize(p *policy.Policy) policySummary {
 		s.Profiles = append(s.Profiles, pr.Name)
 		s.WarnOnly = append(s.WarnOnly, pr.WarnOnly()...)
 		s.Allowed = append(s.Allowed, pr.Allowed()...)
-		if pr.TPM != nil && slices.ContainsFunc(pr.TPM.Trust, func(t string) bool { return strings.HasPrefix(t, "root:") }) {
+		if t := pr.TPM(); t != nil && slices.ContainsFunc(t.Trust, func(t string) bool { return strings.HasPrefix(t, "root:") }) {
 			s.AnyTPM = append(s.AnyTPM, pr.Name)
 		}
 	}

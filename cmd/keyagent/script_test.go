@@ -313,7 +313,7 @@ func (l *laboratory) writeHardware(dir string) error {
 	clear(masked[0x1A0:0x1E0])
 	for name, data := range map[string][]byte{
 		"genoa.bin": genoa, "turin.bin": turin, "masked.bin": masked,
-		"snp.bin":   whole.Report, "snp-old.bin": old.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
+		"snp.bin": whole.Report, "snp-old.bin": old.Report, "amd.pem": intel.PEM(l.chip.ARK, l.chip.ASK),
 		"milan.bin": sevdata.AttestationBytes, "tdx.bin": bytes.TrimSuffix(tdxdata.RawQuote, []byte("\nextra bytes(only for testing purpose)\n")),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {

@@ -14,9 +14,9 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/saved"
-	"github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -42,7 +42,7 @@ for them unless --fetch says so.`,
 	}
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		p, err := policy.Load(policyPath)
+		p, err := kinds.LoadPolicy(policyPath)
 		if err != nil {
 			return failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 		}
@@ -65,7 +65,7 @@ for them unless --fetch says so.`,
 			return err
 		}
 		defer source.Close()
-		opts := setup.VerifierOptions{Policy: func() *policy.Policy { return p }, Endorsements: source, Now: func() time.Time { return now }}
+		opts := kinds.VerifierOptions{Policy: func() *policy.Policy { return p }, Endorsements: source, Now: func() time.Time { return now }}
 		result, err := verifySaved(cmd.Context(), opts, file, now)
 		if result != nil {
 			if printErr := print(cmd, *output, result, result.print); printErr != nil {
@@ -90,7 +90,7 @@ func readEvidence(path string) (*attestv1.Saved, error) {
 	if bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")) {
 		return parseSaved(path, data)
 	}
-	s, err := setup.Import(data)
+	s, err := kinds.Import(data)
 	if err != nil {
 		return nil, failure.New(failure.Usage, fmt.Errorf("%s is neither a file of evidence nor an SNP report or a TDX quote: %w", path, err),
 			"keyagent evidence --file FILE makes one")
@@ -132,7 +132,7 @@ func kindName(k attestation.Kind) string {
 	return strings.ToUpper(string(k))
 }
 
-func verifySaved(ctx context.Context, opts setup.VerifierOptions, s *attestv1.Saved, now time.Time) (*verdict, error) {
+func verifySaved(ctx context.Context, opts kinds.VerifierOptions, s *attestv1.Saved, now time.Time) (*verdict, error) {
 	refused := func(err error) error {
 		hint := ""
 		if errors.Is(err, attestation.ErrUnendorsed) {
@@ -143,15 +143,15 @@ func verifySaved(ctx context.Context, opts setup.VerifierOptions, s *attestv1.Sa
 	if err := saved.Check(s); err != nil {
 		return nil, refused(err)
 	}
-	kinds, err := opts.Policy().Demand(saved.Kinds(s))
+	demanded, err := opts.Policy().Demand(saved.Kinds(s))
 	if err != nil {
 		return nil, refused(err)
 	}
-	verifiers, err := setup.Verifiers(opts)
+	verifiers, err := kinds.All().Verifiers(opts)
 	if err != nil {
 		return nil, err
 	}
-	verifiers = slices.DeleteFunc(verifiers, func(v attestation.Verifier) bool { return !slices.Contains(kinds, v.Kind()) })
+	verifiers = slices.DeleteFunc(verifiers, func(v attestation.Verifier) bool { return !slices.Contains(demanded, v.Kind()) })
 	claims, err := saved.Verify(ctx, verifiers, s)
 	if err != nil {
 		return nil, refused(err)

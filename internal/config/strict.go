@@ -88,6 +88,12 @@ func readable(err error) string {
 	return unknownField.ReplaceAllString(s, `unknown field "$1"`)
 }
 
+// Decoding words an error of the decoder as [Decode] does, for a part of the file that was
+// decoded later.
+func (d *Document) Decoding(err error) error {
+	return fmt.Errorf("%w: %s: %s", ErrInvalid, d.name, readable(err))
+}
+
 // Errorf makes an error about the field at path, which consists of field names
 // and list indices: "profiles", 0, "name".
 func (d *Document) Errorf(path []any, format string, args ...any) error {

@@ -22,8 +22,8 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
-	hardware "github.com/keyagent/keyagent/attestation/setup"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -53,13 +53,13 @@ type Config struct {
 	// Metrics is a loopback address for /metrics, /healthz and /readyz.
 	Metrics string `yaml:"metrics,omitempty"`
 	// TPM, if set, lets clients demand the service's own evidence.
-	TPM *hardware.TPMConfig `yaml:"tpm,omitempty"`
+	TPM *kinds.TPMConfig `yaml:"tpm,omitempty"`
 	// Evidence, if set, does so too: kinds such as snp and tpm, or auto alone for
 	// the strongest that the machine has.
 	Evidence []string `yaml:"evidence,omitempty"`
 	// Endorsements says whom to ask for what a client's evidence does not carry.
 	// Unset: nobody, since a stranger could make the service ask.
-	Endorsements hardware.EndorsementConfig `yaml:"endorsements,omitempty"`
+	Endorsements kinds.EndorsementConfig `yaml:"endorsements,omitempty"`
 	// MaxUnattested bounds connections that have not attested yet.
 	MaxUnattested int `yaml:"max_unattested,omitempty"`
 	// HandshakeTimeout bounds a handshake with its attestation.
@@ -80,7 +80,7 @@ type TLSConfig struct {
 
 // issuers makes the service's own evidence, or none if it is not configured.
 func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *slog.Logger) ([]attestation.Issuer, error) {
-	opts := hardware.IssuerOptions{Endorsements: source, Log: func(msg string, err error) { log.Warn(msg, "error", err) }}
+	opts := kinds.IssuerOptions{Endorsements: source, Log: func(msg string, err error) { log.Warn(msg, "error", err) }}
 	names := c.Evidence
 	switch {
 	case c.TPM == nil && len(names) == 0:
@@ -96,10 +96,10 @@ func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *sl
 			return nil, failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
 		}
 	}
-	if opts.Kinds, err = hardware.ParseKinds(names); err != nil {
+	if opts.Kinds, err = kinds.All().Parse(names); err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}
-	issuers, findings, err := hardware.Issuers(ctx, opts)
+	issuers, findings, err := kinds.All().Issuers(ctx, opts)
 	for _, f := range findings {
 		log.Info("own evidence", "kind", f.Kind, "used", f.Used, "why", f.Why)
 	}

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	hardware "github.com/keyagent/keyagent/attestation/setup"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
@@ -22,20 +22,20 @@ import (
 // field. A node without volumes is a good node: a control plane that only wants a
 // KEK has none, and so has one whose volumes all come from a CSI driver.
 type Config struct {
-	Servers      []ServerConfig     `yaml:"servers"`
-	ServerPolicy string             `yaml:"server_policy,omitempty"`
-	TPM          hardware.TPMConfig `yaml:"tpm,omitempty"`
+	Servers      []ServerConfig  `yaml:"servers"`
+	ServerPolicy string          `yaml:"server_policy,omitempty"`
+	TPM          kinds.TPMConfig `yaml:"tpm,omitempty"`
 	// Evidence names the kinds to give, such as snp and tpm. Empty: the strongest
 	// that the machine has.
-	Evidence     []string                   `yaml:"evidence,omitempty"`
-	Endorsements hardware.EndorsementConfig `yaml:"endorsements,omitempty"`
-	Azure        AzureConfig                `yaml:"azure,omitempty"`
-	Socket       string                     `yaml:"socket,omitempty"`
-	StateDir     string                     `yaml:"state_dir,omitempty"`
-	Callers      []Caller                   `yaml:"callers,omitempty"`
-	Dynamic      []Dynamic                  `yaml:"dynamic,omitempty"`
-	Retry        RetryConfig                `yaml:"retry,omitempty"`
-	Volumes      []Volume                   `yaml:"volumes,omitempty"`
+	Evidence     []string                `yaml:"evidence,omitempty"`
+	Endorsements kinds.EndorsementConfig `yaml:"endorsements,omitempty"`
+	Azure        AzureConfig             `yaml:"azure,omitempty"`
+	Socket       string                  `yaml:"socket,omitempty"`
+	StateDir     string                  `yaml:"state_dir,omitempty"`
+	Callers      []Caller                `yaml:"callers,omitempty"`
+	Dynamic      []Dynamic               `yaml:"dynamic,omitempty"`
+	Retry        RetryConfig             `yaml:"retry,omitempty"`
+	Volumes      []Volume                `yaml:"volumes,omitempty"`
 	// Watch is how often the headers of open volumes are compared with their disks.
 	// Default 5m, off for never.
 	Watch string `yaml:"watch,omitempty"`
@@ -125,7 +125,7 @@ func (c *Config) check(doc *config.Document, dir string) error {
 			return err
 		}
 	}
-	if _, err := hardware.ParseKinds(c.Evidence); err != nil {
+	if _, err := kinds.All().Parse(c.Evidence); err != nil {
 		return doc.Errorf([]any{"evidence"}, "%w", err)
 	}
 	if err := c.Endorsements.Check(); err != nil {

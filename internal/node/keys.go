@@ -13,7 +13,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/endorsement"
-	"github.com/keyagent/keyagent/attestation/setup"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/policysource"
@@ -81,7 +81,7 @@ func (c closers) Close() error {
 // issuers chooses this machine's evidence for each connection, and says which and
 // why whenever that is news.
 func (c *Config) issuers(source endorsement.Source, log *slog.Logger) (func(context.Context) ([]attestation.Issuer, error), error) {
-	kinds, err := setup.ParseKinds(c.Evidence)
+	chosen, err := kinds.All().Parse(c.Evidence)
 	if err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}
@@ -89,8 +89,8 @@ func (c *Config) issuers(source endorsement.Source, log *slog.Logger) (func(cont
 	if err != nil {
 		return nil, failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
 	}
-	opts := setup.IssuerOptions{
-		Kinds:        kinds,
+	opts := kinds.IssuerOptions{
+		Kinds:        chosen,
 		TPM:          options,
 		Metadata:     c.Azure.Metadata,
 		Attestation:  c.Azure.Attestation,
@@ -99,7 +99,7 @@ func (c *Config) issuers(source endorsement.Source, log *slog.Logger) (func(cont
 	}
 	news := newsOf(log)
 	return func(ctx context.Context) ([]attestation.Issuer, error) {
-		issuers, findings, err := setup.Issuers(ctx, opts)
+		issuers, findings, err := kinds.All().Issuers(ctx, opts)
 		news(findings)
 		if err != nil && !errors.Is(err, attestation.ErrNoDevice) {
 			return nil, failure.New(failure.Configuration, err, "")
@@ -109,10 +109,10 @@ func (c *Config) issuers(source endorsement.Source, log *slog.Logger) (func(cont
 }
 
 // newsOf logs findings that are not those of the time before.
-func newsOf(log *slog.Logger) func([]setup.Finding) {
+func newsOf(log *slog.Logger) func([]kinds.Finding) {
 	var mu sync.Mutex
-	var before []setup.Finding
-	return func(now []setup.Finding) {
+	var before []kinds.Finding
+	return func(now []kinds.Finding) {
 		mu.Lock()
 		defer mu.Unlock()
 		if slices.Equal(before, now) {

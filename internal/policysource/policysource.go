@@ -11,8 +11,8 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
-	hardware "github.com/keyagent/keyagent/attestation/setup"
 )
 
 // Source is the policy in force. A reload replaces it as a whole, or not
@@ -31,7 +31,7 @@ func New(path string, log *slog.Logger) (*Source, error) {
 
 // Reload reads the file again. An error leaves the policy in force as it is.
 func (s *Source) Reload() error {
-	p, err := policy.Load(s.path)
+	p, err := kinds.LoadPolicy(s.path)
 	if err != nil {
 		return err
 	}
@@ -55,7 +55,7 @@ func (s *Source) Appraise(_ context.Context, v *attestation.Verified) (time.Dura
 // Peers is what a peer must prove under the policy in force: the evidence of some
 // profile. Endorsements that it does not carry come from source, which may be nil.
 func (s *Source) Peers(source endorsement.Source) (*atls.Peers, error) {
-	verifiers, err := hardware.Verifiers(hardware.VerifierOptions{Policy: s.Current, Endorsements: source})
+	verifiers, err := kinds.All().Verifiers(kinds.VerifierOptions{Policy: s.Current, Endorsements: source})
 	if err != nil {
 		return nil, err
 	}

@@ -1,4 +1,4 @@
-package setup
+package kinds
 
 import (
 	"crypto/x509"

@@ -1,4 +1,4 @@
-package setup
+package kinds
 
 import (
 	"bytes"
@@ -54,7 +54,7 @@ func genuine(t *testing.T) map[string][]attestation.Claims {
 // accepting makes a policy of a machine's own reference values, by way of a file.
 func accepting(t *testing.T, claims []attestation.Claims) (*policy.Policy, error) {
 	t.Helper()
-	profile, err := policy.Reference("real", "a real machine", claims)
+	profile, err := policy.Reference(policy.Builtin(), "real", "a real machine", claims)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,7 @@ profiles:
 grants:
   - {name: all, profiles: [real], volumes: ["*"], operations: [open]}
 `
-	return policy.Parse("policy.yaml", []byte(text))
+	return policy.Parse(policy.Builtin(), "policy.yaml", []byte(text))
 }
 
 // undecided are facts that no rule of a policy looks at; expressions may.

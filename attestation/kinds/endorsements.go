@@ -1,7 +1,4 @@
-// Package setup chooses and wires the kinds of evidence: verifiers for a policy,
-// issuers for a machine, and where endorsements come from. It is the only package
-// that knows all kinds.
-package setup
+package kinds
 
 import (
 	"fmt"

@@ -1,4 +1,4 @@
-package setup
+package kinds
 
 import (
 	"context"
@@ -56,7 +56,7 @@ func TestTheStrongestEvidenceIsChosen(t *testing.T) {
 		for n := range findings {
 			findings[n].Found = slices.Contains(tt.found, findings[n].Kind)
 		}
-		choose(findings)
+		All().choose(findings)
 		var used []attestation.Kind
 		for _, f := range findings {
 			if f.Used {
@@ -73,7 +73,7 @@ func TestTheStrongestEvidenceIsChosen(t *testing.T) {
 }
 
 func TestAMachineWithoutHardwareSaysWhatItLookedFor(t *testing.T) {
-	_, findings, err := Issuers(t.Context(), IssuerOptions{TPM: tpm.IssuerOptions{Device: "/dev/no-such-tpm"}})
+	_, findings, err := All().Issuers(t.Context(), IssuerOptions{TPM: tpm.IssuerOptions{Device: "/dev/no-such-tpm"}})
 	if !errors.Is(err, attestation.ErrNoDevice) || len(findings) < 5 {
 		t.Fatalf("%v, %v", findings, err)
 	}
@@ -85,15 +85,15 @@ func TestAMachineWithoutHardwareSaysWhatItLookedFor(t *testing.T) {
 }
 
 func TestEvidenceThatIsPinnedIsExactlyThat(t *testing.T) {
-	issuers, findings, err := Issuers(t.Context(), IssuerOptions{Kinds: []attestation.Kind{attestation.SNP, attestation.TPM}})
+	issuers, findings, err := All().Issuers(t.Context(), IssuerOptions{Kinds: []attestation.Kind{attestation.SNP, attestation.TPM}})
 	if err != nil || len(issuers) != 2 || issuers[0].Kind() != attestation.SNP || len(findings) != 2 {
 		t.Errorf("%v, %v, %v", issuers, findings, err)
 	}
-	if _, _, err := Issuers(t.Context(), IssuerOptions{Kinds: []attestation.Kind{"sgx"}}); err == nil {
+	if _, _, err := All().Issuers(t.Context(), IssuerOptions{Kinds: []attestation.Kind{"sgx"}}); err == nil {
 		t.Error("an unknown kind is pinned")
 	}
 	for _, bad := range []string{"sgx", "", "snp,snp"} {
-		if _, err := ParseKinds(strings.Split(bad, ",")); err == nil || !strings.Contains(err.Error(), "hint: ") {
+		if _, err := All().Parse(strings.Split(bad, ",")); err == nil || !strings.Contains(err.Error(), "hint: ") {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
@@ -180,8 +180,8 @@ grants:
 			t.Fatal(err)
 		}
 	}
-	pol := must[*policy.Policy](t)(policy.Load(filepath.Join(dir, "policy.yaml")))
-	verifiers := must[[]attestation.Verifier](t)(Verifiers(VerifierOptions{Policy: func() *policy.Policy { return pol }}))
+	pol := must[*policy.Policy](t)(LoadPolicy(filepath.Join(dir, "policy.yaml")))
+	verifiers := must[[]attestation.Verifier](t)(All().Verifiers(VerifierOptions{Policy: func() *policy.Policy { return pol }}))
 	c := &composite{t: t, ca: must[*pki.Authority](t)(pki.NewAuthority())}
 	cert := must[tls.Certificate](t)(c.ca.Server("service"))
 	c.server = &atls.ServerConfig{
