@@ -28,6 +28,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // serviceVTPM is the GUID of the vTPM service in the attestation protocol.
@@ -89,7 +90,7 @@ func (i *Issuer) Begin(ctx context.Context) (attestation.Attempt, error) {
 // bareOffer leaves out certificates: nobody but the SVSM vouches here.
 func bareOffer(full []byte) ([]byte, error) {
 	o := &attestv1.TPMOffer{}
-	if err := proto.Unmarshal(full, o); err != nil {
+	if err := wire.Unmarshal(full, o); err != nil {
 		return nil, err
 	}
 	o.EkCertificate, o.EkIntermediates = nil, nil
@@ -111,7 +112,7 @@ func (a *attempt) Close() error { return a.tpm.Close() }
 // Evidence implements attestation.Attempt.
 func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
 	q := &attestv1.SVSMAsk{}
-	if err := proto.Unmarshal(ask, q); err != nil {
+	if err := wire.Unmarshal(ask, q); err != nil {
 		return nil, fmt.Errorf("verifier's question: %w", err)
 	}
 	inner, err := proto.Marshal(q.GetTpm())
@@ -123,7 +124,7 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 		return nil, err
 	}
 	e := &attestv1.SVSMEvidence{Tpm: &attestv1.TPMEvidence{}}
-	if err := proto.Unmarshal(quote, e.Tpm); err != nil {
+	if err := wire.Unmarshal(quote, e.Tpm); err != nil {
 		return nil, err
 	}
 	if e.Snp, e.Manifest, err = a.issuer.snp.CollectService(ctx, binder, serviceVTPM); err != nil {
@@ -150,7 +151,7 @@ func (a *attempt) SelfAsk(pcrs []uint32) (ask, secret []byte, err error) {
 
 func wrapAsk(inner []byte) ([]byte, error) {
 	t := &attestv1.TPMAsk{}
-	if err := proto.Unmarshal(inner, t); err != nil {
+	if err := wire.Unmarshal(inner, t); err != nil {
 		return nil, err
 	}
 	return proto.Marshal(&attestv1.SVSMAsk{Tpm: t})
@@ -194,7 +195,7 @@ func (v *Verifier) Restore(_ context.Context, offer, ask, secret []byte) (attest
 		return nil, err
 	}
 	asked := &attestv1.SVSMAsk{}
-	if err := proto.Unmarshal(ask, asked); err != nil {
+	if err := wire.Unmarshal(ask, asked); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	u, err := tpm.RestoreUnvouched(inner, asked.GetTpm().GetPcrs(), secret)
@@ -206,7 +207,7 @@ func (v *Verifier) Restore(_ context.Context, offer, ask, secret []byte) (attest
 
 func innerOffer(offer []byte) ([]byte, error) {
 	o := &attestv1.SVSMOffer{}
-	if err := proto.Unmarshal(offer, o); err != nil {
+	if err := wire.Unmarshal(offer, o); err != nil {
 		return nil, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
 	}
 	return proto.Marshal(o.GetTpm())
@@ -229,7 +230,7 @@ func (q *question) Ask() []byte { return q.ask }
 // Verify implements attestation.Question.
 func (q *question) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	e := &attestv1.SVSMEvidence{}
-	if err := proto.Unmarshal(evidence, e); err != nil {
+	if err := wire.Unmarshal(evidence, e); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if len(e.GetManifest()) == 0 || len(e.GetManifest()) > maxManifest {

@@ -15,6 +15,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 const (
@@ -83,7 +84,7 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 				return nil, errors.New("the connection to the key service ended")
 			}
 		}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame), grpc.ForceCodecV2(wire.Codec())),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 		// A peer that went away without a word is noticed; an idle session stays.
