@@ -97,8 +97,10 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 	return &session{e.address, conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
 }
 
-// fresh reports that the verdict on this machine has some time left.
-func (s *session) fresh() bool { return time.Until(s.channel.Verdict().Expires) > renewBefore }
+// fresh reports that the verdict on this machine holds for that much longer.
+func (s *session) fresh(left time.Duration) bool {
+	return time.Until(s.channel.Verdict().Expires) > max(left, renewBefore)
+}
 
 // renew runs the attestation again on the same connection.
 func (s *session) renew(ctx context.Context) error {
