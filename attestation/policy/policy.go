@@ -134,6 +134,7 @@ func Parse(name string, data []byte) (*Policy, error) {
 		return nil, err
 	}
 	c := checker{doc: doc, file: &p.file, dir: filepath.Dir(name)}
+	c.demand(p.file.Version != withEnd || hasEnd(data), fmt.Sprintf("the file was cut off: the last line of one of this version is %q", end), "version")
 	c.check(p)
 	if c.err != nil {
 		return nil, c.err
@@ -191,7 +192,7 @@ var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 func (c *checker) check(p *Policy) {
 	f := c.file
-	c.demand(f.Version == 1, "must be 1", "version")
+	c.demand(f.Version == openEnded || f.Version == withEnd, "must be 1 or 2", "version")
 	var err error
 	if p.lifetime, err = time.ParseDuration(f.Lifetime); err != nil || p.lifetime < time.Second || p.lifetime > 24*time.Hour {
 		c.fail("must be a duration from 1s to 24h, such as 15m", nil, "lifetime")
