@@ -70,6 +70,9 @@ var (
 	// ErrEpoch: the peer was reset, or is another machine, since the channel's
 	// first attestation.
 	ErrEpoch = fmt.Errorf("%w: machine changed while the channel lived", attestation.ErrRefused)
+	// ErrLate: the evidence came later than an exchange may take. It was fresh when
+	// it was asked for, and says nothing of the machine as it is now.
+	ErrLate = fmt.Errorf("%w: evidence came too late", attestation.ErrRefused)
 	// ErrSealed: a sealed message was not made for this channel.
 	ErrSealed = errors.New("sealed message is not for this channel")
 )

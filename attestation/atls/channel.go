@@ -31,7 +31,8 @@ type Channel struct {
 	observe    func(Outcome)
 	remote     string
 	now        func() time.Time
-	renewed    func() // called after each exchange that succeeded
+	limit      time.Duration // of one exchange, and from a nonce to its verdict; 0 is DefaultTimeout
+	judged     func()        // called after each verdict on the peer that stands
 
 	exchange sync.Mutex // one exchange at a time
 
@@ -67,8 +68,17 @@ type Verdict struct {
 }
 
 // Reattest runs the exchange again over fr, with fresh keys and nonces. Both
-// sides call it, on the two ends of one ordered stream.
+// sides call it, on the two ends of one ordered stream. The caller ends the stream
+// when ctx ends: evidence that comes later than the exchange may take is refused.
 func (c *Channel) Reattest(ctx context.Context, fr Frames) error { return c.run(ctx, fr) }
+
+// bound of one exchange.
+func (c *Channel) bound() time.Duration {
+	if c.limit == 0 {
+		return DefaultTimeout
+	}
+	return c.limit
+}
 
 // run is the whole exchange: who attests, then the server's half, then the
 // client's. The server goes first, so that a client that demands the server's
@@ -76,6 +86,8 @@ func (c *Channel) Reattest(ctx context.Context, fr Frames) error { return c.run(
 func (c *Channel) run(ctx context.Context, fr Frames) error {
 	c.exchange.Lock()
 	defer c.exchange.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, c.bound())
+	defer cancel()
 	mine := &attestv1.Open{Version: protocolVersion, WantsEvidence: c.peers != nil, HasEvidence: len(c.issuers) > 0}
 	theirs, err := c.opening(fr, mine)
 	if err != nil {
@@ -96,19 +108,16 @@ func (c *Channel) run(ctx context.Context, fr Frames) error {
 			return err
 		}
 	}
-	if c.renewed != nil {
-		c.renewed()
-	}
 	return nil
 }
 
 // opening exchanges the Open frames, the client's first.
 func (c *Channel) opening(fr Frames, mine *attestv1.Open) (theirs *attestv1.Open, err error) {
-	send := func() error { return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Open{Open: mine}}) }
-	receive := func() (err error) { theirs, err = recv(fr, openOf); return err }
-	steps := []func() error{send, receive}
+	say := func() error { return send(fr, &attestv1.Frame{Body: &attestv1.Frame_Open{Open: mine}}) }
+	receive := func() (err error) { theirs, err = expect(fr, maxOpen, openOf); return err }
+	steps := []func() error{say, receive}
 	if c.self == serverRole {
-		steps = []func() error{receive, send}
+		steps = []func() error{receive, say}
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -171,7 +180,7 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 		attempts[i.Kind()] = a
 		hello.Offers = append(hello.Offers, &attestv1.Item{Kind: string(i.Kind()), Data: a.Offer()})
 	}
-	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Hello{Hello: hello}}); err != nil {
+	if err := send(fr, &attestv1.Frame{Body: &attestv1.Frame_Hello{Hello: hello}}); err != nil {
 		return err
 	}
 	challenge, err := c.recvChallenge(fr)
@@ -214,10 +223,10 @@ func (c *Channel) attest(ctx context.Context, fr Frames) error {
 }
 
 func exchangeEvidence(fr Frames, e *attestv1.Evidence) (*attestv1.Verdict, error) {
-	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Evidence{Evidence: e}}); err != nil {
+	if err := send(fr, &attestv1.Frame{Body: &attestv1.Frame_Evidence{Evidence: e}}); err != nil {
 		return nil, err
 	}
-	verdict, err := recv(fr, verdictOf)
+	verdict, err := expect(fr, maxVerdict, verdictOf)
 	if err == nil && !verdict.GetAccepted() {
 		err = refusalOf(verdict)
 	}
@@ -226,7 +235,7 @@ func exchangeEvidence(fr Frames, e *attestv1.Evidence) (*attestv1.Verdict, error
 
 // recvChallenge also takes a verdict: a verifier may refuse the offer itself.
 func (c *Channel) recvChallenge(fr Frames) (*attestv1.Challenge, error) {
-	f, err := fr.Recv()
+	f, err := recv(fr, maxChallenge)
 	if err != nil {
 		return nil, err
 	}
@@ -244,8 +253,11 @@ func (c *Channel) recvChallenge(fr Frames) (*attestv1.Challenge, error) {
 }
 
 func refusalOf(v *attestv1.Verdict) error {
-	return &Refusal{Class: RefusalClass(cut(v.GetRefusalClass(), 64)), CorrelationID: cut(v.GetCorrelationId(), 64), Detail: cut(v.GetDetail(), 4096)}
+	return &Refusal{Class: RefusalClass(cut(v.GetRefusalClass(), 64)), CorrelationID: cut(v.GetCorrelationId(), 64), Detail: cut(v.GetDetail(), maxDetail)}
 }
+
+// maxDetail bounds what a refused peer is told, in bytes.
+const maxDetail = 4096
 
 func cut(s string, n int) string { return s[:min(n, len(s))] }
 
@@ -253,7 +265,7 @@ func cut(s string, n int) string { return s[:min(n, len(s))] }
 func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	id := newCorrelationID()
 	state, lifetime, err := c.examine(ctx, fr)
-	if errors.Is(err, attestation.ErrRefused) && !errors.Is(err, attestation.ErrUnendorsed) {
+	if err != nil && !isTransport(err) && !errors.Is(err, attestation.ErrUnendorsed) {
 		c.mu.Lock()
 		c.peer.refused = true
 		c.mu.Unlock()
@@ -264,7 +276,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	}
 	if err != nil && !isTransport(err) {
 		// Best effort: the refusal stands whether or not the peer hears of it.
-		_ = fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
+		_ = send(fr, &attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
 			CorrelationId: id, RefusalClass: string(classOf(err)), Detail: peerDetail(err),
 		}}})
 	}
@@ -276,14 +288,18 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 	c.peer = state
 	c.began(serverRole == c.self, state.verified.Binder())
 	c.mu.Unlock()
-	return fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
+	// The verdict stands, whether or not the peer hears of it.
+	if c.judged != nil {
+		c.judged()
+	}
+	return send(fr, &attestv1.Frame{Body: &attestv1.Frame_Verdict{Verdict: &attestv1.Verdict{
 		Accepted: true, CorrelationId: id, LifetimeSeconds: uint32(lifetime / time.Second),
 	}}})
 }
 
 func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Duration, error) {
 	var state peerState
-	hello, err := recv(fr, helloOf)
+	hello, err := expect(fr, maxHello, helloOf)
 	if err != nil {
 		return state, 0, err
 	}
@@ -295,15 +311,16 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	}
 	challenge := &attestv1.Challenge{Nonce: make([]byte, nonceSize)}
 	rand.Read(challenge.Nonce)
-	asked, err := c.peers.ask(ctx, hello.GetOffers())
-	if err != nil {
+	began := c.now()
+	var asked *asked
+	if err := inTurn(ctx, func() (err error) { asked, err = c.peers.ask(ctx, hello.GetOffers()); return err }); err != nil {
 		return state, 0, err
 	}
 	challenge.Asks = asked.items()
-	if err := fr.Send(&attestv1.Frame{Body: &attestv1.Frame_Challenge{Challenge: challenge}}); err != nil {
+	if err := send(fr, &attestv1.Frame{Body: &attestv1.Frame_Challenge{Challenge: challenge}}); err != nil {
 		return state, 0, err
 	}
-	evidence, err := recv(fr, evidenceOf)
+	evidence, err := expect(fr, maxEvidence, evidenceOf)
 	if err != nil {
 		return state, 0, err
 	}
@@ -311,8 +328,8 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	if err != nil {
 		return state, 0, err
 	}
-	claims, err := asked.prove(ctx, evidence.GetItems(), binder)
-	if err != nil {
+	var claims []attestation.Claims
+	if err := inTurn(ctx, func() (err error) { claims, err = asked.prove(ctx, evidence.GetItems(), binder); return err }); err != nil {
 		return state, 0, err
 	}
 	state.dropped = asked.refused
@@ -329,8 +346,24 @@ func (c *Channel) examine(ctx context.Context, fr Frames) (peerState, time.Durat
 	if lifetime < time.Second {
 		return state, 0, fmt.Errorf("%w: a verdict's lifetime of %s", ErrConfiguration, lifetime)
 	}
+	// By the clock, and not by ctx alone: who holds evidence back must not gain by it.
+	if took := c.now().Sub(began); took > c.bound() {
+		return state, 0, fmt.Errorf("%w: %s after it was asked for, at most %s", ErrLate, took.Round(time.Second), c.bound())
+	}
 	state.expires = c.now().Add(lifetime)
 	return state, lifetime, nil
+}
+
+// inTurn runs what takes memory and time at a stranger's will, together with few
+// others at a time.
+func inTurn(ctx context.Context, f func() error) error {
+	select {
+	case judging <- struct{}{}:
+		defer func() { <-judging }()
+		return f()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // sameMachine demands that a renewal comes from the machine, and the boot, that
@@ -498,7 +531,7 @@ func classOf(err error) RefusalClass {
 func peerDetail(err error) string {
 	var d interface{ PeerDetail() string }
 	if errors.As(err, &d) {
-		return d.PeerDetail()
+		return cut(d.PeerDetail(), maxDetail)
 	}
 	return ""
 }

@@ -52,15 +52,15 @@ func newCouple(m ...*machine) *couple {
 
 func node() *machine { return &machine{kind: "fake", identity: "node", epoch: "1"} }
 
-// wire is one direction of a connection.
-type wire struct {
+// line is one direction of a connection.
+type line struct {
 	frames chan *attestv1.Frame
 	gone   chan struct{} // closed when the sender has ended
 }
 
 // pipe is one side's view.
 type pipe struct {
-	in, out wire
+	in, out line
 	change  func(*attestv1.Frame) (*attestv1.Frame, error)
 }
 
@@ -101,8 +101,8 @@ func (p pipe) Recv() (*attestv1.Frame, error) {
 
 // run is one exchange.
 func (c *couple) run() (client, server error) {
-	up := wire{make(chan *attestv1.Frame, 8), make(chan struct{})}
-	down := wire{make(chan *attestv1.Frame, 8), make(chan struct{})}
+	up := line{make(chan *attestv1.Frame, 8), make(chan struct{})}
+	down := line{make(chan *attestv1.Frame, 8), make(chan struct{})}
 	done := make(chan error)
 	go func() {
 		err := c.server.run(context.Background(), pipe{up, down, c.fromServer})

@@ -7,9 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -22,6 +20,8 @@ import (
 type Conn struct {
 	*tls.Conn
 	channel *Channel
+
+	hold func(n int) // see Gate
 
 	mu     sync.Mutex
 	expiry *time.Timer // closes the connection when the verdict on the peer ends
@@ -105,7 +105,10 @@ func (c *Conn) Close() error {
 // application byte is under way. An error closes the connection: the two sides
 // no longer agree on where the next message begins.
 func (c *Conn) Reattest(ctx context.Context) error {
-	err := c.exchange(ctx, DefaultTimeout)
+	err := c.exchange(ctx, c.channel.bound())
+	if err == nil {
+		err = c.Conn.SetDeadline(time.Time{})
+	}
 	if err != nil {
 		_ = c.Close()
 	}
@@ -116,13 +119,13 @@ func (c *Conn) exchange(ctx context.Context, timeout time.Duration) error {
 	stop := context.AfterFunc(ctx, func() { _ = c.Conn.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
 	_ = c.Conn.SetDeadline(time.Now().Add(timeout))
-	if err := c.channel.run(ctx, byteFrames{c.Conn}); err != nil {
+	if err := c.channel.run(ctx, byteFrames{c.Conn, c.hold}); err != nil {
 		if ctx.Err() != nil {
 			err = errors.Join(ctx.Err(), err)
 		}
 		return err
 	}
-	return c.Conn.SetDeadline(time.Time{})
+	return nil
 }
 
 // Client authenticates the server of conn, attests this side to it, and
@@ -136,12 +139,29 @@ func Client(ctx context.Context, conn net.Conn, cfg *ClientConfig) (*Conn, error
 	}
 	ch := &Channel{self: clientRole, issuers: cfg.Issuers, peers: cfg.Server, now: clock(cfg.Now)}
 	local := func() []byte { return cfg.Identity.certificate.Certificate[0] }
-	return handshake(ctx, conn, tls.Client(conn, tlsConfig), local, ch, cfg.Timeout)
+	return lifted(handshake(ctx, conn, tls.Client(conn, tlsConfig), local, ch, cfg.Timeout))
 }
 
 // Server demands and appraises the evidence of the client behind conn. On an
 // error conn is closed.
 func Server(ctx context.Context, conn net.Conn, cfg *ServerConfig) (*Conn, error) {
+	return lifted(serve(ctx, conn, cfg))
+}
+
+// lifted lets a connection without its deadline go on as long as its verdict does.
+func lifted(c *Conn, err error) (*Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	if err := c.Conn.SetDeadline(time.Time{}); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+// serve is Server. The deadline stays: the peer has attested itself, and may still
+// never say a word. Whoever reads the first one lifts it.
+func serve(ctx context.Context, conn net.Conn, cfg *ServerConfig) (*Conn, error) {
 	tlsConfig, local, err := serverTLS(cfg)
 	if err != nil {
 		_ = conn.Close()
@@ -166,8 +186,13 @@ func handshake(ctx context.Context, raw net.Conn, conn *tls.Conn, local func() [
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	c := &Conn{Conn: conn, channel: ch}
-	ch.renewed = c.arm
+	guarded, _ := raw.(guarded)
+	if guarded == nil {
+		guarded = unguarded{}
+	}
+	ch.limit = timeout
+	c := &Conn{Conn: conn, channel: ch, hold: guarded.Hold}
+	ch.judged = c.arm
 	defer func() {
 		if err != nil {
 			_ = conn.Close()
@@ -178,17 +203,19 @@ func handshake(ctx context.Context, raw net.Conn, conn *tls.Conn, local func() [
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, handshakeError(err)
 	}
-	if g, ok := raw.(interface{ Encrypted() }); ok {
-		g.Encrypted()
-	}
+	guarded.Encrypted()
 	if err := ch.bind(conn.ConnectionState(), local()); err != nil {
 		return nil, err
 	}
 	if err := c.exchange(ctx, timeout); err != nil {
 		return nil, err
 	}
-	if g, ok := raw.(interface{ Attested() }); ok {
-		g.Attested()
+	identity := ""
+	if p := ch.peer.verified; p != nil {
+		identity = p.Identity()
+	}
+	if err := guarded.Attested(identity); err != nil {
+		return nil, err
 	}
 	return c, nil
 }
@@ -307,10 +334,9 @@ func handshakeError(err error) error {
 	return fmt.Errorf("%w: %w", ErrHandshake, err)
 }
 
-// isTransport reports that the connection itself failed: there is nobody to
-// send a verdict to.
+// isTransport reports that the connection itself failed, or that this side gave up
+// waiting: there is nobody to send a verdict to.
 func isTransport(err error) bool {
-	var n net.Error
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
-		errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &n)
+	var t *transportError
+	return errors.As(err, &t) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }

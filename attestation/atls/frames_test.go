@@ -145,7 +145,7 @@ func TestAnAnnouncedFrameTakesNoMemoryUntilItArrives(t *testing.T) {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for range 100 {
-		_, err := byteFrames{readWriter{bytes.NewReader(one), io.Discard}}.Recv()
+		_, err := byteFrames{rw: readWriter{bytes.NewReader(one), io.Discard}}.Recv()
 		wantErr(t, err, io.ErrUnexpectedEOF)
 	}
 	runtime.ReadMemStats(&after)
@@ -161,7 +161,7 @@ type readWriter struct {
 
 func TestAFrameThatIsTooLargeIsNotSent(t *testing.T) {
 	var out bytes.Buffer
-	err := byteFrames{readWriter{nil, &out}}.Send(helloFrame(&attestv1.Hello{HpkePublicKey: make([]byte, MaxFrame)}))
+	err := byteFrames{rw: readWriter{nil, &out}}.Send(helloFrame(&attestv1.Hello{HpkePublicKey: make([]byte, MaxFrame)}))
 	wantErr(t, err, ErrFrame)
 	if out.Len() != 0 {
 		t.Errorf("%d bytes were sent", out.Len())

@@ -34,7 +34,7 @@ func FuzzFrame(f *testing.F) {
 		f.Add(frame)
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		frame, err := byteFrames{readWriter{bytes.NewReader(data), io.Discard}}.Recv()
+		frame, err := byteFrames{rw: readWriter{bytes.NewReader(data), io.Discard}}.Recv()
 		if err != nil {
 			if !errors.Is(err, ErrFrame) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 				t.Fatalf("a nameless error: %v", err)
@@ -42,13 +42,13 @@ func FuzzFrame(f *testing.F) {
 			return
 		}
 		var wire bytes.Buffer
-		if err := (byteFrames{readWriter{nil, &wire}}).Send(frame); err != nil {
+		if err := (byteFrames{rw: readWriter{nil, &wire}}).Send(frame); err != nil {
 			if errors.Is(err, ErrFrame) || proto.Size(frame) == 0 {
 				return
 			}
 			t.Fatal(err)
 		}
-		again, err := byteFrames{readWriter{&wire, io.Discard}}.Recv()
+		again, err := byteFrames{rw: readWriter{&wire, io.Discard}}.Recv()
 		if proto.Size(frame) > 0 && (err != nil || !proto.Equal(frame, again)) {
 			t.Fatalf("%v became %v, %v", frame, again, err)
 		}
@@ -61,7 +61,7 @@ func FuzzPeer(f *testing.F) {
 	f.Add(bytes.Join(recorded(f), nil))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := newCouple(node())
-		err := c.server.run(t.Context(), byteFrames{readWriter{bytes.NewReader(data), io.Discard}})
+		err := c.server.run(t.Context(), byteFrames{rw: readWriter{bytes.NewReader(data), io.Discard}})
 		if err == nil {
 			t.Fatal("accepted")
 		}
@@ -69,6 +69,6 @@ func FuzzPeer(f *testing.F) {
 			t.Fatalf("the peer counts as attested: %v", err)
 		}
 		// The machine's side only must not fall over.
-		_ = newCouple(node()).client.run(t.Context(), byteFrames{readWriter{bytes.NewReader(data), io.Discard}})
+		_ = newCouple(node()).client.run(t.Context(), byteFrames{rw: readWriter{bytes.NewReader(data), io.Discard}})
 	})
 }

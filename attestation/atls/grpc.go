@@ -108,7 +108,8 @@ func (established) OverrideServerName(string) error {
 type serverCredentials struct{ cfg *ServerConfig }
 
 func (s *serverCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	conn, err := Server(context.Background(), raw, s.cfg)
+	// gRPC lifts the deadline once the first HTTP/2 frame has come.
+	conn, err := serve(context.Background(), raw, s.cfg)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -58,15 +58,15 @@ func silent(t *testing.T, f func(*tls.Conn)) (time.Duration, error) {
 
 // Case 34: a peer that is silent, or trickles, is let go when its time is up.
 func TestAPeerThatIsTooSlowIsLetGo(t *testing.T) {
-	hello := framed(make([]byte, 1000))
+	open := framed(make([]byte, maxOpen))
 	for name, f := range map[string]func(*tls.Conn){
 		"silent from the start":     nil,
 		"silent after TLS":          func(c *tls.Conn) { _ = c.Handshake() },
 		"silent within the length":  func(c *tls.Conn) { _, _ = c.Write([]byte{0, 0}) },
 		"silent within a frame":     func(c *tls.Conn) { _, _ = c.Write(framed([]byte{1, 2, 3})[:6]) },
-		"silent after its Open":     func(c *tls.Conn) { _ = byteFrames{c}.Send(openFrame(1, true)); _, _ = io.Copy(io.Discard, c) },
-		"one byte a second":         func(c *tls.Conn) { trickle(c, hello) },
-		"reads nothing, as Servers": func(c *tls.Conn) { _ = byteFrames{c}.Send(openFrame(1, true)) },
+		"silent after its Open":     func(c *tls.Conn) { _ = byteFrames{rw: c}.Send(openFrame(1, true)); _, _ = io.Copy(io.Discard, c) },
+		"one byte a second":         func(c *tls.Conn) { trickle(c, open) },
+		"reads nothing, as Servers": func(c *tls.Conn) { _ = byteFrames{rw: c}.Send(openFrame(1, true)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // IssuerOptions configure [NewIssuer]. Unset fields take the stated default.
@@ -118,7 +119,7 @@ func (attempt) SelfAsk(pcrs []uint32) (ask, secret []byte, err error) {
 // to be had are left out: the verifier may have them, or do without.
 func (a attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
 	var q attestv1.AzureAsk
-	if err := proto.Unmarshal(ask, &q); err != nil {
+	if err := wire.Unmarshal(ask, &q); err != nil {
 		return nil, fmt.Errorf("verifier's question: %w", err)
 	}
 	ev := &attestv1.AzureEvidence{}

@@ -16,6 +16,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // VerifierOptions configure [NewVerifier].
@@ -69,7 +70,7 @@ func (v *Verifier) Begin(_ context.Context, offer []byte) (attestation.Question,
 // asked for.
 func (v *Verifier) Restore(_ context.Context, offer, ask, _ []byte) (attestation.Question, error) {
 	var q attestv1.AzureAsk
-	if err := proto.Unmarshal(ask, &q); err != nil || checkPCRs(q.GetPcrs()) != nil {
+	if err := wire.Unmarshal(ask, &q); err != nil || checkPCRs(q.GetPcrs()) != nil {
 		return nil, fmt.Errorf("%w: question", ErrMalformed)
 	}
 	return v.begin(offer, q.GetPcrs())
@@ -116,7 +117,7 @@ func (q *question) Ask() []byte { return q.ask }
 // attestation key, the quote by that key, and the token.
 func (q *question) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	var e attestv1.AzureEvidence
-	if err := proto.Unmarshal(evidence, &e); err != nil {
+	if err := wire.Unmarshal(evidence, &e); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	r, err := Parse(e.GetHclReport())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -30,7 +29,7 @@ type IssuerOptions struct {
 // Issuer makes evidence with the NitroTPM of this instance.
 type Issuer struct {
 	opts IssuerOptions
-	mu   sync.Mutex // the index serves one exchange at a time
+	turn chan struct{} // the index serves one exchange at a time
 }
 
 var _ attestation.Issuer = (*Issuer)(nil)
@@ -46,7 +45,7 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	if opts.Index>>24 != 0x01 {
 		return nil, fmt.Errorf("%#x is no NV index", uint32(opts.Index))
 	}
-	return &Issuer{opts: opts}, nil
+	return &Issuer{opts: opts, turn: make(chan struct{}, 1)}, nil
 }
 
 // Kind implements attestation.Issuer.
@@ -56,54 +55,49 @@ func (*Issuer) Kind() attestation.Kind { return attestation.Nitro }
 // here, since other kinds of evidence may serve such a machine: the error wraps
 // [attestation.ErrNoDevice].
 func (i *Issuer) Begin(ctx context.Context) (attestation.Attempt, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	i.mu.Lock()
-	t, err := i.opts.Open()
-	if err == nil {
-		if err = isNitro(t); err == nil {
-			return &attempt{issuer: i, tpm: t}, nil
-		}
-		err = errors.Join(err, t.Close())
-	}
-	i.mu.Unlock()
-	return nil, err
+	return attempt{i}, i.with(ctx, isNitro)
 }
 
-type attempt struct {
-	issuer *Issuer
-	tpm    transport.TPMCloser
-	once   sync.Once
+// with takes the TPM for as long as f works, and never while a peer is waited for.
+func (i *Issuer) with(ctx context.Context, f func(transport.TPM) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case i.turn <- struct{}{}:
+		defer func() { <-i.turn }()
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the TPM, which another exchange has: %w", ctx.Err())
+	}
+	t, err := i.opts.Open()
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(t), t.Close())
 }
+
+type attempt struct{ issuer *Issuer }
 
 // Offer implements attestation.Attempt.
-func (*attempt) Offer() []byte { return nil }
+func (attempt) Offer() []byte { return nil }
 
 // Evidence implements attestation.Attempt.
-func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
+func (a attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
 	if len(ask) > 0 {
 		return nil, errors.New("verifier asks for more than an attestation document")
 	}
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	document, err := attest(a.tpm, a.issuer.opts.Index, binder)
-	if err != nil {
+	var document []byte
+	if err := a.issuer.with(ctx, func(t transport.TPM) (err error) {
+		document, err = attest(t, a.issuer.opts.Index, binder)
+		return err
+	}); err != nil {
 		return nil, fmt.Errorf("NitroTPM: %w", err)
 	}
 	return proto.Marshal(&attestv1.NitroEvidence{Document: document})
 }
 
 // Close implements attestation.Attempt.
-func (a *attempt) Close() error {
-	var err error
-	a.once.Do(func() {
-		defer a.issuer.mu.Unlock()
-		err = a.tpm.Close()
-	})
-	return err
-}
+func (attempt) Close() error { return nil }
 
 // isNitro asks for the vendor command among those that the TPM knows.
 func isNitro(t transport.TPM) error {

@@ -10,11 +10,10 @@ import (
 	"fmt"
 	"time"
 
-	"google.golang.org/protobuf/proto"
-
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/facts"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // VerifierOptions configure [NewVerifier].
@@ -72,7 +71,7 @@ func (q question) Verify(_ context.Context, evidence []byte, binder attestation.
 		return nil, err
 	}
 	var ev attestv1.NitroEvidence
-	if err := proto.Unmarshal(evidence, &ev); err != nil {
+	if err := wire.Unmarshal(evidence, &ev); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	c, err := verify(trust, ev.GetDocument(), q.v.now())

@@ -78,7 +78,8 @@ func TestAPolicyIsReadStrictly(t *testing.T) {
 	pcr7 := "        - pcr: 7\n          accept: [" + good7 + "]\n"
 	for name, tt := range map[string]struct{ old, new, at, says string }{
 		"no version":                 {"version: 1\n", "", "", "version"},
-		"another version":            {"version: 1", "version: 2", "version: 2", "must be 1"},
+		"another version":            {"version: 1", "version: 3", "version: 3", "must be 1 or 2"},
+		"an end that is missing":     {"version: 1", "version: 2", "version: 2", "cut off"},
 		"an unknown field":           {"version: 1", "version: 1\nversions: 1", "versions: 1", `unknown field "versions"`},
 		"an unknown field deep in":   {"      bank: sha256", "      bank: sha256\n      banks: all", "banks: all", `unknown field "banks"`},
 		"a field twice":              {"lifetime: 15m", "lifetime: 15m\nlifetime: 16m", "lifetime: 16m", "already defined"},

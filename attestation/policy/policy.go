@@ -104,6 +104,7 @@ type Grant struct {
 
 // Policy is a file that was checked as a whole. It is immutable.
 type Policy struct {
+	version  int
 	kinds    []Kind
 	trust    Trusts
 	profiles []Profile
@@ -136,11 +137,12 @@ func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Policy{kinds: kinds, grants: f.Grants}
+	p := &Policy{version: f.Version, kinds: kinds, grants: f.Grants}
 	if err := p.decode(&f, doc); err != nil {
 		return nil, err
 	}
 	c := Checker{doc: doc, trust: p.trust, dir: filepath.Dir(name)}
+	c.Demand(f.Version != withEnd || hasEnd(data), fmt.Sprintf("the file was cut off: the last line of one of this version is %q", end), "version")
 	c.check(p, &f)
 	if c.err != nil {
 		return nil, c.err
@@ -246,7 +248,7 @@ func (c *Checker) Demand(ok bool, message string, path ...any) {
 var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 func (c *Checker) check(p *Policy, f *file) {
-	c.Demand(f.Version == 1, "must be 1", "version")
+	c.Demand(f.Version == openEnded || f.Version == withEnd, "must be 1 or 2", "version")
 	var err error
 	if p.lifetime, err = time.ParseDuration(f.Lifetime); err != nil || p.lifetime < time.Second || p.lifetime > 24*time.Hour {
 		c.Fail("must be a duration from 1s to 24h, such as 15m", nil, "lifetime")

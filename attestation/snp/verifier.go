@@ -11,11 +11,11 @@ import (
 	"time"
 
 	"github.com/google/go-sev-guest/abi"
-	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // VerifierOptions configure [NewVerifier].
@@ -73,7 +73,7 @@ func (question) Ask() []byte { return nil }
 // Verify implements attestation.Question.
 func (q question) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	var ev attestv1.SNPEvidence
-	if err := proto.Unmarshal(evidence, &ev); err != nil {
+	if err := wire.Unmarshal(evidence, &ev); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	c, err := q.v.VerifyReport(ctx, &ev, binder)

@@ -29,6 +29,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // serviceVTPM is the GUID of the vTPM service in the attestation protocol.
@@ -90,7 +91,7 @@ func (i *Issuer) Begin(ctx context.Context) (attestation.Attempt, error) {
 // bareOffer leaves out certificates: nobody but the SVSM vouches here.
 func bareOffer(full []byte) ([]byte, error) {
 	o := &attestv1.TPMOffer{}
-	if err := proto.Unmarshal(full, o); err != nil {
+	if err := wire.Unmarshal(full, o); err != nil {
 		return nil, err
 	}
 	o.EkCertificate, o.EkIntermediates = nil, nil
@@ -112,7 +113,7 @@ func (a *attempt) Close() error { return a.tpm.Close() }
 // Evidence implements attestation.Attempt.
 func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
 	q := &attestv1.SVSMAsk{}
-	if err := proto.Unmarshal(ask, q); err != nil {
+	if err := wire.Unmarshal(ask, q); err != nil {
 		return nil, fmt.Errorf("verifier's question: %w", err)
 	}
 	inner, err := proto.Marshal(q.GetTpm())
@@ -124,7 +125,7 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 		return nil, err
 	}
 	e := &attestv1.SVSMEvidence{Tpm: &attestv1.TPMEvidence{}}
-	if err := proto.Unmarshal(quote, e.Tpm); err != nil {
+	if err := wire.Unmarshal(quote, e.Tpm); err != nil {
 		return nil, err
 	}
 	if e.Snp, e.Manifest, err = a.issuer.snp.CollectService(ctx, binder, serviceVTPM); err != nil {
@@ -151,7 +152,7 @@ func (a *attempt) SelfAsk(pcrs []uint32) (ask, secret []byte, err error) {
 
 func wrapAsk(inner []byte) ([]byte, error) {
 	t := &attestv1.TPMAsk{}
-	if err := proto.Unmarshal(inner, t); err != nil {
+	if err := wire.Unmarshal(inner, t); err != nil {
 		return nil, err
 	}
 	return proto.Marshal(&attestv1.SVSMAsk{Tpm: t})
@@ -195,7 +196,7 @@ func (v *Verifier) Restore(_ context.Context, offer, ask, secret []byte) (attest
 		return nil, err
 	}
 	asked := &attestv1.SVSMAsk{}
-	if err := proto.Unmarshal(ask, asked); err != nil {
+	if err := wire.Unmarshal(ask, asked); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	u, err := tpm.RestoreUnvouched(inner, asked.GetTpm().GetPcrs(), secret)
@@ -207,7 +208,7 @@ func (v *Verifier) Restore(_ context.Context, offer, ask, secret []byte) (attest
 
 func innerOffer(offer []byte) ([]byte, error) {
 	o := &attestv1.SVSMOffer{}
-	if err := proto.Unmarshal(offer, o); err != nil {
+	if err := wire.Unmarshal(offer, o); err != nil {
 		return nil, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
 	}
 	return proto.Marshal(o.GetTpm())
@@ -230,7 +231,7 @@ func (q *question) Ask() []byte { return q.ask }
 // Verify implements attestation.Question.
 func (q *question) Verify(ctx context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	e := &attestv1.SVSMEvidence{}
-	if err := proto.Unmarshal(evidence, e); err != nil {
+	if err := wire.Unmarshal(evidence, e); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if len(e.GetManifest()) == 0 || len(e.GetManifest()) > maxManifest {

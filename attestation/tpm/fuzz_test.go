@@ -211,7 +211,7 @@ func FuzzAsk(f *testing.F) {
 	s, _ := genuineExchange(f)
 	f.Add(s.GetAsks()[0].GetData())
 	f.Fuzz(func(t *testing.T, data []byte) {
-		a := &attempt{tpm: noTPM{}, ek: eks[0], ekey: object{public: p384EKTemplate}}
+		a := &attempt{taken: true, tpm: noTPM{}, ek: eks[0], ekey: object{public: p384EKTemplate}}
 		if _, err := a.Evidence(context.Background(), data, testBinder); err == nil {
 			t.Fatal("evidence without a TPM")
 		}

@@ -20,6 +20,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // DefaultEventLog is where the kernel shows the firmware's event log. It needs
@@ -46,13 +47,25 @@ type IssuerOptions struct {
 	// Log hears of keys and certificates that are there and of no use. Default: it goes
 	// unheard.
 	Log func(msg string, err error)
+	// Shared is for a machine that many peers ask at a time, some of which never ask
+	// in the end. The offer is made once, and the TPM is taken for answers alone.
+	Shared bool
 }
 
 // Issuer makes evidence with the TPM of this machine. The TPM is opened for
 // each exchange, so that other users of a raw device get their turn.
 type Issuer struct {
 	opts IssuerOptions
-	mu   sync.Mutex // a raw device has three slots for keys: one exchange at a time
+	turn chan struct{} // a raw device has three slots for keys: one exchange at a time
+
+	mu    sync.Mutex
+	offer *prepared // if the issuer is shared, and has made one
+}
+
+// prepared is an offer, with what an answer to it needs.
+type prepared struct {
+	data   []byte
+	akCert []byte
 }
 
 var _ attestation.Issuer = (*Issuer)(nil)
@@ -83,7 +96,7 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	if opts.EK != EKAuto && !slices.ContainsFunc(eks, func(e ek) bool { return e.kind == opts.EK }) {
 		return nil, fmt.Errorf("unknown endorsement key type %q (hint: auto, rsa-2048 or ecc-p384)", opts.EK)
 	}
-	return &Issuer{opts: opts}, nil
+	return &Issuer{opts: opts, turn: make(chan struct{}, 1)}, nil
 }
 
 func (i *Issuer) log(msg string, err error) {
@@ -96,19 +109,51 @@ func (i *Issuer) log(msg string, err error) {
 func (*Issuer) Kind() attestation.Kind { return attestation.TPM }
 
 // Begin implements attestation.Issuer: it reads the EK certificate, makes the
-// AK, and leaves both keys loaded until the Attempt is closed.
-func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
+// AK, and leaves both keys loaded until the Attempt is closed. A shared issuer
+// unloads them as soon as it has its offer.
+func (i *Issuer) Begin(ctx context.Context) (attestation.Attempt, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	i.mu.Lock()
+	if i.opts.Shared {
+		i.mu.Lock()
+		known := i.offer
+		i.mu.Unlock()
+		if known != nil {
+			return &attempt{issuer: i, offer: known.data, akCert: known.akCert}, nil
+		}
+	}
 	a := &attempt{issuer: i}
+	offer, err := a.take(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a.offer = offer
+	if i.opts.Shared {
+		if err := a.Close(); err != nil {
+			return nil, err
+		}
+		i.mu.Lock()
+		i.offer = &prepared{a.offer, a.akCert}
+		i.mu.Unlock()
+	}
+	return a, nil
+}
+
+// take waits for the TPM, loads the keys and returns the offer of them.
+func (a *attempt) take(ctx context.Context) (_ []byte, err error) {
+	select {
+	case a.issuer.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for the TPM, which another exchange has: %w", ctx.Err())
+	}
+	a.taken = true
 	defer func() {
 		if err != nil {
 			a.Close()
 		}
 	}()
-	if a.tpm, err = OpenDevice(i.opts.Device); err != nil {
+	if a.tpm, err = OpenDevice(a.issuer.opts.Device); err != nil {
 		return nil, err
 	}
 	if err := a.chooseKeys(); err != nil {
@@ -123,9 +168,25 @@ func (i *Issuer) Begin(ctx context.Context) (_ attestation.Attempt, err error) {
 	} else {
 		offer.EkCertificate, offer.EkIntermediates, offer.EkPublic = a.cert, a.intermediates, tpm2.Marshal(a.ekey.public)
 	}
-	a.offer, err = proto.Marshal(offer)
-	return a, err
+	return proto.Marshal(offer)
 }
+
+// retake takes the TPM for the answer to an offer that was made before.
+func (a *attempt) retake(ctx context.Context) error {
+	offer, err := a.take(ctx)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(offer, a.offer) {
+		a.issuer.mu.Lock()
+		a.issuer.offer = nil
+		a.issuer.mu.Unlock()
+		return errors.Join(errOtherKeys, a.Close())
+	}
+	return nil
+}
+
+var errOtherKeys = errors.New("the TPM has other keys than it had (hint: it was cleared, or is another one; the next exchange offers them)")
 
 // chooseKeys takes the AK that the cloud certified, or else an EK and an AK of
 // our own.
@@ -164,7 +225,7 @@ type attempt struct {
 	intermediates [][]byte
 	offer         []byte
 	clock         tpm2.TPMSClockInfo
-	once          sync.Once
+	taken         bool
 }
 
 // Offer implements attestation.Attempt.
@@ -173,7 +234,7 @@ func (a *attempt) Offer() []byte { return a.offer }
 // Evidence implements attestation.Attempt.
 func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.Binder) ([]byte, error) {
 	var q attestv1.TPMAsk
-	if err := proto.Unmarshal(ask, &q); err != nil {
+	if err := wire.Unmarshal(ask, &q); err != nil {
 		return nil, fmt.Errorf("verifier's question: %w", err)
 	}
 	if q.GetBank() != uint32(tpm2.TPMAlgSHA256) || len(q.GetPcrs()) == 0 {
@@ -183,6 +244,12 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 		if p > 23 || (i > 0 && p <= q.GetPcrs()[i-1]) {
 			return nil, fmt.Errorf("verifier asks for PCRs %v", q.GetPcrs())
 		}
+	}
+	if !a.taken {
+		if err := a.retake(ctx); err != nil {
+			return nil, err
+		}
+		defer a.Close()
 	}
 	var proof []byte
 	if a.akCert == nil {
@@ -271,16 +338,17 @@ func quote(t transport.TPM, ak object, clock tpm2.TPMSClockInfo, pcrs []uint32, 
 
 // Close implements attestation.Attempt.
 func (a *attempt) Close() error {
-	var err error
-	a.once.Do(func() {
-		defer a.issuer.mu.Unlock()
-		if a.tpm == nil {
-			return
-		}
-		a.ak.flush(a.tpm)
-		a.ekey.flush(a.tpm)
-		err = a.tpm.Close()
-	})
+	if !a.taken {
+		return nil
+	}
+	defer func() { a.taken = false; <-a.issuer.turn }()
+	if a.tpm == nil {
+		return nil
+	}
+	a.ak.flush(a.tpm)
+	a.ekey.flush(a.tpm)
+	err := a.tpm.Close()
+	a.tpm = nil
 	return err
 }
 

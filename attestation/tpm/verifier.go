@@ -17,6 +17,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // Trust is what a verifier believes in, and what it asks for. The zero value
@@ -181,7 +182,7 @@ func (u *Unvouched) Verify(ctx context.Context, evidence []byte, binder attestat
 // freshness.
 func (v *Verifier) Restore(ctx context.Context, offer, ask, secret []byte) (attestation.Question, error) {
 	var asked attestv1.TPMAsk
-	if err := proto.Unmarshal(ask, &asked); err != nil {
+	if err := wire.Unmarshal(ask, &asked); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	if err := checkPCRs(asked.GetPcrs()); err != nil {
@@ -214,7 +215,7 @@ type offer struct {
 
 func parseOffer(data []byte) (offer, error) {
 	var m attestv1.TPMOffer
-	if err := proto.Unmarshal(data, &m); err != nil {
+	if err := wire.Unmarshal(data, &m); err != nil {
 		return offer{}, fmt.Errorf("%w: offer: %w", ErrMalformed, err)
 	}
 	o := offer{
@@ -300,7 +301,7 @@ func (q *question) Ask() []byte { return q.ask }
 // Verify implements attestation.Question.
 func (q *question) Verify(_ context.Context, evidence []byte, binder attestation.Binder) ([]attestation.Claims, error) {
 	var e attestv1.TPMEvidence
-	if err := proto.Unmarshal(evidence, &e); err != nil {
+	if err := wire.Unmarshal(evidence, &e); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
 	// The quote first: of evidence that was relayed or replayed neither half

@@ -292,7 +292,7 @@ func (f *kekSourceFlags) open(ctx context.Context, timeout time.Duration, log *s
 	case f.command != "":
 		return f.openCommands(timeout, log)
 	case f.agent != "":
-		return f.openAttested(ctx, log)
+		return f.openAttested(ctx, timeout, log)
 	}
 	file, err := f.wrapped.open(ctx)
 	if err != nil {
@@ -326,7 +326,7 @@ func (f *kekSourceFlags) openCommands(timeout time.Duration, log *slog.Logger) (
 	return kubekms.FromFetchers(all[0], all[1:]...), nothing{}, nil
 }
 
-func (f *kekSourceFlags) openAttested(ctx context.Context, log *slog.Logger) (kubekms.Source, io.Closer, error) {
+func (f *kekSourceFlags) openAttested(ctx context.Context, timeout time.Duration, log *slog.Logger) (kubekms.Source, io.Closer, error) {
 	cfg, err := node.Load(f.agent)
 	if err != nil {
 		return nil, nil, err
@@ -338,7 +338,7 @@ func (f *kekSourceFlags) openAttested(ctx context.Context, log *slog.Logger) (ku
 	// The KEK stays in this process's memory, so that its session may, too: a key is
 	// fetched every few seconds.
 	client.Hold()
-	source := &kubekms.Attested{Keys: client, Volume: f.volume}
+	source := &kubekms.Attested{Keys: client, Volume: f.volume, Left: kubekms.Lease(timeout)}
 	if f.init {
 		if err := source.Init(ctx); err != nil {
 			return nil, nil, errors.Join(err, closer.Close())

@@ -53,11 +53,12 @@ type policySummary struct {
 	WarnOnly []string       `json:"warn_only,omitempty"`
 	Allowed  []string       `json:"allowed,omitempty"` // what profiles leave open or accept by name
 	AnyTPM   []string       `json:"any_tpm,omitempty"` // profiles that a whole root vouches for
+	Advice   []string       `json:"advice,omitempty"`
 	Grants   []policy.Grant `json:"grants"`
 }
 
 func summarize(p *policy.Policy) policySummary {
-	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants()}
+	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants(), Advice: p.Advice()}
 	for _, pr := range p.Profiles() {
 		s.Profiles = append(s.Profiles, pr.Name)
 		s.WarnOnly = append(s.WarnOnly, pr.WarnOnly()...)
@@ -91,6 +92,9 @@ func (s policySummary) print(w io.Writer) {
 		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; whoever has one to himself can imitate a machine (docs/LIMITATIONS.md)\n", p)
 	}
 	for _, a := range s.Allowed {
+		fmt.Fprintf(w, "NOTE: %s\n", a)
+	}
+	for _, a := range s.Advice {
 		fmt.Fprintf(w, "NOTE: %s\n", a)
 	}
 	for _, f := range s.WarnOnly {

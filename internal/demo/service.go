@@ -73,7 +73,7 @@ func (s *Service) MasterSecret() string { return s.path("master.secret") }
 // printed it, and one grant for the volume "data".
 func (s *Service) WritePolicy(tpmRoot string, profile []byte) error {
 	var b bytes.Buffer
-	fmt.Fprintf(&b, `version: 1
+	fmt.Fprintf(&b, `version: 2
 lifetime: 1h
 trust:
   tpm:
@@ -85,7 +85,8 @@ grants:
     volumes: ["data", "data-logs"]
     operations: [open, format]
 profiles:
-%s`, tpmRoot, indent(profile))
+%s...
+`, tpmRoot, indent(profile))
 	return os.WriteFile(s.path("policy.yaml"), b.Bytes(), 0o644)
 }
 

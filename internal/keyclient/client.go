@@ -108,6 +108,10 @@ type Request struct {
 	ReadOnly bool
 	Diskless bool
 	LeaseID  []byte // of a lease that this machine may still have
+	// Left is for how much longer the verdict on this machine must hold when the key
+	// comes: it is renewed first if it would end before. A verdict that is shorter than
+	// that from the start will do.
+	Left time.Duration
 }
 
 // GetKey returns the key of a volume. The caller closes it.
@@ -124,7 +128,7 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	release := sync.OnceFunc(c.Hold())
 	var key *Key
 	err := c.try(ctx, func(ctx context.Context) error {
-		return c.keys.call(ctx, func(ctx context.Context, s *session) error {
+		return c.keys.callWith(ctx, r.Left, func(ctx context.Context, s *session) error {
 			sent := bootTime()
 			resp, err := s.service.GetKey(ctx, req)
 			if err != nil {

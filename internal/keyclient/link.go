@@ -46,12 +46,12 @@ func newLink(endpoints []*endpoint, progress Progress) *link {
 		connect: func(ctx context.Context, e *endpoint) (*session, error) { return e.connect(ctx) }}
 }
 
-// session returns an attested session with some time left, and whether its
-// attestation is of this moment.
-func (l *link) session(ctx context.Context) (s *session, fresh bool, err error) {
+// session returns an attested session whose verdict holds for that much longer, or is
+// of this moment, which it says.
+func (l *link) session(ctx context.Context, left time.Duration) (s *session, fresh bool, err error) {
 	for {
 		l.mu.Lock()
-		if s := l.current; s != nil && s.fresh() {
+		if s := l.current; s != nil && s.fresh(left) {
 			l.mu.Unlock()
 			return s, false, nil
 		}
@@ -242,8 +242,14 @@ func (l *link) leave() (last bool) {
 // decision ends the session, and so does a refusal of its evidence: the policy
 // may have changed since, and evidence of this moment may fit it.
 func (l *link) call(ctx context.Context, f func(context.Context, *session) error) error {
+	return l.callWith(ctx, 0, f)
+}
+
+// callWith is call in a session whose verdict holds for that much longer, if any
+// verdict does.
+func (l *link) callWith(ctx context.Context, left time.Duration, f func(context.Context, *session) error) error {
 	for {
-		s, fresh, err := l.session(ctx)
+		s, fresh, err := l.session(ctx, left)
 		if err != nil {
 			return classify(err)
 		}

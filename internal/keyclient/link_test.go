@@ -129,13 +129,13 @@ func TestCallersShareOneAttemptAndLeaveItWhenTheyLike(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 4 {
 			wg.Go(func() {
-				if s, _, err := l.session(t.Context()); err != nil || s.address != "only" {
+				if s, _, err := l.session(t.Context(), 0); err != nil || s.address != "only" {
 					t.Errorf("%v, %v", s, err)
 				}
 			})
 		}
 		wg.Go(func() {
-			if _, _, err := l.session(impatient); !errors.Is(err, context.DeadlineExceeded) {
+			if _, _, err := l.session(impatient, 0); !errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("the impatient caller got %v", err)
 			}
 		})
@@ -154,7 +154,7 @@ func TestAnAttemptEndsWithItsLastCaller(t *testing.T) {
 		l, _ := scripted(silent)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, _, err := l.session(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		if _, _, err := l.session(ctx, 0); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
@@ -179,10 +179,10 @@ func TestACallerWhoJoinsADesertedAttemptGetsAnother(t *testing.T) {
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if _, _, err := l.session(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		if _, _, err := l.session(ctx, 0); !errors.Is(err, context.DeadlineExceeded) {
 			t.Fatal(err)
 		}
-		if s, _, err := l.session(t.Context()); err != nil || s.address != "only" {
+		if s, _, err := l.session(t.Context(), 0); err != nil || s.address != "only" {
 			t.Errorf("%v, %v", s, err)
 		}
 		l.current = nil // it has no connection to be closed
@@ -206,7 +206,7 @@ func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {
 	}
 	l.enter()
 	l.enter()
-	if _, _, err := l.session(t.Context()); err != nil {
+	if _, _, err := l.session(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	if l.leave() || l.current == nil {

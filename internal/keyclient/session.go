@@ -15,6 +15,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 const (
@@ -83,7 +84,7 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 				return nil, errors.New("the connection to the key service ended")
 			}
 		}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame), grpc.ForceCodecV2(wire.Codec())),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithNoProxy(),
 		// A peer that went away without a word is noticed; an idle session stays.
@@ -96,8 +97,10 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 	return &session{e.address, conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
 }
 
-// fresh reports that the verdict on this machine has some time left.
-func (s *session) fresh() bool { return time.Until(s.channel.Verdict().Expires) > renewBefore }
+// fresh reports that the verdict on this machine holds for that much longer.
+func (s *session) fresh(left time.Duration) bool {
+	return time.Until(s.channel.Verdict().Expires) > max(left, renewBefore)
+}
 
 // renew runs the attestation again on the same connection.
 func (s *session) renew(ctx context.Context) error {

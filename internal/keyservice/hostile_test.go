@@ -90,7 +90,7 @@ func (w *world) wave(n int, f func(net.Conn)) (closeAll func()) {
 	w.t.Helper()
 	conns := make([]net.Conn, 0, n)
 	for range n {
-		c, err := net.DialTimeout("tcp", w.server.Addr().String(), 10*time.Second)
+		c, err := net.DialTimeout("tcp", w.at(), 10*time.Second)
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -173,7 +173,7 @@ func (w *world) encrypted() (*tls.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c, err := tls.Dial("tcp", w.server.Addr().String(), &tls.Config{
+	c, err := tls.Dial("tcp", w.at(), &tls.Config{
 		ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{id},
 	})
 	if err != nil {

@@ -16,6 +16,10 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
@@ -140,11 +144,35 @@ func (s *Service) Reattest(stream keyservicev1.KeyService_ReattestServer) error 
 	if !ok {
 		return failure.Status(failure.Newf(failure.EvidenceRefused, "", "not attested"), "the connection is not attested")
 	}
-	if err := ch.Reattest(ctx, stream); err != nil {
+	done := make(chan error, 1)
+	go func() { done <- ch.Reattest(ctx, renewal{stream}) }()
+	var err error
+	select {
+	case err = <-done:
+	case <-ctx.Done():
+		// Returning ends the stream, and with it whatever waits for a frame on it.
+		err = ctx.Err()
+	}
+	if err != nil {
 		// The exchange's own verdict said what the peer may know.
 		return failure.Status(failure.New(failure.EvidenceRefused, err, ""), string(failure.EvidenceRefused))
 	}
 	return nil
+}
+
+// renewal carries the frames of a renewal.
+type renewal struct {
+	keyservicev1.KeyService_ReattestServer
+}
+
+// Recv implements atls.Frames: what gRPC could not decode is the peer's fault.
+func (r renewal) Recv() (*attestv1.Frame, error) {
+	f, err := r.KeyService_ReattestServer.Recv()
+	switch status.Code(err) {
+	case codes.Internal, codes.ResourceExhausted:
+		return nil, fmt.Errorf("%w: %w", atls.ErrFrame, err)
+	}
+	return f, err
 }
 
 // decision is one request on its way to its audit entry.
@@ -153,7 +181,7 @@ type decision struct {
 	caller caller
 	entry  *audit.Entry
 	// also authorises another operation of the same caller on the volume.
-	also func(policy.Operation) error
+	also func(policy.Operation) (policy.Decision, error)
 }
 
 // ask is what a caller wants: any one of the operations is enough.
@@ -202,6 +230,10 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 	// withdrawn in between is withdrawn.
 	p := s.policy.Current()
 	entry.Policy = p.Hash()
+	if age := s.now().Sub(c.verified.At()); age >= p.Lifetime() {
+		return failure.New(failure.EvidenceRefused, fmt.Errorf("%w: the evidence is %s old, the policy in force trusts for %s",
+			atls.ErrExpired, age.Round(time.Second), p.Lifetime()), "attest again")
+	}
 	a, err := p.Appraise(c.verified)
 	if err != nil {
 		return failure.New(failure.EvidenceRefused, err, "")
@@ -221,8 +253,7 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return err
 	}
 	entry.Grant, entry.Profile = d.Grant, d.Profile
-	also := func(other policy.Operation) error { _, err := allow(other); return err }
-	return act(&decision{Decision: d, caller: c, entry: entry, also: also})
+	return act(&decision{Decision: d, caller: c, entry: entry, also: allow})
 }
 
 // refuse logs, audits and answers. The caller learns no more than the class,

@@ -122,7 +122,7 @@ func TestTheSearchOfMemoryFindsWhatIsThere(t *testing.T) {
 }
 
 // service is keyagent serve as a process of its own.
-func (w *world) process() (pid int) {
+func (w *world) process(more ...string) (pid int) {
 	w.t.Helper()
 	w.stop()
 	program := filepath.Join(w.t.TempDir(), "keyagent")
@@ -132,6 +132,7 @@ func (w *world) process() (pid int) {
 		w.t.Fatalf("%v: %s", err, out)
 	}
 	config := fmt.Sprintf("listen: 127.0.0.1:0\ntls: {certificate: server.pem, key: server.key}\npolicy: policy.yaml\nkms: %q\nstorage: %q\naudit: audit.log\n", w.cfg.KMS, w.cfg.Storage)
+	config += strings.Join(more, "\n")
 	path := filepath.Join(w.dir, "serve.yaml")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		w.t.Fatal(err)

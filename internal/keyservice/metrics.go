@@ -24,9 +24,14 @@ type Metrics struct {
 	rewrap       *prometheus.GaugeVec
 }
 
-// NewMetrics returns metrics of their own registry. waiting reports the
-// unattested connections and how many were pushed out.
-func NewMetrics(waiting func() (int, uint64)) *Metrics {
+// connections counts those of a service, as [atls.Gate] does.
+type connections interface {
+	Waiting() (now int, evicted uint64)
+	Attested() int
+}
+
+// NewMetrics returns metrics of their own registry.
+func NewMetrics(c connections) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
 		requests: prometheus.NewHistogramVec(prometheus.HistogramOpts{
@@ -52,11 +57,14 @@ func NewMetrics(waiting func() (int, uint64)) *Metrics {
 	}, []string{"records"})
 	m.registry.MustRegister(m.requests, m.attestations, m.warnings, m.reloads, m.backends, m.rewrap,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "keyagent_unattested_connections", Help: "Connections that have not attested themselves yet.",
-		}, func() float64 { n, _ := waiting(); return float64(n) }),
+			Name: "keyagent_unattested_connections", Help: "Connections that have not attested themselves yet, or have and then said nothing.",
+		}, func() float64 { n, _ := c.Waiting(); return float64(n) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "keyagent_attested_connections", Help: "Connections of machines that have attested themselves.",
+		}, func() float64 { return float64(c.Attested()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{
-			Name: "keyagent_unattested_evictions_total", Help: "Unattested connections that were closed for newer ones.",
-		}, func() float64 { _, n := waiting(); return float64(n) }),
+			Name: "keyagent_unattested_evictions_total", Help: "Connections that were closed for newer ones.",
+		}, func() float64 { _, n := c.Waiting(); return float64(n) }),
 	)
 	return m
 }

@@ -91,6 +91,15 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		}
 		return nil, err
 	}
+	if rec.State == volume.Active && format {
+		// Who may only create volumes does not get the key of one with data. From here
+		// on it is the grant to open that counts: its owners, and its terms.
+		open, err := d.also(policy.Open)
+		if err != nil {
+			return nil, err
+		}
+		d.Decision, d.entry.Grant, d.entry.Profile = open, open.Grant, open.Profile
+	}
 	if err := d.owned(rec); err != nil {
 		return nil, err
 	}
@@ -98,10 +107,6 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	case rec.State == volume.Retired:
 		return nil, fmt.Errorf("%w: %q", volume.ErrRetired, rec.VolumeID)
 	case rec.State == volume.Active:
-		// Who may only create volumes does not get the key of one with data.
-		if err := d.also(policy.Open); err != nil {
-			return nil, err
-		}
 	case !format:
 		return nil, fmt.Errorf("%w: it is %s", volume.ErrNotActive, rec.State)
 	case c.Protocol < keyservicev1.Protocol:

@@ -28,6 +28,7 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/policysource"
+	"github.com/keyagent/keyagent/internal/wire"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
@@ -62,6 +63,10 @@ type Config struct {
 	Endorsements kinds.EndorsementConfig `yaml:"endorsements,omitempty"`
 	// MaxUnattested bounds connections that have not attested yet.
 	MaxUnattested int `yaml:"max_unattested,omitempty"`
+	// MaxAttested bounds connections that have, and MaxConnectionsEach those of one
+	// machine, whose oldest gives way to its newest.
+	MaxAttested        int `yaml:"max_attested,omitempty"`
+	MaxConnectionsEach int `yaml:"max_connections_each,omitempty"`
 	// HandshakeTimeout bounds a handshake with its attestation.
 	HandshakeTimeout string `yaml:"handshake_timeout,omitempty"`
 	// Admin is the path of the socket for keyagent volume and keyagent kms. Unset: there
@@ -96,6 +101,7 @@ func (c *Config) issuers(ctx context.Context, source endorsement.Source, log *sl
 			return nil, failure.New(failure.Configuration, fmt.Errorf("tpm: %w", err), "")
 		}
 	}
+	opts.TPM.Shared = true // strangers ask too, and may never go on
 	if opts.Kinds, err = kinds.All().Parse(names); err != nil {
 		return nil, failure.New(failure.Configuration, err, "")
 	}
@@ -136,8 +142,15 @@ func LoadConfig(path string, override Config) (*Config, error) {
 			*o.to = *o.from
 		}
 	}
-	if c.MaxUnattested == 0 {
-		c.MaxUnattested = defaultMaxUnattested
+	for _, d := range []struct {
+		field *int
+		value int
+	}{
+		{&c.MaxUnattested, defaultMaxUnattested}, {&c.MaxAttested, atls.DefaultMaxAttested}, {&c.MaxConnectionsEach, atls.DefaultMaxEach},
+	} {
+		if *d.field == 0 {
+			*d.field = d.value
+		}
 	}
 	for _, f := range []struct {
 		value string
@@ -150,8 +163,13 @@ func LoadConfig(path string, override Config) (*Config, error) {
 			return nil, failure.New(failure.Configuration, doc.Errorf(f.path, "must be set"), "")
 		}
 	}
-	if c.MaxUnattested < 1 || c.MaxUnattested > 100_000 {
-		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"max_unattested"}, "must be from 1 to 100000"), "")
+	for _, f := range []struct {
+		value int
+		name  string
+	}{{c.MaxUnattested, "max_unattested"}, {c.MaxAttested, "max_attested"}, {c.MaxConnectionsEach, "max_connections_each"}} {
+		if f.value < 1 || f.value > 100_000 {
+			return nil, failure.New(failure.Configuration, doc.Errorf([]any{f.name}, "must be from 1 to 100000"), "")
+		}
 	}
 	if _, err := c.timeout(); err != nil {
 		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"handshake_timeout"}, "%w", err), "")
@@ -248,9 +266,9 @@ func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, e
 	if err != nil {
 		return nil, listenError(cfg.Listen, err)
 	}
-	s.gate = atls.NewGate(listener, cfg.MaxUnattested)
+	s.gate = atls.NewGate(listener, atls.GateLimits{Waiting: cfg.MaxUnattested, Attested: cfg.MaxAttested, Each: cfg.MaxConnectionsEach})
 	s.closers = append(s.closers, ignoreClosed{s.gate})
-	s.metrics = NewMetrics(s.gate.Waiting)
+	s.metrics = NewMetrics(s.gate)
 	if cfg.Metrics != "" {
 		if s.web, err = net.Listen("tcp", cfg.Metrics); err != nil {
 			return nil, listenError(cfg.Metrics, err)
@@ -329,6 +347,7 @@ func (s *Server) wire(ctx context.Context) error {
 	}
 	s.grpc = grpc.NewServer(
 		grpc.Creds(atls.NewServerCredentials(cfg)),
+		grpc.ForceServerCodecV2(wire.Codec()),
 		grpc.ConnectionTimeout(timeout),
 		grpc.MaxRecvMsgSize(atls.MaxFrame),
 		grpc.MaxConcurrentStreams(16),

@@ -201,11 +201,7 @@ func (w *world) machineWith(issuer attestation.Issuer) keyservicev1.KeyServiceCl
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	address := w.address
-	if address == "" {
-		address = w.server.Addr().String()
-	}
-	conn, err := grpc.NewClient("passthrough:///"+address,
+	conn, err := grpc.NewClient("passthrough:///"+w.at(),
 		grpc.WithTransportCredentials(atls.NewClientCredentials(&atls.ClientConfig{
 			ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{issuer},
 		})))
@@ -214,6 +210,14 @@ func (w *world) machineWith(issuer attestation.Issuer) keyservicev1.KeyServiceCl
 	}
 	w.t.Cleanup(func() { conn.Close() })
 	return keyservicev1.NewKeyServiceClient(conn)
+}
+
+// at is where the service listens.
+func (w *world) at() string {
+	if w.address != "" {
+		return w.address
+	}
+	return w.server.Addr().String()
 }
 
 // get returns the opened DEK of a volume.

@@ -5,6 +5,7 @@ import (
 	"crypto/hkdf"
 	"crypto/sha256"
 	"errors"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
@@ -29,11 +30,22 @@ type Releaser interface {
 // is confirmed by a MAC that is derived from the key.
 //
 // A KEK is leased: it is wiped when the verdict on this machine ends, unless the key
-// service has released it again.
+// service has released it again. The [Refresher] sees to it that it does in time.
 type Attested struct {
 	Keys   Releaser
 	Volume string
+	// Left is how long the lease of what is fetched must last, if the key service
+	// gives any for that long. See [Lease].
+	Left time.Duration
 }
+
+// Lease is what to ask of a source whose keys are leased: with that much, one fetch
+// may fail and the keys still stay.
+func Lease(timeout time.Duration) time.Duration { return 2 * Interval(timeout) }
+
+// minLease is the shortest lease that is of any use: a TPM may need seconds for its
+// part of the next one.
+const minLease = 10 * time.Second
 
 // Init has the key service make the key, unless it is there.
 func (a *Attested) Init(ctx context.Context) error {
@@ -58,7 +70,7 @@ func (a *Attested) Init(ctx context.Context) error {
 }
 
 func (a *Attested) get(ctx context.Context, create bool) (*keyclient.Key, error) {
-	return a.Keys.GetKey(ctx, keyclient.Request{Volume: a.Volume, Format: create, Diskless: true})
+	return a.Keys.GetKey(ctx, keyclient.Request{Volume: a.Volume, Format: create, Diskless: true, Left: a.Left})
 }
 
 // Fetch implements Source.
@@ -68,6 +80,10 @@ func (a *Attested) Fetch(ctx context.Context) (*Keys, error) {
 		return nil, err
 	}
 	defer k.Close()
+	if left := time.Until(k.Expires); left < minLease {
+		return nil, failure.Newf(failure.Configuration, "a longer lifetime in the key service's policy",
+			"the key service's verdict on this machine ends in %s, a KEK needs one of at least %s", left.Round(time.Second), minLease)
+	}
 	mac, err := confirmation(k.DEK)
 	if err == nil {
 		err = checkConfirmation(k, mac)

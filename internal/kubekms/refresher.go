@@ -103,6 +103,9 @@ type Refresher struct {
 	inFlight  bool // a fetch
 	abandoned bool // it was counted as a failure already
 	lease     time.Time
+	early     time.Time // when to fetch, so that the lease does not end before the next refresh
+	begun     time.Time // the fetch under way
+	bound     time.Duration
 	coastEnd  time.Time
 }
 
@@ -134,8 +137,33 @@ func NewRefresher(ctx context.Context, source Source, opts Options) (*Refresher,
 // Ring returns the KEKs, for requests.
 func (r *Refresher) Ring() *Ring { return r.ring }
 
-// limit bounds one fetch, so that its failure is known before the next is due.
-func (r *Refresher) limit() time.Duration { i := Interval(r.opts.Timeout); return i - i/10 }
+// limit bounds one fetch, so that its failure is known before the next is due, and
+// in time for another one before a lease ends.
+func (r *Refresher) limit() time.Duration {
+	i := Interval(r.opts.Timeout)
+	limit := i - i/10
+	left := time.Until(r.lease)
+	if r.lease.IsZero() || left <= 0 {
+		return limit
+	}
+	return min(limit, max(left/2, min(left, shortFetch)))
+}
+
+const (
+	// shortFetch is what a fetch may take however short the lease is.
+	shortFetch = 10 * time.Second
+	// shortPause is between two fetches that a lease asks for.
+	shortPause = time.Second
+)
+
+// plan sets the next fetch that the lease asks for: when a third of what is left of it
+// remains. Failures in a row come closer to each other, up to its end.
+func (r *Refresher) plan() {
+	r.early = time.Time{}
+	if left := time.Until(r.lease); !r.lease.IsZero() && left > shortPause {
+		r.early = time.Now().Add(max(shortPause, left-left/3))
+	}
+}
 
 // Run refreshes until ctx ends, then wipes the KEKs. Call it once.
 func (r *Refresher) Run(ctx context.Context) error {
@@ -146,25 +174,38 @@ func (r *Refresher) Run(ctx context.Context) error {
 	late := time.NewTimer(0)
 	late.Stop()
 	defer late.Stop()
+	early := time.NewTimer(0)
+	early.Stop()
+	defer early.Stop()
 	cancel := func() {} // of the fetch under way
 	defer func() { cancel() }()
+	begin := func() {
+		cancel()
+		r.begun, r.bound = time.Now(), r.limit()
+		late.Reset(r.bound + Interval(r.opts.Timeout)/20)
+		var fetching context.Context
+		fetching, cancel = context.WithTimeout(ctx, r.bound)
+		r.inFlight, r.abandoned = true, false
+		go r.fetch(fetching)
+	}
 	for {
 		r.setExpiry(expiry)
+		if early.Stop(); !r.early.IsZero() && !r.inFlight {
+			early.Reset(max(0, time.Until(r.early)))
+		}
 		select {
 		case <-ctx.Done():
 			cancel()
 			return errors.Join(r.drain(), r.ring.purge(failure.Newf(failure.State, "", "it was stopped")))
 		case <-tick.C:
-			if r.inFlight {
+			switch {
+			case !r.inFlight:
+				begin()
+			case time.Since(r.begun) > r.bound:
 				r.abandon() // again: this refresh does not take place
-				continue
 			}
-			cancel()
-			late.Reset(r.limit() + Interval(r.opts.Timeout)/20)
-			var fetching context.Context
-			fetching, cancel = context.WithTimeout(ctx, r.limit())
-			r.inFlight, r.abandoned = true, false
-			go r.fetch(fetching)
+		case <-early.C:
+			begin()
 		case <-late.C:
 			if r.inFlight {
 				r.abandon()
@@ -246,6 +287,7 @@ func (r *Refresher) accept(keys *Keys) error {
 		return err
 	}
 	r.failures, r.lease = 0, lease
+	r.plan()
 	r.state = r.state.after(succeeded)
 	after := r.ring.Health()
 	switch id, count := r.ring.pendingKey(); {
@@ -263,6 +305,7 @@ func (r *Refresher) accept(keys *Keys) error {
 // fail counts a failure. The keys stay as they are until too many in a row.
 func (r *Refresher) fail(err error) {
 	r.failures++
+	r.plan()
 	r.opts.Log.Error("the key source gives no KEK", "error", err, "class", failure.Of(err).Class, "in_a_row", r.failures, "state", r.state)
 	r.state = r.state.after(failed)
 	if r.failures >= maxFailures {
@@ -292,7 +335,7 @@ func (r *Refresher) expire() {
 }
 
 func (r *Refresher) wipe(next State, err error) {
-	r.state, r.lease, r.coastEnd = next, time.Time{}, time.Time{}
+	r.state, r.lease, r.early, r.coastEnd = next, time.Time{}, time.Time{}, time.Time{}
 	if wipeErr := r.ring.purge(err); wipeErr != nil {
 		r.opts.Log.Error("wiping the KEKs", "error", wipeErr)
 	}
