@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"cmp"
+	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"slices"
@@ -30,12 +32,15 @@ type GCEProfile struct {
 
 // PCR holds the reference values of one register.
 type PCR struct {
-	PCR             *uint32             `yaml:"pcr"`
-	Accept          []string            `yaml:"accept"` // hex
-	WarnOnly        bool                `yaml:"warn_only,omitempty"`
-	AllowUnextended bool                `yaml:"allow_unextended,omitempty"`
-	Source          string              `yaml:"source,omitempty"` // for people
-	Events          []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
+	PCR             *uint32  `yaml:"pcr"`
+	Accept          []string `yaml:"accept"` // hex
+	WarnOnly        bool     `yaml:"warn_only,omitempty"`
+	AllowUnextended bool     `yaml:"allow_unextended,omitempty"`
+	// EventLog is required or optional: whether the log has to lead to the register's
+	// value. Default: as the TPM's.
+	EventLog string              `yaml:"event_log,omitempty"`
+	Source   string              `yaml:"source,omitempty"` // for people
+	Events   []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
 }
 
 func (*TPMProfile) kind() attestation.Kind { return attestation.TPM }
@@ -53,7 +58,7 @@ func (t *TPMProfile) check(c *checker, pr *Profile, at path) {
 	}
 	c.vouchers(t.Trust, known, at.to("trust"))
 	t.checkGCE(c, at.to("gce"))
-	c.checkPCRs(t.PCRs, 32, at.to("pcrs"))
+	c.checkPCRs(t.PCRs, sha256.Size, at.to("pcrs"))
 }
 
 // checkGCE demands that whoever trusts Google's vTPMs says whose.
@@ -84,6 +89,8 @@ func (c *checker) checkPCRs(pcrs []PCR, size int, at path) {
 		c.demand(!seen[*r.PCR], "is named twice", at.to(n, "pcr")...)
 		seen[*r.PCR] = true
 		enforced = enforced || !r.WarnOnly
+		c.demand(r.EventLog == "" || size == sha256.Size && (r.EventLog == "required" || r.EventLog == "optional"),
+			"must be required or optional, and be left out where there is no log", at.to(n, "event_log")...)
 		c.demand(len(r.Accept) > 0, "empty: no value would be accepted", at.to(n, "accept")...)
 		c.hexes(r.Accept, size, at.to(n, "accept"))
 		for m, v := range r.Accept {
@@ -96,9 +103,7 @@ func (c *checker) checkPCRs(pcrs []PCR, size int, at path) {
 
 func (t *TPMProfile) compare(d *differences, claims attestation.Claims) {
 	d.trust("trust", t.Trust)
-	if hasLog, _ := claims.Facts["event_log"].(bool); t.EventLog == "required" && !hasLog {
-		d.refuse("event_log", []string{"an event log"}, "none")
-	}
+	t.compareLog(d, claims)
 	if t.GCE != nil && strings.HasPrefix(claims.Trust, "ak-root:") {
 		d.text("gce.project", "gce_project_id", t.GCE.Projects)
 		d.flag("gce.production", "gce_production", true)
@@ -110,6 +115,32 @@ func (t *TPMProfile) compare(d *differences, claims attestation.Claims) {
 		}
 	}
 	d.pcrs("", t.PCRs)
+}
+
+// compareLog demands that the log leads to each register that needs it. What it
+// does not lead to has its value from the quote all the same.
+func (t *TPMProfile) compareLog(d *differences, claims attestation.Claims) {
+	if hasLog, _ := claims.Facts["event_log"].(bool); t.EventLog == "required" && !hasLog {
+		d.refuse("event_log", []string{"an event log"}, cmp.Or(text(claims, "event_log_error"), "none"))
+		return
+	}
+	for _, ref := range t.PCRs {
+		register := fmt.Sprintf("pcr%d", *ref.PCR)
+		got, ok := claims.Measurements[register]
+		why := got.Unexplained
+		if ref.EventLog == "required" && why == "" && len(got.Events) == 0 {
+			why = "no events"
+		}
+		if !ok || why == "" || cmp.Or(ref.EventLog, t.EventLog) != "required" {
+			continue
+		}
+		m := Mismatch{Profile: d.profile, Field: register + ".event_log", Expected: []string{"events that lead to its value"}, Found: why}
+		if ref.WarnOnly {
+			d.soft = append(d.soft, m)
+		} else {
+			d.hard = append(d.hard, m)
+		}
+	}
 }
 
 func (d *differences) pcrs(prefix string, pcrs []PCR) {

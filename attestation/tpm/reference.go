@@ -11,8 +11,8 @@ import (
 )
 
 // UnverifiedClaims reads what one exchange says, for reference values of a
-// machine that is trusted for another reason. Nothing is verified but that the
-// event log replays to the values. The offer may be empty.
+// machine that is trusted for another reason. Nothing is verified; each value has
+// the events of the log that replay to it. The offer may be empty.
 func UnverifiedClaims(offer, asked, evidence []byte) (attestation.Claims, error) {
 	var ask attestv1.TPMAsk
 	var e attestv1.TPMEvidence
@@ -36,11 +36,12 @@ func UnverifiedQuote(certificate []byte, pcrs []uint32, e *attestv1.TPMEvidence)
 	for i, pcr := range pcrs {
 		values[pcr] = e.GetPcrValues()[i]
 	}
-	measurements, err := explain(values, e.GetEventLog())
+	measurements, err := explain(values, e.GetEventLog(), e.GetUserspaceLog())
 	if err != nil {
 		return attestation.Claims{}, err
 	}
-	facts := map[string]any{"event_log": len(e.GetEventLog()) > 0}
+	facts := map[string]any{}
+	logFacts(e.GetEventLog(), facts)
 	if cert, err := x509.ParseCertificate(certificate); err == nil {
 		if err := instanceFacts(cert, facts); err != nil {
 			return attestation.Claims{}, err
