@@ -130,6 +130,9 @@ type Measurement struct {
 	// Events replay to Value. Empty when no event log came or none covers the
 	// register; never events that do not replay.
 	Events []Event
+	// Unexplained says why an event log that came does not lead to Value. It takes
+	// nothing from Value, which hardware signed.
+	Unexplained string
 }
 
 // Event is one entry of a measured-boot log whose digest was replayed.

@@ -26,4 +26,6 @@ const (
 	Debug Fact[bool] = "debug"
 	// EventLog: a log of what was measured came along, and was replayed.
 	EventLog Fact[bool] = "event_log"
+	// EventLogError is why one that came along is of no use.
+	EventLogError Fact[string] = "event_log_error"
 )

@@ -47,6 +47,8 @@ type EventDiff struct {
 	Expected string `json:"expected,omitempty"`
 	Found    string `json:"found,omitempty"`
 	Detail   string `json:"detail,omitempty"` // what the log says of it; not proved
+	// ExpectedDetail is what the profile says of it.
+	ExpectedDetail string `json:"expected_detail,omitempty"`
 }
 
 func (m Mismatch) String() string {
@@ -69,7 +71,11 @@ func (e EventDiff) String() string {
 	case e.Found == "":
 		return fmt.Sprintf("%s (%s) is missing: expected %s", what, e.Type, e.Expected)
 	}
-	return fmt.Sprintf("%s (%s): expected %s, found %s", what, e.Type, e.Expected, e.Found)
+	text := fmt.Sprintf("%s (%s): expected %s, found %s", what, e.Type, e.Expected, e.Found)
+	if words := e.inWords(); words != "" {
+		text += "; " + words
+	}
+	return text
 }
 
 // MismatchError refuses evidence. It reports on the profile that comes closest.
@@ -182,10 +188,10 @@ func diffEvents(want, got []attestation.Event) []EventDiff {
 			want, got = want[1:], got[1:]
 		case len(want) > 0 && len(got) > 0 && want[0].Type == got[0].Type && want[0].Name == got[0].Name:
 			out = append(out, EventDiff{Type: got[0].Type, Name: got[0].Name, Seq: got[0].Seq,
-				Expected: want[0].Digest, Found: got[0].Digest, Detail: got[0].Detail})
+				Expected: want[0].Digest, Found: got[0].Digest, Detail: got[0].Detail, ExpectedDetail: want[0].Detail})
 			want, got = want[1:], got[1:]
 		case len(want) > 0 && (len(got) == 0 || !hasLater(got, want[0])):
-			out = append(out, EventDiff{Type: want[0].Type, Name: want[0].Name, Expected: want[0].Digest})
+			out = append(out, EventDiff{Type: want[0].Type, Name: want[0].Name, Expected: want[0].Digest, ExpectedDetail: want[0].Detail})
 			want = want[1:]
 		default:
 			out = append(out, EventDiff{Type: got[0].Type, Name: got[0].Name, Seq: got[0].Seq, Found: got[0].Digest, Detail: got[0].Detail})

@@ -212,8 +212,68 @@ func TestTheEventsThatDifferAreNamed(t *testing.T) {
 			}
 		})
 	}
+	text := func(name, digest, detail string) []attestation.Event {
+		return []attestation.Event{{Type: "EV_IPL", Name: name, Digest: digest, Detail: detail}}
+	}
+	for name, tt := range map[string]struct {
+		want, got []attestation.Event
+		says      string
+	}{
+		"both sides have the text": {text("kernel command line, by GRUB", "c0", "quiet root=/dev/a ro"), text("kernel command line, by GRUB", "c1", "root=/dev/b ro debug"),
+			"kernel command line, by GRUB (EV_IPL): expected c0, found c1; words missing: quiet root=/dev/a; words added: root=/dev/b debug"},
+		"the profile has it": {text("kernel command line (.cmdline)", "c0", "quiet"), text("kernel command line (.cmdline)", "c1", ""),
+			"kernel command line (.cmdline) (EV_IPL): expected c0, found c1; expected text: quiet"},
+		"no command line": {text("EFI application", "c0", "shim"), text("EFI application", "c1", "PciRoot(0x0)"), "EFI application (EV_IPL): expected c0, found c1"},
+	} {
+		if got := diffEvents(tt.want, tt.got); len(got) != 1 || got[0].String() != tt.says {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
 	endless := slices.Repeat([]attestation.Event{event("x", "99")}, 8192)
 	if n := len(diffEvents(want, endless)); n != maxDiff {
 		t.Errorf("%d differences are reported", n)
+	}
+}
+
+// A register whose log does not lead to its value is the policy's to refuse: the
+// value is the quote's all the same.
+func TestTheLogOfEachRegisterIsDemandedByItself(t *testing.T) {
+	unexplained := func(c *attestation.Claims) {
+		m := c.Measurements["pcr4"]
+		m.Events, m.Unexplained = nil, "the log leads elsewhere"
+		c.Measurements["pcr4"] = m
+	}
+	field := func(log, register string) string {
+		return strings.NewReplacer("event_log: required", "event_log: "+log, "- pcr: 4", "- pcr: 4\n          "+register).Replace(whole)
+	}
+	for _, tt := range []struct {
+		name, file string
+		change     func(*attestation.Claims)
+		refused    bool
+	}{
+		{"required of the TPM", whole, unexplained, true},
+		{"required of the TPM, and optional of the register", field("required", "event_log: optional"), unexplained, false},
+		{"optional of the TPM", field("optional", "warn_only: false"), unexplained, false},
+		{"optional of the TPM, and required of the register", field("optional", "event_log: required"), unexplained, true},
+		{"required of a register without events", field("optional", "event_log: required"), func(c *attestation.Claims) {
+			c.Measurements["pcr4"] = attestation.Measurement{Value: c.Measurements["pcr4"].Value}
+		}, true},
+		{"a log that cannot be read", whole, func(c *attestation.Claims) {
+			c.Facts["event_log"], c.Facts["event_log_error"] = false, "the log has SHA-1 alone"
+		}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := appraise(t, parse(t, tt.file), tt.change)
+			if refused := errors.Is(err, ErrMismatch); refused != tt.refused {
+				t.Fatal(err)
+			}
+			var m *MismatchError
+			if errors.As(err, &m) && (!strings.HasSuffix(m.Mismatches[0].Field, "event_log") || m.Mismatches[0].Found == "none") {
+				t.Errorf("%+v does not say why", m.Mismatches)
+			}
+		})
+	}
+	if _, err := Parse(Builtin(), "policy.yaml", []byte(field("required", "event_log: maybe"))); err == nil {
+		t.Error("a register's event_log of another word is taken")
 	}
 }

@@ -149,7 +149,11 @@ func pcrReferences(c attestation.Claims, source string) []PCR {
 	for n := range uint32(24) {
 		m, ok := c.Measurements[fmt.Sprintf("pcr%d", n)]
 		if value := hex.EncodeToString(m.Value); ok && !unextended(value) {
-			out = append(out, PCR{PCR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)})
+			ref := PCR{PCR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)}
+			if m.Unexplained != "" {
+				ref.EventLog, ref.Source = "optional", source+", whose event log does not lead to it: "+cut(m.Unexplained, 200)
+			}
+			out = append(out, ref)
 		}
 	}
 	return out

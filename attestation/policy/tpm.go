@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -32,12 +33,15 @@ type GCEProfile struct {
 
 // PCR holds the reference values of one register.
 type PCR struct {
-	PCR             *uint32             `yaml:"pcr"`
-	Accept          []string            `yaml:"accept"` // hex
-	WarnOnly        bool                `yaml:"warn_only,omitempty"`
-	AllowUnextended bool                `yaml:"allow_unextended,omitempty"`
-	Source          string              `yaml:"source,omitempty"` // for people
-	Events          []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
+	PCR             *uint32  `yaml:"pcr"`
+	Accept          []string `yaml:"accept"` // hex
+	WarnOnly        bool     `yaml:"warn_only,omitempty"`
+	AllowUnextended bool     `yaml:"allow_unextended,omitempty"`
+	// EventLog is required or optional: whether the log has to lead to the register's
+	// value. Default: as the TPM's.
+	EventLog string              `yaml:"event_log,omitempty"`
+	Source   string              `yaml:"source,omitempty"` // for people
+	Events   []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
 }
 
 // Check implements Section.
@@ -54,7 +58,7 @@ func (t *TPMProfile) Check(c *Checker, pr *Profile, at Path) {
 	}
 	c.Vouchers(t.Trust, known, at.To("trust"))
 	t.checkGCE(c, at.To("gce"))
-	c.checkPCRs(t.PCRs, 32, at.To("pcrs"))
+	c.checkPCRs(t.PCRs, sha256.Size, at.To("pcrs"))
 }
 
 // checkGCE demands that whoever trusts Google's vTPMs says whose.
@@ -108,6 +112,8 @@ func (c *Checker) checkPCRs(pcrs []PCR, size int, at Path) {
 		c.Demand(!seen[*r.PCR], "is named twice", at.To(n, "pcr")...)
 		seen[*r.PCR] = true
 		enforced = enforced || !r.WarnOnly
+		c.Demand(r.EventLog == "" || size == sha256.Size && (r.EventLog == "required" || r.EventLog == "optional"),
+			"must be required or optional, and be left out where there is no log", at.To(n, "event_log")...)
 		c.Demand(len(r.Accept) > 0, "empty: no value would be accepted", at.To(n, "accept")...)
 		c.Hexes(r.Accept, size, at.To(n, "accept"))
 		for m, v := range r.Accept {
@@ -121,9 +127,7 @@ func (c *Checker) checkPCRs(pcrs []PCR, size int, at Path) {
 // Compare implements Section.
 func (t *TPMProfile) Compare(d *Differences, claims attestation.Claims) {
 	d.Trust("trust", t.Trust)
-	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
-		d.Refuse("event_log", []string{"an event log"}, "none")
-	}
+	t.compareLog(d, claims)
 	if t.GCE != nil {
 		d.Text("gce.project", facts.GCEProjectID, t.GCE.Projects)
 		d.Flag("gce.production", facts.GCEProduction, true)
@@ -135,6 +139,32 @@ func (t *TPMProfile) Compare(d *Differences, claims attestation.Claims) {
 		}
 	}
 	d.pcrs("", t.PCRs)
+}
+
+// compareLog demands that the log leads to each register that needs it. What it
+// does not lead to has its value from the quote all the same.
+func (t *TPMProfile) compareLog(d *Differences, claims attestation.Claims) {
+	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
+		d.Refuse("event_log", []string{"an event log"}, cmp.Or(text(claims, facts.EventLogError), "none"))
+		return
+	}
+	for _, ref := range t.PCRs {
+		register := fmt.Sprintf("pcr%d", *ref.PCR)
+		got, ok := claims.Measurements[register]
+		why := got.Unexplained
+		if ref.EventLog == "required" && why == "" && len(got.Events) == 0 {
+			why = "no events"
+		}
+		if !ok || why == "" || cmp.Or(ref.EventLog, t.EventLog) != "required" {
+			continue
+		}
+		m := Mismatch{Profile: d.profile, Field: register + ".event_log", Expected: []string{"events that lead to its value"}, Found: why}
+		if ref.WarnOnly {
+			d.soft = append(d.soft, m)
+		} else {
+			d.hard = append(d.hard, m)
+		}
+	}
 }
 
 func (d *Differences) pcrs(prefix string, pcrs []PCR) {

@@ -11,6 +11,24 @@ import (
 	"github.com/keyagent/keyagent/test/intel"
 )
 
+// What no digest covers is not shown.
+func TestDataThatWasNotMeasuredIsNotShown(t *testing.T) {
+	log := bytes.Replace(logOf(intel.DefaultEvents()), []byte("Exit Boot Services Invocation"), []byte("Exit Boot Services invocation"), 1)
+	parsed, err := ParseEventLog(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, events, err := parsed.Replay(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range events {
+		if strings.Contains(e.Name, "invocation") || strings.Contains(e.Detail, "invocation") {
+			t.Errorf("%+v", e)
+		}
+	}
+}
+
 // TestAForgedEventLogIsRefused: attack 27. What does not replay is refused, and
 // the error names the events.
 func TestAForgedEventLogIsRefused(t *testing.T) {
@@ -24,10 +42,6 @@ func TestAForgedEventLogIsRefused(t *testing.T) {
 			e[4].Digest = bytes.Repeat([]byte{1}, 48)
 			return logOf(e)
 		}, "rtmr2: its 2 events, #5 EV_IPL (kernel (.linux)) to #6"},
-		"data that is not what the digest says": {func() []byte {
-			log := logOf(events)
-			return bytes.Replace(log, []byte("Exit Boot Services Invocation"), []byte("Exit Boot Services invocation"), 1)
-		}, "event #3 (register 2, EV_EFI_ACTION, Exit Boot Services invocation)"},
 		"two events in another order": {func() []byte {
 			e := slices.Clone(events)
 			e[0], e[1] = e[1], e[0]
@@ -55,7 +69,7 @@ func TestAForgedEventLogIsRefused(t *testing.T) {
 		"more than there can be": {func() []byte { return make([]byte, MaxEventLog+1) }, "at most"},
 		"more events than there can be": {func() []byte {
 			return logOf(slices.Repeat([]intel.Event{{Register: 1, Type: intel.EventIPL}}, maxEvents+1))
-		}, "4097 events, at most"},
+		}, "more than 4096 events"},
 		"an event that says it is 4 GB": {func() []byte {
 			l := logOf(events[:1])
 			binary.LittleEndian.PutUint32(l[len(l)-len(events[0].Data)-4:], 0xfffffff0)

@@ -50,6 +50,9 @@ type IssuerOptions struct {
 	// Shared is for a machine that many peers ask at a time, some of which never ask
 	// in the end. The offer is made once, and the TPM is taken for answers alone.
 	Shared bool
+	// UserspaceLog is the path of systemd's own log. Default DefaultUserspaceLog. It
+	// is left out where it does not exist.
+	UserspaceLog string
 }
 
 // Issuer makes evidence with the TPM of this machine. The TPM is opened for
@@ -83,6 +86,9 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	}
 	if opts.EventLog == "" {
 		opts.EventLog = DefaultEventLog
+	}
+	if opts.UserspaceLog == "" {
+		opts.UserspaceLog = DefaultUserspaceLog
 	}
 	if !slices.Contains([]AKType{AKAuto, AKOwn, AKCloud}, opts.AK) {
 		return nil, fmt.Errorf("unknown attestation key type %q (hint: auto, own or cloud)", opts.AK)
@@ -267,7 +273,7 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 	}
 	ev.CredentialProof = proof
 	if q.GetWantEventLog() {
-		if ev.EventLog, err = readEventLog(a.issuer.opts.EventLog); err != nil {
+		if err := addLogs(ev, a.issuer.opts.EventLog, a.issuer.opts.UserspaceLog); err != nil {
 			return nil, err
 		}
 	}
@@ -377,6 +383,16 @@ func readPCRs(t transport.TPM, pcrs []uint32) ([][]byte, error) {
 		}
 	}
 	return values, nil
+}
+
+// addLogs reads the logs behind the quote: what is measured in between is in them,
+// and not in the quote, and a verifier knows that.
+func addLogs(ev *attestv1.TPMEvidence, firmware, user string) (err error) {
+	if ev.EventLog, err = readEventLog(firmware); err != nil || ev.EventLog == nil {
+		return err
+	}
+	ev.UserspaceLog, err = readUserspaceLog(user)
+	return err
 }
 
 func readEventLog(path string) ([]byte, error) {

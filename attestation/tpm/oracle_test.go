@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"path/filepath"
@@ -86,7 +87,13 @@ func opinions(t *testing.T, offer *attestv1.TPMOffer, e *attestv1.TPMEvidence, p
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, ours = VerifyQuote(e, ak.Key, binder, pcrs)
+	quoted, ours := VerifyQuote(e, ak.Key, binder, pcrs)
+	for _, m := range quoted.Measurements {
+		// Theirs refuses what ours only leaves without an explanation.
+		if m.Unexplained != "" && ours == nil {
+			ours = errors.New(m.Unexplained)
+		}
+	}
 	values := map[uint32][]byte{}
 	for i, v := range e.GetPcrValues() {
 		values[pcrs[i]] = v

@@ -73,7 +73,7 @@ func (p Platform) Quote(ctx context.Context, pcrs []uint32, binder attestation.B
 		if path == "" {
 			path = DefaultEventLog
 		}
-		if e.EventLog, err = readEventLog(path); err != nil {
+		if err := addLogs(e, path, DefaultUserspaceLog); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -53,7 +53,7 @@ func verifyQuote(e *attestv1.TPMEvidence, key crypto.PublicKey, qualifying []byt
 	if err != nil {
 		return Quoted{}, err
 	}
-	measurements, err := explain(values, e.GetEventLog())
+	measurements, err := explain(values, e.GetEventLog(), e.GetUserspaceLog())
 	if err != nil {
 		return Quoted{}, err
 	}
@@ -62,7 +62,7 @@ func verifyQuote(e *attestv1.TPMEvidence, key crypto.PublicKey, qualifying []byt
 	facts.TPMFirmware.Put(set, fmt.Sprintf("%#x", attest.FirmwareVersion))
 	facts.TPMResetCount.Put(set, uint64(clock.ResetCount))
 	facts.TPMRestartCount.Put(set, uint64(clock.RestartCount))
-	facts.EventLog.Put(set, len(e.GetEventLog()) > 0)
+	logFacts(e.GetEventLog(), set)
 	return Quoted{
 		Signer:       attest.QualifiedSigner.Buffer,
 		Measurements: measurements,
@@ -153,35 +153,3 @@ func coveredPCRs(info *tpm2.TPMSQuoteInfo, pcrs []uint32, values [][]byte) (map[
 	}
 	return covered, nil
 }
-
-// explain attaches to each covered value the events that replay to it.
-func explain(values map[uint32][]byte, log []byte) (map[string]attestation.Measurement, error) {
-	out := make(map[string]attestation.Measurement, len(values))
-	for pcr, v := range values {
-		out[Register(pcr)] = attestation.Measurement{Value: v}
-	}
-	if len(log) == 0 {
-		return out, nil
-	}
-	parsed, err := ParseEventLog(log)
-	if err != nil {
-		return nil, err
-	}
-	for pcr, v := range values {
-		events, err := parsed.Explain(pcr, v)
-		if err != nil {
-			return nil, err
-		}
-		// Into these the firmware measures, and the firmware writes the log. The
-		// others belong to later software, which may keep no log.
-		if pcr <= lastFirmwarePCR && len(events) == 0 && !unextended(v) {
-			return nil, fmt.Errorf("%w: pcr %d: the quote says %x, the log has no event of it", ErrEventLog, pcr, v)
-		}
-		out[Register(pcr)] = attestation.Measurement{Value: v, Events: events}
-	}
-	return out, nil
-}
-
-const lastFirmwarePCR = 7
-
-func unextended(value []byte) bool { return len(bytes.Trim(value, "\x00")) == 0 }

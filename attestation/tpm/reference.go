@@ -8,12 +8,11 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // UnverifiedClaims reads what one exchange says, for reference values of a
-// machine that is trusted for another reason. Nothing is verified but that the
-// event log replays to the values. The offer may be empty.
+// machine that is trusted for another reason. Nothing is verified; each value has
+// the events of the log that replay to it. The offer may be empty.
 func UnverifiedClaims(offer, asked, evidence []byte) (attestation.Claims, error) {
 	var ask attestv1.TPMAsk
 	var e attestv1.TPMEvidence
@@ -37,12 +36,12 @@ func UnverifiedQuote(certificate []byte, pcrs []uint32, e *attestv1.TPMEvidence)
 	for i, pcr := range pcrs {
 		values[pcr] = e.GetPcrValues()[i]
 	}
-	measurements, err := explain(values, e.GetEventLog())
+	measurements, err := explain(values, e.GetEventLog(), e.GetUserspaceLog())
 	if err != nil {
 		return attestation.Claims{}, err
 	}
 	set := map[string]any{}
-	facts.EventLog.Put(set, len(e.GetEventLog()) > 0)
+	logFacts(e.GetEventLog(), set)
 	if cert, err := x509.ParseCertificate(certificate); err == nil {
 		if err := instanceFacts(cert, set); err != nil {
 			return attestation.Claims{}, err

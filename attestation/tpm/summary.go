@@ -23,6 +23,8 @@ type Summary struct {
 	AKName        string            `json:"ak_name"`
 	PCRs          map[uint32]string `json:"pcrs"`
 	EventLogBytes int               `json:"event_log_bytes"`
+	// Unexplained says of registers why the event log does not lead to them.
+	Unexplained map[uint32]string `json:"unexplained,omitempty"`
 }
 
 // Summarize reads one exchange without verifying it.
@@ -55,10 +57,24 @@ func Summarize(offer, asked, evidence []byte) (*Summary, error) {
 		len(ask.GetPcrs()) != len(ev.GetPcrValues()) {
 		return nil, fmt.Errorf("%w: question and answer do not belong together", ErrMalformed)
 	}
+	values := map[uint32][]byte{}
 	for i, pcr := range ask.GetPcrs() {
-		out.PCRs[pcr] = hex.EncodeToString(ev.GetPcrValues()[i])
+		values[pcr] = ev.GetPcrValues()[i]
+		out.PCRs[pcr] = hex.EncodeToString(values[pcr])
 	}
 	out.EventLogBytes = len(ev.GetEventLog())
+	all, err := explain(values, ev.GetEventLog(), ev.GetUserspaceLog())
+	if err != nil {
+		return nil, err
+	}
+	for pcr := range values {
+		if why := all[Register(pcr)].Unexplained; why != "" {
+			if out.Unexplained == nil {
+				out.Unexplained = map[uint32]string{}
+			}
+			out.Unexplained[pcr] = why
+		}
+	}
 	return out, nil
 }
 
@@ -83,4 +99,7 @@ func (s *Summary) Print(w io.Writer) {
 		fmt.Fprintf(w, "pcr %-2d           %s\n", pcr, s.PCRs[pcr])
 	}
 	fmt.Fprintf(w, "event log        %d bytes\n", s.EventLogBytes)
+	for _, pcr := range slices.Sorted(maps.Keys(s.Unexplained)) {
+		fmt.Fprintf(w, "  not pcr %-2d     %s\n", pcr, s.Unexplained[pcr])
+	}
 }

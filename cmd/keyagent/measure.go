@@ -17,7 +17,6 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/attestation/tpm/uki"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -36,12 +35,27 @@ that the machine has stand in "allow", to be read before they are accepted.
 With --firmware the SNP launch measurement or the TDX MRTD is computed from the
 firmware file, for the machines of Google Compute Engine.
 
-Of a TPM, PCRs 4 and 11 come from the unified kernel image, before it was ever
-started. All others come from the event log of a boot that is trusted. Each
-register is printed with the events that lead to its value, so that a later
+Of a TPM, PCRs 4, 11 and 12 are computed from the unified kernel image and from
+what is started before it (--loader, once for each program, in their order),
+before any of it was started. The chain may end with a kernel without an image
+around it, as the last --loader; then only PCR 4 is computed. All other PCRs come
+from the event log of a boot that is trusted. A stub, loader or section whose
+measurements are not known is an error, and so is a register that nothing gives,
+unless --pcrs is left out: then it is left out too, and the output says why.
+
+Under Secure Boot stubs before systemd 258 lead to another PCR 4. The event log
+says whether it is on, or --secure-boot does; otherwise both values are accepted.
+
+The initrd of systemd 261 and later extends PCRs 0-7, 9 and 12-14 by the word
+"os-separator" (--os-separator). --userspace-log names systemd's own log of such
+words, /run/log/systemd/tpm2-measure.log, of a trusted boot.
+
+Each register is printed with the events that lead to its value, so that a later
 mismatch can be explained.`,
 		Example: `  keyagent measure --uki linux.efi --pcrs 4,11
   keyagent measure --uki linux.efi --event-log trusted.log --pcrs 0,2,3,4,7,11 --name guest --trust root:lab
+  keyagent measure --loader shimx64.efi --loader systemd-bootx64.efi --uki linux.efi --secure-boot --pcrs 4,11
+  keyagent measure --loader shimx64.efi --loader grubx64.efi --loader vmlinuz --pcrs 4
   keyagent measure --evidence evidence.json --name cvm
   keyagent measure --evidence report.bin --firmware ovmf.fd --product Milan --vcpus 4`,
 		Args: cobra.NoArgs,
@@ -50,11 +64,17 @@ mismatch can be explained.`,
 			if m.pcrs, err = parsePCRs(pcrs); err != nil {
 				return err
 			}
+			m.leaveOut = !cmd.Flags().Changed("pcrs")
+			m.secureBootSaid = cmd.Flags().Changed("secure-boot")
+			m.separatorSaid = cmd.Flags().Changed("os-separator")
 			profile, err := m.profile()
 			if err != nil {
 				return err
 			}
-			return printProfile(cmd.OutOrStdout(), profile)
+			for _, note := range m.notes {
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: %s\n", note)
+			}
+			return printProfile(cmd.OutOrStdout(), profile, m.notes)
 		},
 	}
 	f := cmd.Flags()
@@ -63,8 +83,13 @@ mismatch can be explained.`,
 	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
 	f.StringVar(&m.product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
 	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
-	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4 and 11)")
+	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4, 11 and 12)")
+	f.StringArrayVar(&m.loaders, "loader", nil, "shim, systemd-boot or GRUB that is started before the image, or a kernel without one; once for each, in their order")
+	f.IntVar(&m.profileNumber, "profile", 0, "profile of the image, counted from 0")
+	f.BoolVar(&m.secureBoot, "secure-boot", false, "Secure Boot is on (default: what the event log says, or either)")
 	f.StringVar(&m.eventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
+	f.StringVar(&m.userLog, "userspace-log", "", "systemd's own log of a trusted boot, "+tpm.DefaultUserspaceLog)
+	f.BoolVar(&m.separator, "os-separator", false, "the initrd has systemd 261 or later, which separates PCRs 0-7, 9 and 12-14")
 	f.StringArrayVar(&m.phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example sysinit:ready; each --phase gives one more accepted value")
 	f.StringSliceVar(&m.trust, "trust", nil, "who vouches for the TPM: root:NAME, enrolled:NAME or ak-root:NAME of the policy")
 	f.StringVar(&pcrs, "pcrs", "0,2,3,4,7,11", "registers of the profile")
@@ -72,11 +97,22 @@ mismatch can be explained.`,
 }
 
 type measurement struct {
-	name, uki, eventLog         string
-	evidence, firmware, product string
-	vcpus                       uint
-	phases, trust               []string
-	pcrs                        []uint32
+	name, uki, eventLog, userLog string
+	evidence, firmware, product  string
+	vcpus                        uint
+	loaders, phases, trust       []string
+	profileNumber                int
+	secureBoot, secureBootSaid   bool
+	separator, separatorSaid     bool
+	pcrs                         []uint32
+	leaveOut                     bool     // registers that nothing gives
+	notes                        []string // for people
+}
+
+func (m *measurement) note(format string, args ...any) {
+	if text := fmt.Sprintf(format, args...); !slices.Contains(m.notes, text) {
+		m.notes = append(m.notes, text)
+	}
 }
 
 func (m *measurement) profile() (*policy.Profile, error) {
@@ -92,7 +128,7 @@ func (m *measurement) profile() (*policy.Profile, error) {
 			return nil, err
 		}
 	}
-	if m.uki != "" || m.eventLog != "" || (m.evidence == "" && m.firmware == "") {
+	if m.uki != "" || len(m.loaders) > 0 || m.eventLog != "" || (m.evidence == "" && m.firmware == "") {
 		t, err := m.tpm(p.TPM())
 		if err != nil {
 			return nil, err
@@ -141,94 +177,12 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 	return p, nil
 }
 
-// tpm makes the section of a TPM from files. What evidence gave for a register is
-// kept if the files do not give it.
-func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
-	var image *uki.Image
-	var log *tpm.EventLog
-	var err error
-	if m.uki != "" {
-		if image, err = uki.Open(m.uki); err != nil {
-			return nil, failure.New(failure.Usage, err, "")
-		}
-	}
-	if m.eventLog != "" {
-		data, err := readBounded(m.eventLog, tpm.MaxEventLog)
-		if err != nil {
-			return nil, err
-		}
-		if log, err = tpm.ParseEventLog(data); err != nil {
-			return nil, failure.New(failure.EvidenceRefused, err, "")
-		}
-	}
-	if have == nil {
-		have = &policy.TPMProfile{Trust: []string{"root:NAME"}, Bank: "sha256", EventLog: "required"}
-	}
-	before := have.PCRs
-	have.PCRs = nil
-	for _, pcr := range m.pcrs {
-		n := slices.IndexFunc(before, func(r policy.PCR) bool { return *r.PCR == pcr })
-		if n >= 0 && log == nil && (image == nil || (pcr != 4 && pcr != 11)) {
-			have.PCRs = append(have.PCRs, before[n])
-			continue
-		}
-		ref, err := m.reference(pcr, image, log)
-		if err != nil {
-			return nil, err
-		}
-		have.PCRs = append(have.PCRs, ref)
-	}
-	return have, nil
-}
-
-func (m *measurement) reference(pcr uint32, image *uki.Image, log *tpm.EventLog) (policy.PCR, error) {
-	var value []byte
-	var events []attestation.Event
-	var source string
-	switch {
-	case image != nil && pcr == 4:
-		p := image.PCR4()
-		value, events, source = p.Value, p.Events, "computed from "+m.uki
-	case image != nil && pcr == 11:
-		return m.imageReference(image), nil
-	case log != nil:
-		var err error
-		if value, events, err = log.Replay(pcr); err != nil {
-			return policy.PCR{}, failure.New(failure.EvidenceRefused, err, "")
-		}
-		if len(events) == 0 {
-			return policy.PCR{}, failure.Newf(failure.Usage, "leave it out of --pcrs", "the event log has nothing for PCR %d", pcr)
-		}
-		source = "event log " + m.eventLog
-	default:
-		return policy.PCR{}, failure.Newf(failure.Usage, "--uki gives PCRs 4 and 11, --event-log all others", "nothing gives PCR %d", pcr)
-	}
-	for i := range events {
-		events[i].Seq = 0
-	}
-	return policy.PCR{PCR: &pcr, Accept: []string{hexOf(value)}, Source: source, Events: events}, nil
-}
-
-// imageReference accepts PCR 11 at each of the boot phases that were named.
-func (m *measurement) imageReference(image *uki.Image) policy.PCR {
-	pcr := uint32(11)
-	ref := policy.PCR{PCR: &pcr, Source: "computed from " + m.uki}
-	paths := m.phases
-	if len(paths) == 0 {
-		paths = []string{""}
-	}
-	for _, path := range paths {
-		p := image.PCR11(strings.FieldsFunc(path, func(r rune) bool { return r == ':' })...)
-		ref.Accept = append(ref.Accept, hexOf(p.Value))
-		if ref.Events == nil {
-			ref.Events = p.Events
-		}
-	}
-	return ref
-}
-
-func printProfile(w io.Writer, p *policy.Profile) error {
+func printProfile(w io.Writer, p *policy.Profile, notes []string) error {
 	var out strings.Builder
+	out.WriteString("# An entry of \"profiles:\" in a policy.\n")
+	for _, note := range notes {
+		fmt.Fprintf(&out, "# %s\n", note)
+	}
 	e := yaml.NewEncoder(&out)
 	e.SetIndent(2)
 	if err := e.Encode([]*policy.Profile{p}); err != nil {
@@ -237,7 +191,7 @@ func printProfile(w io.Writer, p *policy.Profile) error {
 	if err := e.Close(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "# An entry of \"profiles:\" in a policy.\n%s", out.String())
+	_, err := io.WriteString(w, out.String())
 	return err
 }
 

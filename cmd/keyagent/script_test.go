@@ -98,6 +98,11 @@ func (l *laboratory) setup(env *testscript.Env) error {
 		return err
 	}
 	env.Setenv("PORT", port)
+	logs, err := filepath.Abs("../../attestation/tpm/testdata")
+	if err != nil {
+		return err
+	}
+	env.Setenv("LOGS", logs)
 	env.Setenv("TPM", l.tpm.Device)
 	env.Setenv("KDS", l.kds.URL)
 	if err := l.writeHardware(env.WorkDir); err != nil {

@@ -1,12 +1,14 @@
-// Package uki predicts what a unified kernel image (UKI) puts into PCRs 4 and
-// 11, before it was ever started.
+// Package uki predicts what a unified kernel image (UKI), and what is started
+// before it, puts into PCRs 4, 11 and 12 before it was ever started.
 //
-// PCR 4 receives what the firmware loads: a fixed action, a separator, the
-// Authenticode digest of the UKI, and that of the kernel in it, which the stub
-// hands to the firmware again. PCR 11 receives each section that the stub uses,
-// its name first and its content second. Sources: TCG PC Client Platform
-// Firmware Profile 1.06 section 3.3.4, systemd-stub(7), and the order of
-// sections in systemd's own list of them.
+// PCR 4 receives what the firmware loads: a fixed action, a separator, and the
+// Authenticode digest of each EFI program, see [Boot]. PCR 11 receives each
+// section that the stub uses, its name first and its content second, see
+// [Image.PCR11]. Sources: TCG PC Client Platform Firmware Profile 1.06 section
+// 3.3.4, systemd-stub(7), and boots of every version that is modelled.
+//
+// A stub, a loader or a section that is not modelled is [ErrNotModelled], never
+// a value.
 package uki
 
 import (
@@ -18,29 +20,30 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/attestation/eventlog"
 	"github.com/keyagent/keyagent/attestation/tpm"
 )
 
-// ErrNotUKI: the file is not a unified kernel image.
-var ErrNotUKI = errors.New("not a unified kernel image")
+var (
+	// ErrNotUKI: the file is not a unified kernel image.
+	ErrNotUKI = errors.New("not a unified kernel image")
+	// ErrNotModelled: what the file measures is not known here.
+	ErrNotModelled = errors.New("what it measures is not known")
+)
 
-// maxImage bounds an image in bytes.
-const maxImage = 1 << 30
-
-// maxPadding bounds by how much all sections together may be larger in memory
-// than in the file, in bytes.
-const maxPadding = 1 << 20
-
-// measured are the sections that the stub measures, in its order. The signature
-// of the PCR value itself, .pcrsig, cannot be among them.
-var measured = []struct{ section, name string }{
-	{".linux", "kernel"}, {".osrel", "os-release"}, {".cmdline", "kernel command line"}, {".initrd", "initrd"},
-	{".ucode", "microcode"}, {".splash", "splash image"}, {".dtb", "device tree"}, {".uname", "kernel version"},
-	{".sbat", "SBAT data"}, {".pcrpkey", "PCR signing key"},
-}
+const (
+	// maxImage bounds an image in bytes.
+	maxImage = 1 << 30
+	// maxPadding bounds by how much all sections together may be larger in memory
+	// than in the file, in bytes.
+	maxPadding = 1 << 20
+	// maxVariants bounds the values of PCR 11 that one image leads to.
+	maxVariants = 64
+)
 
 // Prediction is the value of one PCR and the events that lead to it.
 type Prediction struct {
@@ -48,33 +51,48 @@ type Prediction struct {
 	Events []attestation.Event
 }
 
+func newPrediction() Prediction { return Prediction{Value: make([]byte, sha256.Size)} }
+
 func (p *Prediction) extend(e attestation.Event, digest []byte) {
 	e.Digest = hex.EncodeToString(digest)
 	p.Value = tpm.Extend(p.Value, digest)
 	p.Events = append(p.Events, e)
 }
 
+// Append adds events that happen behind these.
+func (p *Prediction) Append(events ...attestation.Event) {
+	for _, e := range events {
+		digest, _ := hex.DecodeString(e.Digest)
+		p.extend(e, digest)
+	}
+}
+
+// Words adds what user space measures behind the image, one word after the other.
+func (p *Prediction) Words(words ...string) {
+	for _, w := range words {
+		p.Append(tpm.WordEvent(w))
+	}
+}
+
 // Image is a UKI that was read.
 type Image struct {
-	digest   []byte // Authenticode
-	kernel   []byte // Authenticode of the .linux section
-	sections map[string][]byte
-	stub     string
+	program
+	stub    string
+	version int
+	base    []section   // before the first .profile
+	profile [][]section // each begins with its .profile
+}
+
+type section struct {
+	name string
+	data []byte // as the stub sees it in memory
 }
 
 // Open reads the UKI at path.
 func Open(path string) (*Image, error) {
-	f, err := os.Open(path)
+	data, err := read(path)
 	if err != nil {
 		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxImage+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(data) > maxImage {
-		return nil, fmt.Errorf("%w: %s is larger than %d bytes", ErrNotUKI, path, maxImage)
 	}
 	img, err := Parse(data)
 	if err != nil {
@@ -83,108 +101,232 @@ func Open(path string) (*Image, error) {
 	return img, nil
 }
 
+func read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxImage+1))
+	if err == nil && len(data) > maxImage {
+		err = fmt.Errorf("%w: %s is larger than %d bytes", ErrNotUKI, path, maxImage)
+	}
+	return data, err
+}
+
 // Parse reads a UKI.
 func Parse(data []byte) (*Image, error) {
+	sections, err := parseSections(data)
+	if err != nil {
+		return nil, err
+	}
+	img := &Image{}
+	for _, s := range sections {
+		switch {
+		case s.name == ".profile":
+			img.profile = append(img.profile, []section{s})
+		case len(img.profile) > 0:
+			last := len(img.profile) - 1
+			img.profile[last] = append(img.profile[last], s)
+		default:
+			img.base = append(img.base, s)
+		}
+	}
+	magic := find(img.base, ".sdmagic")
+	if magic == nil || (find(img.base, ".linux") == nil && len(img.profile) == 0) {
+		return nil, fmt.Errorf("%w: it has no .linux or no .sdmagic section", ErrNotUKI)
+	}
+	img.stub = strings.Trim(string(magic), "\x00# ")
+	img.stub = strings.TrimPrefix(img.stub, "LoaderInfo: ")
+	if img.version, err = stubVersion(img.stub); err != nil {
+		return nil, err
+	}
+	if len(img.profile) > 0 && img.version < profiles {
+		return nil, fmt.Errorf("%w: stub %q knows no section .profile", ErrNotModelled, img.stub)
+	}
+	for _, part := range append([][]section{img.base}, img.profile...) {
+		if err := checkSections(part); err != nil {
+			return nil, err
+		}
+	}
+	if img.digest, err = authenticodeDigest(data); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotUKI, err)
+	}
+	img.kind, img.name = kindUKI, "unified kernel image"
+	for n := range max(len(img.profile), 1) {
+		kernel := img.content(n, ".linux")
+		if kernel == nil {
+			return nil, fmt.Errorf("%w: profile %d has no .linux section", ErrNotUKI, n)
+		}
+		if _, err := authenticodeDigest(kernel); err != nil {
+			return nil, fmt.Errorf("%w: the kernel in it: %w", ErrNotUKI, err)
+		}
+		if n := len(img.variants(n)); n > maxVariants {
+			return nil, fmt.Errorf("%w: it has %d combinations of device trees and firmware, at most %d", ErrNotModelled, n, maxVariants)
+		}
+	}
+	return img, nil
+}
+
+func parseSections(data []byte) ([]section, error) {
 	file, err := pe.NewFile(bytes.NewReader(data))
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotUKI, err)
 	}
 	defer file.Close()
-	img := &Image{sections: map[string][]byte{}}
+	var out []section
 	room := uint64(len(data)) + maxPadding
 	for _, s := range file.Sections {
 		if uint64(s.VirtualSize) > room {
 			return nil, fmt.Errorf("%w: section %s is larger than the file", ErrNotUKI, s.Name)
 		}
 		room -= uint64(s.VirtualSize)
-		content, err := sectionContent(s, len(data))
+		content, err := sectionContent(s, data)
 		if err != nil {
 			return nil, fmt.Errorf("%w: section %s: %w", ErrNotUKI, s.Name, err)
 		}
-		if _, twice := img.sections[s.Name]; twice {
-			return nil, fmt.Errorf("%w: it has two sections %s", ErrNotUKI, s.Name)
+		out = append(out, section{s.Name, content})
+	}
+	return out, nil
+}
+
+// checkSections refuses what leaves open what the stub measures.
+func checkSections(part []section) error {
+	seen := map[string]bool{}
+	for _, s := range part {
+		if !knownSection(s.name) {
+			return fmt.Errorf("%w: section %.16q", ErrNotModelled, s.name)
 		}
-		img.sections[s.Name] = content
+		if seen[s.name] && !slices.Contains(choices, s.name) {
+			return fmt.Errorf("%w: it has two sections %s", ErrNotUKI, s.name)
+		}
+		seen[s.name] = true
 	}
-	if img.sections[".linux"] == nil || img.sections[".sdmagic"] == nil {
-		return nil, fmt.Errorf("%w: it has no .linux or no .sdmagic section", ErrNotUKI)
-	}
-	img.stub = strings.Trim(string(img.sections[".sdmagic"]), "\x00# ")
-	if img.digest, err = authenticodeDigest(data); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNotUKI, err)
-	}
-	if img.kernel, err = authenticodeDigest(img.sections[".linux"]); err != nil {
-		return nil, fmt.Errorf("%w: the kernel in it: %w", ErrNotUKI, err)
-	}
-	return img, nil
+	return nil
 }
 
 // sectionContent is what the stub sees in memory: the virtual size, padded with
 // zeros where the file has less.
-func sectionContent(s *pe.Section, fileSize int) ([]byte, error) {
-	if int64(s.Size) > int64(fileSize) {
+func sectionContent(s *pe.Section, file []byte) ([]byte, error) {
+	from, size := uint64(s.Offset), uint64(min(s.Size, s.VirtualSize))
+	if from+size > uint64(len(file)) {
 		return nil, errors.New("size out of bounds")
 	}
-	raw, err := s.Data()
-	if err != nil {
-		return nil, err
+	raw := file[from : from+size : from+size]
+	if s.VirtualSize > s.Size {
+		raw = append(raw, make([]byte, s.VirtualSize-s.Size)...)
 	}
-	out := make([]byte, s.VirtualSize)
-	copy(out, raw)
-	return out, nil
+	return raw, nil
+}
+
+func find(part []section, name string) []byte {
+	for _, s := range part {
+		if s.name == name && len(s.data) > 0 {
+			return s.data
+		}
+	}
+	return nil
+}
+
+// content returns a section of one profile: its own, or the common one.
+func (img *Image) content(profile int, name string) []byte {
+	if profile < len(img.profile) {
+		if own := find(img.profile[profile], name); own != nil {
+			return own
+		}
+	}
+	return find(img.base, name)
 }
 
 // Stub returns what the stub says of itself.
 func (img *Image) Stub() string { return img.stub }
 
-// PCR4 predicts the boot applications.
-func (img *Image) PCR4() Prediction {
-	p := Prediction{Value: make([]byte, sha256.Size)}
-	action := sha256.Sum256([]byte("Calling EFI Application from Boot Option"))
-	p.extend(attestation.Event{Type: "EV_EFI_ACTION", Name: "Calling EFI Application from Boot Option"}, action[:])
-	separator := sha256.Sum256(make([]byte, 4))
-	p.extend(attestation.Event{Type: "EV_SEPARATOR", Name: "separator"}, separator[:])
-	p.extend(attestation.Event{Type: "EV_EFI_BOOT_SERVICES_APPLICATION", Name: "EFI application", Detail: "unified kernel image"}, img.digest)
-	p.extend(attestation.Event{Type: "EV_EFI_BOOT_SERVICES_APPLICATION", Name: "EFI application", Detail: "kernel"}, img.kernel)
-	return p
+// StubVersion returns systemd's major version of the stub.
+func (img *Image) StubVersion() int { return img.version }
+
+// Profiles returns the text of each .profile section, in the image's order: none
+// for an image without. The stub starts the first if nothing names another.
+func (img *Image) Profiles() []string {
+	var out []string
+	for _, p := range img.profile {
+		out = append(out, string(p[0].data))
+	}
+	return out
 }
 
-// PCR11 predicts the sections, followed by the boot phases that systemd will
-// have measured when the value is quoted.
-func (img *Image) PCR11(phases ...string) Prediction {
-	p := Prediction{Value: make([]byte, sha256.Size)}
-	for _, m := range measured {
-		content, ok := img.sections[m.section]
-		if !ok || !img.measures(m.section) {
-			continue
+// CommandLine returns the kernel command line of one profile, or "".
+func (img *Image) CommandLine(profile int) string {
+	return strings.TrimRight(string(img.content(profile, ".cmdline")), "\x00")
+}
+
+// checkProfile refuses a profile that the image does not have.
+func (img *Image) checkProfile(profile int) error {
+	if profile < 0 || profile >= max(len(img.profile), 1) {
+		return fmt.Errorf("%w: the image has %d profiles, counted from 0, and no profile %d", ErrNotUKI, len(img.profile), profile)
+	}
+	return nil
+}
+
+// PCR11 predicts the sections of one profile; 0 is the first, and the whole image
+// if it has none. There are several predictions if the image has device trees or
+// firmware of which the machine's hardware chooses: one for each choice, the first
+// for a machine that none fits.
+func (img *Image) PCR11(profile int) ([]Prediction, error) {
+	if err := img.checkProfile(profile); err != nil {
+		return nil, err
+	}
+	var out []Prediction
+	for _, choice := range img.variants(profile) {
+		p := newPrediction()
+		for _, m := range measured {
+			content := img.content(profile, m.section)
+			if slices.Contains(choices, m.section) {
+				content = choice[m.section]
+			}
+			if len(content) == 0 || img.version < m.since {
+				continue
+			}
+			e := attestation.Event{Type: "EV_IPL", Name: eventlog.SectionName(m.section)}
+			name := sha256.Sum256([]byte(m.section + "\x00"))
+			p.extend(attestation.Event{Type: e.Type, Name: e.Name, Detail: "name of the section"}, name[:])
+			e.Detail = sectionText(m.section, content)
+			sum := sha256.Sum256(content)
+			p.extend(e, sum[:])
 		}
-		e := attestation.Event{Type: "EV_IPL", Name: m.name + " (" + m.section + ")"}
-		name := sha256.Sum256([]byte(m.section + "\x00"))
-		p.extend(attestation.Event{Type: e.Type, Name: e.Name, Detail: "name of the section"}, name[:])
-		sum := sha256.Sum256(content)
-		p.extend(e, sum[:])
+		out = append(out, p)
 	}
-	for _, word := range phases {
-		e := tpm.PhaseEvent(word)
-		digest, _ := hex.DecodeString(e.Digest)
-		p.extend(e, digest)
-	}
-	return p
+	return out, nil
 }
 
-// measures reports whether this image's stub knows a section. Stubs before
-// version 254 have an .sbat section of their own that they do not measure.
-func (img *Image) measures(section string) bool {
-	var major int
-	_, version, _ := strings.Cut(img.stub, "systemd-stub ")
-	if _, err := fmt.Sscanf(version, "%d", &major); err != nil {
-		return true
+// sectionText is what a person can read of a section, and compare.
+func sectionText(name string, content []byte) string {
+	switch name {
+	case ".cmdline", ".uname", ".profile":
+		return eventlog.Text(content)
 	}
-	switch section {
-	case ".sbat", ".uname":
-		return major >= 254
-	case ".ucode":
-		return major >= 256
+	return ""
+}
+
+// variants are the ways in which a machine may choose among sections.
+func (img *Image) variants(profile int) []map[string][]byte {
+	out := []map[string][]byte{{}}
+	for _, name := range choices {
+		part := img.base
+		if profile < len(img.profile) && find(img.profile[profile], name) != nil {
+			part = img.profile[profile]
+		}
+		for _, before := range slices.Clone(out) {
+			for _, s := range part {
+				if s.name != name || len(s.data) == 0 || len(out) > maxVariants {
+					continue
+				}
+				one := map[string][]byte{name: s.data}
+				for k, v := range before {
+					one[k] = v
+				}
+				out = append(out, one)
+			}
+		}
 	}
-	return true
+	return out
 }

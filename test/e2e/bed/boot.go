@@ -20,6 +20,15 @@ const (
 	firmwareVars = "/usr/share/OVMF/OVMF_VARS_4M.fd"
 )
 
+// Debian's OVMF with Secure Boot, whose keys are those that the package has for
+// tests, and the keys themselves, under the password "snakeoil".
+const (
+	secureCode = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
+	secureVars = "/usr/share/OVMF/OVMF_VARS_4M.snakeoil.fd"
+	secureKey  = "/usr/share/ovmf/PkKek-1-snakeoil.key"
+	secureCert = "/usr/share/ovmf/PkKek-1-snakeoil.pem"
+)
+
 // Forward connects a TCP address in the guest's network to one of this machine.
 // Each connection that the guest opens is one connection here. It is all that
 // the guest reaches.
@@ -41,12 +50,14 @@ type Options struct {
 	// Vars is the file with the firmware's variables, made if it is not there, and
 	// kept. Empty: a fresh copy for this boot alone, so that every boot is the
 	// first one to the firmware, and measures the same.
-	Vars    string
-	Forward []Forward
-	Memory  int           // MiB; 0: 512
-	CPUs    int           // 0: 2
-	Console func(Line)    // called for each console line, in order; may be nil
-	Timeout time.Duration // from power on to power off; 0: 3 minutes
+	Vars string
+	// SecureBoot starts only what [Sign] signed.
+	SecureBoot bool
+	Forward    []Forward
+	Memory     int           // MiB; 0: 512
+	CPUs       int           // 0: 2
+	Console    func(Line)    // called for each console line, in order; may be nil
+	Timeout    time.Duration // from power on to power off; 0: 3 minutes
 }
 
 // Boot switches a guest on. It runs until it powers off by itself, its time is
@@ -112,7 +123,11 @@ func boot(ctx context.Context, opts Options) (_ *Guest, err error) {
 		vars = filepath.Join(dir, "vars.fd")
 	}
 	if !exists(vars) {
-		if err := copyFile(firmwareVars, vars, 0o600); err != nil {
+		fresh := firmwareVars
+		if opts.SecureBoot {
+			fresh = secureVars
+		}
+		if err := copyFile(fresh, vars, 0o600); err != nil {
 			return nil, err
 		}
 	}
@@ -167,17 +182,24 @@ func boot(ctx context.Context, opts Options) (_ *Guest, err error) {
 // arguments returns QEMU's command line. Whatever firmware can see, and would
 // measure, is fixed here and not left to a default.
 func (o *Options) arguments(vars string) ([]string, error) {
+	code, machine := firmwareCode, "q35"
+	if o.SecureBoot {
+		code, machine = secureCode, "q35,smm=on"
+	}
 	args := []string{
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max,-erms,-fsrm", // the kernel's `rep stosb` is slow where it is emulated
+		"-accel", "tcg,thread=multi", "-machine", machine, "-cpu", "max,-erms,-fsrm", // the kernel's `rep stosb` is slow where it is emulated
 
 		"-smp", strconv.Itoa(o.CPUs), "-m", strconv.Itoa(o.Memory),
 		"-uuid", "6b657961-6765-6e74-8000-000000000001",
-		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + comma(firmwareCode),
+		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + comma(code),
 		"-drive", "if=pflash,format=raw,unit=1,file=" + comma(vars),
 		"-chardev", "socket,id=tpm,fd=3", "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",
 		"-chardev", "socket,id=monitor,fd=4", "-mon", "chardev=monitor,mode=control",
 		"-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console",
+	}
+	if o.SecureBoot {
+		args = append(args, "-global", "driver=cfi.pflash01,property=secure,value=on")
 	}
 	disk := func(name, file, extra string) {
 		args = append(args,

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 )
@@ -74,17 +73,10 @@ func unpackKernel(ctx context.Context, dir, pkg, release string) error {
 	if _, err := inv.run(ctx, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", pkg); err != nil {
 		return err
 	}
-	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
-	if err != nil || len(debs) != 1 {
-		return fmt.Errorf("expected one package file, found %q", debs)
-	}
-	if _, err := run(ctx, "dpkg", "-x", debs[0], dir); err != nil {
+	if err := unpack(ctx, dir); err != nil {
 		return err
 	}
-	if err := os.Remove(debs[0]); err != nil {
-		return err
-	}
-	_, err = run(ctx, "depmod", "-b", dir, release)
+	_, err := run(ctx, "depmod", "-b", dir, release)
 	return err
 }
 

@@ -20,8 +20,8 @@ var ErrMissingTool = errors.New("missing tool")
 // required lists every program that some part of the bed runs.
 var required = []string{
 	"apt-cache", "apt-get", "busybox", "debugfs", "depmod", "dpkg", "mcopy",
-	"e2fsck", "mke2fs", "mkfs.vfat", "mmd", "mmdebstrap", "modprobe", "objcopy",
-	"qemu-system-x86_64", "socat", "swtpm", "swtpm_setup", "tar", "zstd",
+	"e2fsck", "mke2fs", "mkfs.vfat", "mmd", "mmdebstrap", "modprobe",
+	"openssl", "qemu-system-x86_64", "sbsign", "socat", "swtpm", "swtpm_setup", "tar", "zstd",
 }
 
 // Check reports every program and firmware file that is missing, in one error,
@@ -33,7 +33,7 @@ func Check() error {
 			missing = append(missing, name)
 		}
 	}
-	for _, path := range []string{firmwareCode, firmwareVars, stubPath} {
+	for _, path := range []string{firmwareCode, firmwareVars, secureCode, secureVars, secureKey, secureCert, StubPath} {
 		if _, err := os.Stat(path); err != nil {
 			missing = append(missing, path)
 		}
@@ -63,6 +63,7 @@ func tool(name string) (string, error) {
 type invocation struct {
 	dir   string // working directory; empty: the caller's
 	stdin []byte
+	env   []string // beside this process's own
 }
 
 // run runs a tool and returns what it wrote to stdout. The error of a tool that
@@ -75,7 +76,7 @@ func (inv invocation) run(ctx context.Context, name string, args ...string) ([]b
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = inv.dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	cmd.Env = append(append(os.Environ(), "LC_ALL=C"), inv.env...)
 	if inv.stdin != nil {
 		cmd.Stdin = bytes.NewReader(inv.stdin)
 	}

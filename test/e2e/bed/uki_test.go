@@ -36,7 +36,7 @@ func TestUKIHasItsPartsInSections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	stub, err := pe.Open(stubPath)
+	stub, err := pe.Open(StubPath)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -667,6 +667,7 @@ type TPMEvidence struct {
 	PcrValues       [][]byte               `protobuf:"bytes,3,rep,name=pcr_values,json=pcrValues,proto3" json:"pcr_values,omitempty"`                   // one for each asked PCR, in the same order
 	CredentialProof []byte                 `protobuf:"bytes,4,opt,name=credential_proof,json=credentialProof,proto3" json:"credential_proof,omitempty"` // HMAC-SHA256(activated secret, binder)
 	EventLog        []byte                 `protobuf:"bytes,5,opt,name=event_log,json=eventLog,proto3" json:"event_log,omitempty"`
+	UserspaceLog    []byte                 `protobuf:"bytes,6,opt,name=userspace_log,json=userspaceLog,proto3" json:"userspace_log,omitempty"` // systemd's own, behind the firmware's
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -732,6 +733,13 @@ func (x *TPMEvidence) GetCredentialProof() []byte {
 func (x *TPMEvidence) GetEventLog() []byte {
 	if x != nil {
 		return x.EventLog
+	}
+	return nil
+}
+
+func (x *TPMEvidence) GetUserspaceLog() []byte {
+	if x != nil {
+		return x.UserspaceLog
 	}
 	return nil
 }
@@ -1429,14 +1437,15 @@ const file_keyagent_attest_v1_attest_proto_rawDesc = "" +
 	"\x10encrypted_secret\x18\x02 \x01(\fR\x0fencryptedSecret\x12\x12\n" +
 	"\x04bank\x18\x03 \x01(\rR\x04bank\x12\x12\n" +
 	"\x04pcrs\x18\x04 \x03(\rR\x04pcrs\x12$\n" +
-	"\x0ewant_event_log\x18\x05 \x01(\bR\fwantEventLog\"\xaa\x01\n" +
+	"\x0ewant_event_log\x18\x05 \x01(\bR\fwantEventLog\"\xcf\x01\n" +
 	"\vTPMEvidence\x12\x16\n" +
 	"\x06attest\x18\x01 \x01(\fR\x06attest\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x12\x1d\n" +
 	"\n" +
 	"pcr_values\x18\x03 \x03(\fR\tpcrValues\x12)\n" +
 	"\x10credential_proof\x18\x04 \x01(\fR\x0fcredentialProof\x12\x1b\n" +
-	"\tevent_log\x18\x05 \x01(\fR\beventLog\"Y\n" +
+	"\tevent_log\x18\x05 \x01(\fR\beventLog\x12#\n" +
+	"\ruserspace_log\x18\x06 \x01(\fR\fuserspaceLog\"Y\n" +
 	"\vSNPEvidence\x12\x16\n" +
 	"\x06report\x18\x01 \x01(\fR\x06report\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x10\n" +

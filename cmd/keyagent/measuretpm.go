@@ -1,0 +1,281 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/attestation/tpm/uki"
+	"github.com/keyagent/keyagent/internal/failure"
+)
+
+// tpmFiles are what the values of a TPM are made from.
+type tpmFiles struct {
+	boot *uki.Boot // nil: neither an image nor a loader
+	log  *tpm.EventLog
+}
+
+// separatingStub is the version of systemd whose initrd separates registers. The
+// stub's version need not be the initrd's.
+const separatingStub = 261
+
+func (m *measurement) openFiles() (*tpmFiles, error) {
+	f := &tpmFiles{}
+	if m.uki != "" || len(m.loaders) > 0 {
+		f.boot = &uki.Boot{Profile: m.profileNumber}
+	}
+	for _, path := range m.loaders {
+		l, err := uki.OpenLoader(path)
+		if err != nil {
+			return nil, failure.New(failure.Usage, err, "--event-log or --evidence of a boot that is trusted gives its registers")
+		}
+		f.boot.Loaders = append(f.boot.Loaders, l)
+	}
+	if m.uki != "" {
+		var err error
+		if f.boot.Image, err = uki.Open(m.uki); err != nil {
+			return nil, failure.New(failure.Usage, err, "")
+		}
+	}
+	if m.userLog != "" && (m.eventLog == "" && f.boot == nil) {
+		return nil, failure.Newf(failure.Usage, "--event-log names the firmware's", "systemd's own log goes on where the firmware's ends, and there is none")
+	}
+	if m.userLog != "" && m.separator {
+		return nil, failure.Newf(failure.Usage, "leave --os-separator out", "--userspace-log says whether the registers are separated")
+	}
+	return f, m.openLogs(f)
+}
+
+func (m *measurement) openLogs(f *tpmFiles) error {
+	f.log = &tpm.EventLog{}
+	if m.eventLog != "" {
+		data, err := readBounded(m.eventLog, tpm.MaxEventLog)
+		if err != nil {
+			return err
+		}
+		if f.log, err = tpm.ParseEventLog(data); err != nil {
+			return failure.New(failure.EvidenceRefused, err, "")
+		}
+	}
+	if m.userLog != "" {
+		data, err := readBounded(m.userLog, tpm.MaxUserspaceLog)
+		if err != nil {
+			return err
+		}
+		if err := f.log.AddUserspace(data); err != nil {
+			return failure.New(failure.EvidenceRefused, err, "")
+		}
+	}
+	if on, said := f.log.SecureBoot(); said {
+		if m.secureBootSaid && on != m.secureBoot {
+			return failure.Newf(failure.Usage, "leave --secure-boot out", "--secure-boot=%t, and the event log says that it is %t", m.secureBoot, on)
+		}
+		m.secureBoot, m.secureBootSaid = on, true
+	}
+	return nil
+}
+
+// tpm makes the section of a TPM from files. What evidence gave for a register is
+// kept if the files do not give it.
+func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
+	files, err := m.openFiles()
+	if err != nil {
+		return nil, err
+	}
+	if files.boot == nil && m.eventLog == "" {
+		return nil, failure.Newf(failure.Usage, "--uki gives PCRs 4, 11 and 12, --event-log all others", "nothing gives PCR %d", m.pcrs[0])
+	}
+	if have == nil {
+		have = &policy.TPMProfile{Trust: []string{"root:NAME"}, Bank: "sha256", EventLog: "required"}
+	}
+	before := have.PCRs
+	have.PCRs = nil
+	var missing []string
+	for _, pcr := range m.pcrs {
+		n := slices.IndexFunc(before, func(r policy.PCR) bool { return *r.PCR == pcr })
+		if n >= 0 && m.eventLog == "" && !files.predicts(pcr) {
+			have.PCRs = append(have.PCRs, before[n])
+			continue
+		}
+		ref, why, err := m.reference(pcr, files)
+		if err != nil {
+			return nil, err
+		}
+		if why != "" {
+			missing = append(missing, fmt.Sprintf("PCR %d is not predictable: %s", pcr, why))
+			continue
+		}
+		have.PCRs = append(have.PCRs, ref)
+	}
+	if len(missing) > 0 && (!m.leaveOut || len(have.PCRs) == 0) {
+		return nil, failure.Newf(failure.Usage, "--event-log of a boot that is trusted gives them, or leave them out of --pcrs", "%s", strings.Join(missing, "; "))
+	}
+	for _, text := range missing {
+		m.note("%s; it is left out", text)
+	}
+	return have, nil
+}
+
+// predicts reports whether a register is computed from files of programs.
+func (f *tpmFiles) predicts(pcr uint32) bool {
+	switch {
+	case f.boot == nil:
+		return false
+	case f.boot.Image == nil:
+		return pcr == 4
+	}
+	return pcr == 4 || pcr == 11 || pcr == 12
+}
+
+// unpredictable says what a register holds that no file of a program tells.
+var unpredictable = map[uint32]string{
+	0: "the firmware's own code", 1: "the machine's configuration and boot entries", 2: "code of devices", 3: "configuration of devices",
+	5: "the disk's partition table, and what the loader reads", 6: "the maker's own events",
+	7:  "the machine's Secure Boot variables, and the certificates that let each program run",
+	8:  "the commands of GRUB as it runs them, and the kernel's command line",
+	9:  "what GRUB reads, and command line and initrd as the kernel receives them",
+	11: "the sections of a unified kernel image, which --uki names", 12: "command lines, credentials and add-ons of the loader", 13: "system extensions of the loader",
+	14: "shim's variables, among them the owner's keys",
+}
+
+// reference makes the entry of one register, or says why there is none.
+func (m *measurement) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, why string, err error) {
+	var all []uki.Prediction
+	source := "computed from " + strings.Join(append(slices.Clone(m.loaders), m.ukis()...), ", ")
+	if files.predicts(pcr) {
+		all, err = m.predict(pcr, files)
+		if errors.Is(err, uki.ErrNotModelled) && m.eventLog != "" {
+			m.note("PCR %d is not predictable, and taken from the event log: %v", pcr, err)
+			all, err = nil, nil
+		}
+		if err != nil {
+			return ref, "", failure.New(failure.Usage, err, "--event-log or --evidence of a boot that is trusted gives the register")
+		}
+	}
+	if all == nil {
+		if m.eventLog == "" {
+			why = unpredictable[pcr]
+			if why == "" {
+				why = "what user space measures"
+			}
+			return ref, why, nil
+		}
+		value, events, err := files.log.Replay(pcr)
+		if err != nil {
+			return ref, "", failure.New(failure.EvidenceRefused, err, "")
+		}
+		if len(events) == 0 && !(m.separator && tpm.OSSeparated(pcr)) {
+			return ref, "the event log has nothing of it", nil
+		}
+		all, source = []uki.Prediction{{Value: value, Events: events}}, "event log "+m.eventLog
+	}
+	return m.entry(pcr, all, source, files), "", nil
+}
+
+func (m *measurement) ukis() []string {
+	if m.uki == "" {
+		return nil
+	}
+	return []string{m.uki}
+}
+
+// predict computes the values of a register that these programs lead to.
+func (m *measurement) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction, err error) {
+	switch pcr {
+	case 11:
+		all, err = m.image(files.boot)
+	case 12:
+		all, err = m.eitherSecureBoot(pcr, files.boot, (*uki.Boot).PCR12)
+	default:
+		all, err = m.eitherSecureBoot(pcr, files.boot, (*uki.Boot).PCR4)
+	}
+	if err != nil || m.userLog == "" || (pcr == tpm.PhasePCR && len(m.phases) > 0) {
+		return all, err
+	}
+	for i := range all {
+		all[i].Append(files.log.Userspace(pcr)...)
+	}
+	return all, nil
+}
+
+// image predicts PCR 11 at each of the boot phases that were named.
+func (m *measurement) image(boot *uki.Boot) ([]uki.Prediction, error) {
+	paths := m.phases
+	if len(paths) == 0 {
+		paths = []string{""}
+	}
+	var out []uki.Prediction
+	for _, path := range paths {
+		all, err := boot.Image.PCR11(boot.Profile)
+		if err != nil {
+			return nil, err
+		}
+		for i := range all {
+			all[i].Words(strings.FieldsFunc(path, func(r rune) bool { return r == ':' })...)
+		}
+		out = append(out, all...)
+	}
+	if n := len(boot.Image.Profiles()); n > 1 {
+		m.note("%s has %d profiles; this is number %d, and --profile chooses another", m.uki, n, boot.Profile)
+	}
+	return out, nil
+}
+
+// eitherSecureBoot predicts for Secure Boot as it is said to be, or for both
+// states: which of them the machine is in is what PCR 7 says.
+func (m *measurement) eitherSecureBoot(pcr uint32, boot *uki.Boot, predict func(*uki.Boot) (uki.Prediction, error)) ([]uki.Prediction, error) {
+	boot.SecureBoot = m.secureBoot
+	first, err := predict(boot)
+	if err != nil || m.secureBootSaid {
+		return []uki.Prediction{first}, err
+	}
+	boot.SecureBoot = true
+	second, err := predict(boot)
+	boot.SecureBoot = false
+	switch {
+	case err != nil:
+		m.note("PCR %d is that without Secure Boot: with it, %v", pcr, err)
+	case hexOf(first.Value) != hexOf(second.Value):
+		m.note("PCR %d depends on Secure Boot: its first value is without, its second with it; --secure-boot or --secure-boot=false leaves one", pcr)
+		return []uki.Prediction{first, second}, nil
+	}
+	return []uki.Prediction{first}, nil
+}
+
+// entry puts predictions into the form of a policy.
+func (m *measurement) entry(pcr uint32, all []uki.Prediction, source string, files *tpmFiles) policy.PCR {
+	ref := policy.PCR{PCR: &pcr, Source: source}
+	if m.separator && tpm.OSSeparated(pcr) {
+		for i := range all {
+			all[i].Words(tpm.OSSeparator)
+		}
+	}
+	for _, p := range all {
+		value := hexOf(p.Value)
+		if !slices.Contains(ref.Accept, value) {
+			ref.Accept = append(ref.Accept, value)
+		}
+		ref.AllowUnextended = ref.AllowUnextended || len(p.Events) == 0
+	}
+	ref.Events = slices.Clone(all[0].Events)
+	for i := range ref.Events {
+		ref.Events[i].Seq = 0
+	}
+	if ref.AllowUnextended {
+		m.note("nothing is measured into PCR %d of this boot: the profile accepts it as it is at the start, and nothing else", pcr)
+	}
+	m.noteSeparator(pcr, files)
+	return ref
+}
+
+func (m *measurement) noteSeparator(pcr uint32, files *tpmFiles) {
+	if files.boot == nil || files.boot.Image == nil || m.separatorSaid || m.userLog != "" || !tpm.OSSeparated(pcr) {
+		return
+	}
+	if v := files.boot.Image.StubVersion(); v >= separatingStub {
+		m.note("the stub is of systemd %d: if the initrd has systemd %d or later too, it extends %q into PCRs 0-7, 9 and 12-14, and --os-separator is needed", v, separatingStub, tpm.OSSeparator)
+	}
+}
