@@ -5,13 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
-	"regexp"
 	"slices"
 	"strconv"
 	"unicode/utf16"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/eventlog"
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // kind of an EFI program.
@@ -54,9 +54,9 @@ func OpenLoader(path string) (*Loader, error) {
 }
 
 var (
-	shimVersion = regexp.MustCompile(`\$Version: (\d{1,4})(?:\.(\d{1,4}))? \$`)
-	grubVersion = regexp.MustCompile(`(?m)^grub,[^,\n]*,[^,\n]*,[^,\n]*,(\d{1,4})\.(\d{1,4})[,.~-]`)
-	bootVersion = regexp.MustCompile(`systemd-boot v?(\d{1,4})[.~ -]`)
+	shimVersion = pattern.New(`\$Version: (\d{1,4})(?:\.(\d{1,4}))? \$`)
+	grubVersion = pattern.New(`(?m)^grub,[^,\n]*,[^,\n]*,[^,\n]*,(\d{1,4})\.(\d{1,4})[,.~-]`)
+	bootVersion = pattern.New(`systemd-boot v?(\d{1,4})[.~ -]`)
 	errLoader   = fmt.Errorf("%w: it is neither shim, systemd-boot, GRUB nor a Linux kernel", ErrNotModelled)
 )
 
@@ -93,8 +93,8 @@ func ParseLoader(data []byte) (*Loader, error) {
 	return l, err
 }
 
-func (l *Loader) setVersion(pattern *regexp.Regexp, text []byte) error {
-	m := pattern.FindSubmatch(text)
+func (l *Loader) setVersion(expr pattern.Pattern, text []byte) error {
+	m := expr.FindSubmatch(text)
 	if m == nil {
 		return fmt.Errorf("%w: %s that does not say its version", ErrNotModelled, l.name)
 	}
