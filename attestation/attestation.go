@@ -120,6 +120,9 @@ type Claims struct {
 	// Epoch must not change while a channel lives: a machine that was reset in
 	// between is another machine. For a TPM, its reset and restart counts.
 	Epoch string
+	// Until is when the first of the certificates and lists ends that these claims rest
+	// on. A verdict does not outlive it. Zero: none ends.
+	Until time.Time
 	// EvidenceDigest is the SHA-256 of the evidence bytes, for the audit log.
 	EvidenceDigest [32]byte
 }
@@ -194,6 +197,16 @@ func (v *Verified) Binder() Binder { return v.binder }
 
 // At returns when the evidence was verified, by the verifier's clock.
 func (v *Verified) At() time.Time { return v.at }
+
+// Until returns when the first of the claims loses what it rests on, zero if none does.
+func (v *Verified) Until() (until time.Time) {
+	for _, c := range v.claims {
+		if !c.Until.IsZero() && (until.IsZero() || c.Until.Before(until)) {
+			until = c.Until
+		}
+	}
+	return until
+}
 
 // Identity names the attester in logs: the identities of its claims.
 func (v *Verified) Identity() string {

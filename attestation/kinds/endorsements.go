@@ -49,6 +49,15 @@ func (c EndorsementConfig) Check() error {
 	return nil
 }
 
+// Memory returns what keeps vendors' words that were seen, in the cache's folder if there
+// is one. The caller closes it.
+func (c EndorsementConfig) Memory() (*endorsement.Memory, error) {
+	if c.Cache == "" {
+		return &endorsement.Memory{}, nil
+	}
+	return endorsement.OpenMemory(c.Cache)
+}
+
 // Open returns the source that the section describes. The caller closes it.
 // Without a word on whom to ask, those of unset are.
 func (c EndorsementConfig) Open(unset ...string) (*endorsement.Cache, error) {

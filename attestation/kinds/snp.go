@@ -23,7 +23,7 @@ func snpKind() Kind {
 		Issuer: func(o IssuerOptions) (attestation.Issuer, error) { return snp.NewIssuer(o.snp()) },
 		Verifier: func(v *Maker) (attestation.Verifier, error) {
 			return snp.NewVerifier(snp.VerifierOptions{
-				Trust: func() snp.Trust { return snpTrust(v.Policy()) }, Endorsements: v.Endorsements, Now: v.Now})
+				Trust: func() snp.Trust { return snpTrust(v.Policy()) }, Endorsements: v.Endorsements, Memory: v.Memory, Now: v.Now})
 		},
 		Summarize: func(x Exchange) (Summary, error) {
 			e, err := decode[attestv1.SNPEvidence](x.Evidence)

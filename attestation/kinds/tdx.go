@@ -21,7 +21,7 @@ func tdxKind() Kind {
 		Issuer: func(o IssuerOptions) (attestation.Issuer, error) { return tdx.NewIssuer(o.tdx()) },
 		Verifier: func(v *Maker) (attestation.Verifier, error) {
 			return tdx.NewVerifier(tdx.VerifierOptions{
-				Trust: func() tdx.Trust { return tdxTrust(v.Policy()) }, Endorsements: v.Endorsements, Now: v.Now})
+				Trust: func() tdx.Trust { return tdxTrust(v.Policy()) }, Endorsements: v.Endorsements, Memory: v.Memory, Now: v.Now})
 		},
 		Summarize: func(x Exchange) (Summary, error) {
 			e, err := decode[attestv1.TDXEvidence](x.Evidence)

@@ -16,6 +16,8 @@ type VerifierOptions struct {
 	Policy func() *policy.Policy
 	// Endorsements has what evidence does not carry. Nil: nothing has.
 	Endorsements endorsement.Source
+	// Memory has what vendors were seen to say. Default: one that ends with the process.
+	Memory *endorsement.Memory
 	// Now is the clock for certificates. Default time.Now.
 	Now func() time.Time
 }
@@ -57,6 +59,9 @@ func (m *Maker) pcrs() []uint32 { return m.Policy().PCRs() }
 func (t Table) Verifiers(opts VerifierOptions) ([]attestation.Verifier, error) {
 	if opts.Policy == nil {
 		return nil, errors.New("verifiers without a policy")
+	}
+	if opts.Memory == nil {
+		opts.Memory = &endorsement.Memory{}
 	}
 	m := &Maker{opts, t, map[attestation.Kind]attestation.Verifier{}}
 	var all []attestation.Verifier

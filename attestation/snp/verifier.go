@@ -25,6 +25,8 @@ type VerifierOptions struct {
 	Trust func() Trust
 	// Endorsements has what evidence does not carry. Nil: only what is carried.
 	Endorsements endorsement.Source
+	// Memory has what other evidence and the source said before. Default: one of its own.
+	Memory *endorsement.Memory
 	// Now is the clock for certificates and lists. Default time.Now.
 	Now func() time.Time
 }
@@ -33,6 +35,7 @@ type VerifierOptions struct {
 type Verifier struct {
 	trust        func() Trust
 	endorsements endorsement.Source
+	memory       *endorsement.Memory
 	now          func() time.Time
 	known        known
 }
@@ -47,7 +50,10 @@ func NewVerifier(opts VerifierOptions) (*Verifier, error) {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	return &Verifier{trust: opts.Trust, endorsements: opts.Endorsements, now: opts.Now}, nil
+	if opts.Memory == nil {
+		opts.Memory = &endorsement.Memory{}
+	}
+	return &Verifier{trust: opts.Trust, endorsements: opts.Endorsements, memory: opts.Memory, now: opts.Now}, nil
 }
 
 // Kind implements attestation.Verifier.
@@ -148,6 +154,6 @@ func (k *vouched) verify(r *Report) (verified, error) {
 
 func (s verified) claims() attestation.Claims {
 	c := s.report.claims(s.by.product, s.by.csp)
-	c.Trust = s.by.trust
+	c.Trust, c.Until = s.by.trust, s.by.to
 	return c
 }

@@ -1,6 +1,7 @@
 package snp
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/binary"
@@ -18,7 +19,20 @@ type vouched struct {
 	*leaf
 	trust    string
 	product  string
+	root     *x509.Certificate
+	chain    []*x509.Certificate
 	from, to time.Time
+}
+
+// revoked refuses a chain of which the root took a certificate back, in any list of its
+// that was ever seen.
+func (v *Verifier) revoked(root *x509.Certificate, chain []*x509.Certificate) error {
+	for _, c := range chain {
+		if since, ok := v.memory.Revoked(root, c.SerialNumber); ok {
+			return fmt.Errorf("%w: %q, serial number %s, since %s", ErrRevoked, c.Subject.CommonName, c.SerialNumber, since.Format(time.RFC3339))
+		}
+	}
+	return nil
 }
 
 // vouch finds the root that vouches for a certificate: its own, its
@@ -33,7 +47,7 @@ func (v *Verifier) vouch(t Trust, signer abi.ReportSigner, product string, der, 
 		}
 		keys[i] = cacheKey(root, signer, der, crl)
 		if known := v.known.get(keys[i], now); known != nil {
-			return known, nil
+			return known, v.revoked(known.root, known.chain)
 		}
 	}
 	l, err := parseLeaf(der, signer)
@@ -55,7 +69,10 @@ func (v *Verifier) vouch(t Trust, signer abi.ReportSigner, product string, der, 
 		}
 		chain, err := chainTo(root, signer, l.cert, now)
 		if err == nil {
-			err = checkCRL(list, root.ARK, chain, now)
+			if err = signedList(list, root.ARK); err == nil {
+				v.memory.Remember(root.ARK, list)
+				err = cmp.Or(v.revoked(root.ARK, chain), currentList(list, now))
+			}
 		}
 		if err != nil {
 			if !errors.Is(err, ErrUntrusted) || errors.Is(reason, ErrUntrusted) {
@@ -63,7 +80,7 @@ func (v *Verifier) vouch(t Trust, signer abi.ReportSigner, product string, der, 
 			}
 			continue
 		}
-		known := &vouched{leaf: l, trust: "root:" + root.Name, product: product, from: list.ThisUpdate, to: list.NextUpdate}
+		known := &vouched{leaf: l, trust: "root:" + root.Name, product: product, root: root.ARK, chain: chain, from: list.ThisUpdate, to: list.NextUpdate}
 		for _, c := range chain {
 			if c.NotBefore.After(known.from) {
 				known.from = c.NotBefore
@@ -131,23 +148,19 @@ func parseCRL(der []byte) (*x509.RevocationList, error) {
 	return list, nil
 }
 
-// checkCRL demands that the root signed the list, that it is the current one, and
-// that it has no certificate of the chain.
-func checkCRL(list *x509.RevocationList, ark *x509.Certificate, chain []*x509.Certificate, now time.Time) error {
+// signedList demands that the root signed the list.
+func signedList(list *x509.RevocationList, ark *x509.Certificate) error {
 	if err := list.CheckSignatureFrom(ark); err != nil {
 		return fmt.Errorf("%w: it is not signed by %q: %w", ErrCRL, ark.Subject.CommonName, err)
 	}
+	return nil
+}
+
+// currentList demands that the list is of this time.
+func currentList(list *x509.RevocationList, now time.Time) error {
 	if list.NextUpdate.IsZero() || now.Before(list.ThisUpdate) || now.After(list.NextUpdate) {
 		return fmt.Errorf("%w: it is valid from %s to %s, this machine's clock says %s", ErrCRL,
 			list.ThisUpdate.Format(time.RFC3339), list.NextUpdate.Format(time.RFC3339), now.Format(time.RFC3339))
-	}
-	for _, revoked := range list.RevokedCertificateEntries {
-		for _, c := range chain {
-			if c.SerialNumber.Cmp(revoked.SerialNumber) == 0 {
-				return fmt.Errorf("%w: %q, serial number %s, since %s", ErrRevoked, c.Subject.CommonName,
-					c.SerialNumber, revoked.RevocationTime.Format(time.RFC3339))
-			}
-		}
 	}
 	return nil
 }

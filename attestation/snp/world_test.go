@@ -98,3 +98,8 @@ func refused(t testing.TB, err, want error) {
 func parse(t testing.TB, der []byte) *x509.Certificate {
 	return must[*x509.Certificate](t)(x509.ParseCertificate(der))
 }
+
+func parseList(t testing.TB, der []byte) *x509.RevocationList {
+	t.Helper()
+	return must[*x509.RevocationList](t)(x509.ParseRevocationList(der))
+}

@@ -27,24 +27,11 @@ type endorsed struct {
 	tcb     pcs.TcbInfo
 	qe      pcs.EnclaveIdentity
 	signers []*x509.Certificate // of TCB info and QE identity
-	byRoot  revoked
-	byCA    revoked
 	valid   validity
 }
 
-// revoked is the serial numbers of a revocation list.
-type revoked map[string]time.Time
-
-func (r revoked) check(c *x509.Certificate) error {
-	if at, ok := r[string(c.SerialNumber.Bytes())]; ok {
-		return fmt.Errorf("%w: certificate %q with serial number %x, on %s", ErrRevoked,
-			c.Subject.CommonName, c.SerialNumber, at.Format(time.DateOnly))
-	}
-	return nil
-}
-
 // verifyCollateral checks everything that does not depend on the quote.
-func verifyCollateral(root *x509.Certificate, p *pck, docs []endorsement.Document, now time.Time) (*endorsed, error) {
+func verifyCollateral(memory *endorsement.Memory, root *x509.Certificate, p *pck, docs []endorsement.Document, now time.Time) (*endorsed, error) {
 	e := &endorsed{valid: forever()}
 	for i, part := range []string{docTCBInfo: tcbInfoPart, docQEIdentity: qeIdentityPart} {
 		signed, err := e.verifyJSON(root, docNames[i], part, docs[i], now)
@@ -70,22 +57,26 @@ func verifyCollateral(root *x509.Certificate, p *pck, docs []endorsement.Documen
 			return nil, err
 		}
 	}
-	var err error
-	if e.byRoot, err = e.verifyCRL(docNames[docRootCRL], docs[docRootCRL].Body, root, now); err != nil {
+	if err := e.verifyCRL(memory, docNames[docRootCRL], docs[docRootCRL].Body, root, now); err != nil {
 		return nil, err
 	}
-	e.byCA, err = e.verifyCRL(docNames[docPCKCRL], docs[docPCKCRL].Body, p.issuer, now)
-	return e, err
+	return e, e.verifyCRL(memory, docNames[docPCKCRL], docs[docPCKCRL].Body, p.issuer, now)
 }
 
-// checkRevoked looks up every certificate that was used.
-func (e *endorsed) checkRevoked(p *pck) error {
+// checkRevoked looks up every certificate that was used, in all lists that were seen.
+func (e *endorsed) checkRevoked(memory *endorsement.Memory, root *x509.Certificate, p *pck) error {
+	check := func(by, c *x509.Certificate) error {
+		if since, ok := memory.Revoked(by, c.SerialNumber); ok {
+			return fmt.Errorf("%w: certificate %q with serial number %x, on %s", ErrRevoked, c.Subject.CommonName, c.SerialNumber, since.Format(time.DateOnly))
+		}
+		return nil
+	}
 	for _, c := range append([]*x509.Certificate{p.issuer}, e.signers...) {
-		if err := e.byRoot.check(c); err != nil {
+		if err := check(root, c); err != nil {
 			return err
 		}
 	}
-	return e.byCA.check(p.leaf)
+	return check(p.issuer, p.leaf)
 }
 
 // verifyJSON returns the part of the document that its signature covers, as it
@@ -191,31 +182,26 @@ func (e *endorsed) during(name string, from, to, now time.Time) error {
 	return nil
 }
 
-func (e *endorsed) verifyCRL(name string, der []byte, issuer *x509.Certificate, now time.Time) (revoked, error) {
+// verifyCRL verifies a list and remembers what is on it.
+func (e *endorsed) verifyCRL(memory *endorsement.Memory, name string, der []byte, issuer *x509.Certificate, now time.Time) error {
 	if len(der) > maxCRL {
-		return nil, fmt.Errorf("%w: %s of %d bytes", ErrCRL, name, len(der))
+		return fmt.Errorf("%w: %s of %d bytes", ErrCRL, name, len(der))
 	}
 	crl, err := x509.ParseRevocationList(der)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrCRL, name, err)
+		return fmt.Errorf("%w: %s: %w", ErrCRL, name, err)
 	}
 	if !bytes.Equal(crl.RawIssuer, issuer.RawSubject) || crl.CheckSignatureFrom(issuer) != nil {
-		return nil, fmt.Errorf("%w: %s is not signed by %q", ErrCRL, name, issuer.Subject.CommonName)
+		return fmt.Errorf("%w: %s is not signed by %q", ErrCRL, name, issuer.Subject.CommonName)
 	}
 	for _, ext := range crl.Extensions {
 		// Such a list would be a part of another, or be about something else.
 		if ext.Critical {
-			return nil, fmt.Errorf("%w: %s: unknown critical extension %v", ErrCRL, name, ext.Id)
+			return fmt.Errorf("%w: %s: unknown critical extension %v", ErrCRL, name, ext.Id)
 		}
 	}
-	if err := e.during(name, crl.ThisUpdate, crl.NextUpdate, now); err != nil {
-		return nil, err
-	}
-	out := revoked{}
-	for _, entry := range crl.RevokedCertificateEntries {
-		out[string(entry.SerialNumber.Bytes())] = entry.RevocationTime
-	}
-	return out, nil
+	memory.Remember(issuer, crl)
+	return e.during(name, crl.ThisUpdate, crl.NextUpdate, now)
 }
 
 // verifyRaw checks a signature of two 32-byte numbers over SHA-256.

@@ -81,9 +81,9 @@ func (p *pck) signed(root *x509.Certificate, doc int, d endorsement.Document, no
 	case docQEIdentity:
 		_, err = e.verifyJSON(root, docNames[doc], qeIdentityPart, d, now)
 	case docPCKCRL:
-		_, err = e.verifyCRL(docNames[doc], d.Body, p.issuer, now)
+		err = e.verifyCRL(&endorsement.Memory{}, docNames[doc], d.Body, p.issuer, now)
 	default:
-		_, err = e.verifyCRL(docNames[doc], d.Body, root, now)
+		err = e.verifyCRL(&endorsement.Memory{}, docNames[doc], d.Body, root, now)
 	}
 	return err == nil
 }

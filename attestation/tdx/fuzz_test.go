@@ -96,22 +96,22 @@ func FuzzCollateral(f *testing.F) {
 	c := s.ev.Collateral
 	f.Add(c.TcbInfo, c.TcbInfoChain, c.QeIdentity, c.QeIdentityChain, c.PckCrl, c.RootCrl)
 	p := must[*pck](f)(parsePCK(must[*Quote](f)(Parse(s.ev.Quote)).chain))
-	want := must[*endorsed](f)(verifyCollateral(root, p, documents(c), s.now))
+	want := must[*endorsed](f)(verifyCollateral(&endorsement.Memory{}, root, p, documents(c), s.now))
 	f.Fuzz(func(t *testing.T, tcb, tcbChain, qe, qeChain, pckCRL, rootCRL []byte) {
 		docs := []endorsement.Document{{Body: tcb, Chain: tcbChain}, {Body: qe, Chain: qeChain}, {Body: pckCRL}, {Body: rootCRL}}
 		for i, r := range p.requests(nil) {
 			r.Fresh(docs[i], s.now)
 		}
-		e, err := verifyCollateral(root, p, docs, s.now)
+		e, err := verifyCollateral(&endorsement.Memory{}, root, p, docs, s.now)
 		refusedOr(t, err)
-		if err == nil && (!reflect.DeepEqual(e.tcb, want.tcb) || !reflect.DeepEqual(e.qe, want.qe) || !reflect.DeepEqual(e.byCA, want.byCA)) {
+		if err == nil && (!reflect.DeepEqual(e.tcb, want.tcb) || !reflect.DeepEqual(e.qe, want.qe)) {
 			t.Fatalf("other content is accepted: %+v", e)
 		}
 		// Each document by itself, so that one that was changed does not hide the others.
 		for i := range docs {
 			one := documents(c)
 			one[i] = docs[i]
-			e, err := verifyCollateral(root, p, one, s.now)
+			e, err := verifyCollateral(&endorsement.Memory{}, root, p, one, s.now)
 			refusedOr(t, err)
 			if err == nil && (!reflect.DeepEqual(e.tcb, want.tcb) || !reflect.DeepEqual(e.qe, want.qe)) {
 				t.Fatalf("other content is accepted: %+v", e)

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
@@ -26,6 +27,8 @@ type VerifierOptions struct {
 	// Endorsements is asked for collateral that the evidence does not carry, or
 	// carries past its time. Nil: only what is carried counts.
 	Endorsements endorsement.Source
+	// Memory has what other evidence and the source said before. Default: one of its own.
+	Memory *endorsement.Memory
 	// Now is the clock for certificates and collateral. Default time.Now.
 	Now func() time.Time
 }
@@ -34,6 +37,7 @@ type VerifierOptions struct {
 type Verifier struct {
 	trust  func() Trust
 	source endorsement.Source
+	memory *endorsement.Memory
 	now    func() time.Time
 
 	chains     cache[*pck]
@@ -51,7 +55,10 @@ func NewVerifier(opts VerifierOptions) (*Verifier, error) {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	v := &Verifier{trust: opts.Trust, source: opts.Endorsements, now: opts.Now}
+	if opts.Memory == nil {
+		opts.Memory = &endorsement.Memory{}
+	}
+	v := &Verifier{trust: opts.Trust, source: opts.Endorsements, memory: opts.Memory, now: opts.Now}
 	// Thousands of machines share little collateral.
 	v.chains.limit, v.collateral.limit, v.enclaves.limit = 4096, 128, 4096
 	return v, nil
@@ -128,7 +135,7 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	if err != nil {
 		return none, err
 	}
-	if err := e.checkRevoked(p); err != nil {
+	if err := e.checkRevoked(v.memory, root.Certificate, p); err != nil {
 		return none, err
 	}
 	s, err := v.verifySignatures(e, p, q)
@@ -144,7 +151,10 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	}
 	c := q.Claims()
 	c.Measurements = measurements
-	c.Identity, c.Trust = p.identity(), "root:"+root.Name
+	c.Identity, c.Trust, c.Until = p.identity(), "root:"+root.Name, e.valid.to
+	if c.Until.After(p.leaf.NotAfter) {
+		c.Until = p.leaf.NotAfter
+	}
 	p.addFacts(c.Facts)
 	s.addFacts(c.Facts)
 	facts.TDXQESVN.Put(c.Facts, uint64(q.qe.svn))
@@ -232,14 +242,30 @@ func (v *Verifier) verifyDocuments(root *x509.Certificate, p *pck, docs []endors
 		parts = append(parts, d.Body, d.Chain)
 	}
 	key := keyOf(parts...)
-	if e, ok := v.collateral.get(key, now); ok {
-		return e, nil
-	}
-	e, err := verifyCollateral(root, p, docs, now)
-	if err == nil {
+	e, ok := v.collateral.get(key, now)
+	if !ok {
+		var err error
+		if e, err = verifyCollateral(v.memory, root, p, docs, now); err != nil {
+			return nil, err
+		}
 		v.collateral.add(key, e, e.valid)
 	}
-	return e, err
+	return v.newest(root, p, docs, e, now)
+}
+
+// newest takes the TCB levels with the highest evaluation number that were seen for this
+// platform in place of older ones that came along.
+func (v *Verifier) newest(root *x509.Certificate, p *pck, docs []endorsement.Document, e *endorsed, now time.Time) (*endorsed, error) {
+	better, all := slices.Clone(docs), true
+	for doc, number := range map[int]int{docTCBInfo: e.tcb.TcbEvaluationDataNumber, docQEIdentity: e.qe.TcbEvaluationDataNumber} {
+		name := fmt.Sprintf("%s-%x", p.requests(nil)[doc].Name, sha256.Sum256(root.RawSubjectPublicKeyInfo))
+		d, same := v.memory.Newest(name[:min(len(name), 60)], uint64(number), docs[doc])
+		better[doc], all = d, all && same
+	}
+	if all {
+		return e, nil
+	}
+	return verifyCollateral(v.memory, root, p, better, now)
 }
 
 // attestationKey returns the key that signs quotes, which a report of the quoting

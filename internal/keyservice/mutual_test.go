@@ -25,7 +25,7 @@ func TestASilentStrangerDoesNotHoldTheServicesTPM(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	peers, err := source.Peers(nil)
+	peers, err := source.Peers(nil, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

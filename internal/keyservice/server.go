@@ -328,7 +328,12 @@ func (s *Server) wire(ctx context.Context) error {
 		return failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
 	}
 	s.closers = append(s.closers, source)
-	peers, err := s.policy.Peers(source)
+	memory, err := s.cfg.Endorsements.Memory()
+	if err != nil {
+		return failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
+	}
+	s.closers = append(s.closers, memory)
+	peers, err := s.policy.Peers(source, memory)
 	if err != nil {
 		return err
 	}

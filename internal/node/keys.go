@@ -134,5 +134,5 @@ func (c *Config) serverDemands(source endorsement.Source, log *slog.Logger) (*at
 	if err != nil {
 		return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 	}
-	return p.Peers(source)
+	return p.Peers(source, nil)
 }

@@ -4,6 +4,7 @@ package policysource
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -49,13 +50,27 @@ func (s *Source) Appraise(_ context.Context, v *attestation.Verified) (time.Dura
 	if _, err := p.Appraise(v); err != nil {
 		return 0, err
 	}
-	return p.Lifetime(), nil
+	return lifetime(p.Lifetime(), v)
+}
+
+// lifetime of a verdict: the policy's, but not longer than what the evidence rests on.
+func lifetime(most time.Duration, v *attestation.Verified) (time.Duration, error) {
+	until := v.Until()
+	if until.IsZero() {
+		return most, nil
+	}
+	left := until.Sub(v.At())
+	if left <= 0 {
+		return 0, fmt.Errorf("%w: what the evidence rests on ends on %s", attestation.ErrUnendorsed, until.Format(time.RFC3339))
+	}
+	return min(most, left), nil
 }
 
 // Peers is what a peer must prove under the policy in force: the evidence of some
 // profile. Endorsements that it does not carry come from source, which may be nil.
-func (s *Source) Peers(source endorsement.Source) (*atls.Peers, error) {
-	verifiers, err := kinds.All().Verifiers(kinds.VerifierOptions{Policy: s.Current, Endorsements: source})
+// memory may be nil: then what was seen is forgotten with the process.
+func (s *Source) Peers(source endorsement.Source, memory *endorsement.Memory) (*atls.Peers, error) {
+	verifiers, err := kinds.All().Verifiers(kinds.VerifierOptions{Policy: s.Current, Endorsements: source, Memory: memory})
 	if err != nil {
 		return nil, err
 	}
