@@ -14,7 +14,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"testing"
 	"time"
 )
 
@@ -24,8 +23,15 @@ type Authority struct {
 	key         *ecdsa.PrivateKey
 }
 
+// failer is what of a test is needed here. A program that shows a whole run links this
+// package, and has no tests.
+type failer interface {
+	Helper()
+	Fatal(args ...any)
+}
+
 // New makes an authority.
-func New(t testing.TB) *Authority {
+func New(t failer) *Authority {
 	t.Helper()
 	a, err := NewAuthority()
 	if err != nil {
