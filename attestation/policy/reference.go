@@ -13,6 +13,10 @@ import (
 // that is trusted for another reason. source says to people where the values come
 // from. The trust of each section is the claims' own, or what is built in.
 //
+// It accepts the chip or platform that the claims name. Where they name none, as a
+// report with a masked chip ID, it says nothing of it, and is no whole policy
+// before somebody decides: the check of a policy demands that.
+//
 // A machine that may be read by its host gives no profile, since none would ever
 // accept it.
 func Reference(name, source string, claims []attestation.Claims) (*Profile, error) {
@@ -101,7 +105,7 @@ func snpReference(c attestation.Claims, source string) *SNPProfile {
 		Trust: []string{trustOr(c, "root:amd")}, Products: nonzero(c, "product"), Signers: nonzero(c, "signer"),
 		Measurement: valueOf(c, "measurement", source),
 		MinTCB:      &SNPTCB{Bootloader: least("bootloader"), TEE: least("tee"), SNP: least("snp"), Microcode: least("microcode")},
-		AnyChip:     true, HostData: nonzero(c, "host_data"), IDKeys: nonzero(c, "id_key_digest"), AuthorKeys: nonzero(c, "author_key_digest"),
+		Chips:       nonzero(c, "chip_id"), HostData: nonzero(c, "host_data"), IDKeys: nonzero(c, "id_key_digest"), AuthorKeys: nonzero(c, "author_key_digest"),
 		Allow: seen(c, snpWeaknesses),
 	}
 	if text(c, "signer") == "vlek" {
@@ -123,7 +127,7 @@ func tdxReference(c attestation.Claims, source string) *TDXProfile {
 	}
 	t := &TDXProfile{
 		Trust: []string{trustOr(c, "root:intel")}, TCBStatus: []string{status}, MRTD: valueOf(c, "mrtd", source), EventLog: logOf(c),
-		MRSEAM: Values{Accept: nonzero(c, "mr_seam"), Source: source}, XFAM: nonzero(c, "xfam"), AnyPlatform: true,
+		MRSEAM: Values{Accept: nonzero(c, "mr_seam"), Source: source}, XFAM: nonzero(c, "xfam"), Platforms: platforms(c),
 		MinSVN:     &TDXSVN{TEETCB: text(c, "tee_tcb_svn"), QE: number(c, "qe_svn"), PCE: number(c, "pce_svn"), TCBEvaluation: number(c, "tcb_evaluation_number")},
 		MRConfigID: nonzero(c, "mr_config_id"), MROwner: nonzero(c, "mr_owner"), MROwnerConfig: nonzero(c, "mr_owner_config"),
 		MRServiceTD: nonzero(c, "mr_service_td"), Allow: seen(c, tdxWeaknesses),
@@ -135,6 +139,14 @@ func tdxReference(c attestation.Claims, source string) *TDXProfile {
 		}
 	}
 	return t
+}
+
+// platforms are what a PCK certificate names the machine by.
+func platforms(c attestation.Claims) []string {
+	if id := nonzero(c, "piid"); id != nil {
+		return id
+	}
+	return nonzero(c, "ppid")
 }
 
 func pcrReferences(c attestation.Claims, source string) []PCR {

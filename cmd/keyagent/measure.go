@@ -31,6 +31,10 @@ With --evidence they are what a trusted machine's saved evidence says, of every
 kind that is in it; a report or quote that another tool saved will do. Weaknesses
 that the machine has stand in "allow", to be read before they are accepted.
 
+The profile accepts the very processor or platform of the evidence. --any-chip and
+--any-platform accept every one: also one whose owner has put a device between it
+and its memory, which no evidence shows.
+
 With --firmware the SNP launch measurement or the TDX MRTD is computed from the
 firmware file, for the machines of Google Compute Engine.
 
@@ -82,6 +86,8 @@ mismatch can be explained.`,
 	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
 	f.StringVar(&m.product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
 	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
+	f.BoolVar(&m.anyChip, "any-chip", false, "accept every AMD processor, not the one of the evidence alone")
+	f.BoolVar(&m.anyPlatform, "any-platform", false, "accept every Intel platform, not the one of the evidence alone")
 	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4, 11 and 12)")
 	f.StringArrayVar(&m.loaders, "loader", nil, "shim, systemd-boot or GRUB that is started before the image, or a kernel without one; once for each, in their order")
 	f.IntVar(&m.profileNumber, "profile", 0, "profile of the image, counted from 0")
@@ -104,6 +110,7 @@ type measurement struct {
 	secureBoot, secureBootSaid   bool
 	separator, separatorSaid     bool
 	pcrs                         []uint32
+	anyChip, anyPlatform         bool
 	leaveOut                     bool     // registers that nothing gives
 	notes                        []string // for people
 }
@@ -167,10 +174,35 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 		}
 		p.SNP.Products = []string{m.product}
 	}
+	m.chips(p)
 	if p.TPM != nil {
+		for _, r := range p.TPM.PCRs {
+			if r.EventLog == "optional" && slices.Contains(m.pcrs, *r.PCR) {
+				m.note("the event log does not lead to PCR %d: the profile has the value of the quote, and no events to explain another", *r.PCR)
+			}
+		}
 		p.TPM.PCRs = slices.DeleteFunc(p.TPM.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
 	}
 	return p, nil
+}
+
+// chips widens what the evidence names only where that was asked for.
+func (m *measurement) chips(p *policy.Profile) {
+	const every = "WARNING: every %s is accepted, also one whose owner has a device on its memory bus"
+	if p.SNP != nil && m.anyChip {
+		p.SNP.Chips, p.SNP.AnyChip = nil, true
+		m.note(every, "AMD processor (any_chip)")
+	}
+	if p.TDX != nil && m.anyPlatform {
+		p.TDX.Platforms, p.TDX.AnyPlatform = nil, true
+		m.note(every, "Intel platform (any_platform)")
+	}
+	if p.SNP != nil && !p.SNP.AnyChip && len(p.SNP.Chips) == 0 {
+		m.note("the report has no chip ID, as it is masked or its key is the cloud's (VLEK): the policy is refused until \"chips\" is written, or --any-chip given")
+	}
+	if p.TDX != nil && !p.TDX.AnyPlatform && len(p.TDX.Platforms) == 0 {
+		m.note("the quote names no platform: the policy is refused until \"platforms\" is written, or --any-platform given")
+	}
 }
 
 func printProfile(w io.Writer, p *policy.Profile, notes []string) error {
