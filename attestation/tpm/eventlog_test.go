@@ -483,6 +483,27 @@ func TestSystemdsOwnLogExplainsWhatFollows(t *testing.T) {
 	}
 }
 
+// A log that went on for weeks is sent from its start, in whole records.
+func TestALongLogOfSystemdsIsCutBetweenRecords(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	record := userRecord(15, "login", strings.Repeat("x", 500))
+	if err := os.WriteFile(path, userLog(slices.Repeat([]string{record}, 1000)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := must[[]byte](t)(readUserspaceLog(path))
+	if len(got) > MaxUserspaceLog || len(got) < MaxUserspaceLog-1000 {
+		t.Fatalf("%d bytes", len(got))
+	}
+	log, _ := genuineLog(t)
+	parsed := must[*EventLog](t)(ParseEventLog(log))
+	if err := parsed.AddUserspace(got); err != nil || len(parsed.Userspace(15)) < 50 {
+		t.Errorf("%d records, %v", len(parsed.Userspace(15)), err)
+	}
+	if got, err := readUserspaceLog(path + ".none"); got != nil || err != nil {
+		t.Errorf("no log: %d bytes, %v", len(got), err)
+	}
+}
+
 // Boots of other stubs and loaders, as QEMU had them.
 func TestLogsOfOtherBootChainsAreExplained(t *testing.T) {
 	for name, applications := range map[string]int{"uki-stub262": 1, "uki-stub257p": 2, "uki-stub252sdboot": 3} {

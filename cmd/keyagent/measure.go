@@ -40,7 +40,8 @@ firmware file, for the machines of Google Compute Engine.
 
 Of a TPM, PCRs 4, 11 and 12 are computed from the unified kernel image and from
 what is started before it (--loader, once for each program, in their order),
-before any of it was started. The chain may end with a kernel without an image
+before any of it was started. Without --loader the firmware starts the image. The
+chain may end with a kernel without an image
 around it, as the last --loader; then only PCR 4 is computed. All other PCRs come
 from the event log of a boot that is trusted. A stub, loader or section whose
 measurements are not known is an error, and so is a register that nothing gives,
