@@ -175,19 +175,22 @@ func explain(values map[uint32][]byte, log, user []byte) (map[string]attestation
 			m.Events, why = parsed.Explain(pcr, v)
 		}
 		if why != nil {
-			m.Unexplained = why.Error()
+			m.Unexplained = reason(why)
 		}
 		out[Register(pcr)] = m
 	}
 	return out, nil
 }
 
+// reason is an error of a log without the words that evidence is refused for it.
+func reason(err error) string { return strings.TrimPrefix(err.Error(), ErrEventLog.Error()+": ") }
+
 // logFacts say of a log whether there is one, and whether it can be read.
 func logFacts(log []byte, facts map[string]any) {
 	facts["event_log"] = len(log) > 0
 	if len(log) > 0 {
 		if _, err := ParseEventLog(log); err != nil {
-			facts["event_log"], facts["event_log_error"] = false, err.Error()
+			facts["event_log"], facts["event_log_error"] = false, reason(err)
 		}
 	}
 }
