@@ -58,6 +58,9 @@ func accepting(t *testing.T, claims []attestation.Claims) (*policy.Policy, error
 	if err != nil {
 		return nil, err
 	}
+	if s := profile.SNP(); s != nil && len(s.Chips) == 0 {
+		s.AnyChip = true // its report is under a key of the cloud's, and names no chip
+	}
 	var out bytes.Buffer
 	if err := yaml.NewEncoder(&out).Encode(profile); err != nil {
 		t.Fatal(err)

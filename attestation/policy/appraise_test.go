@@ -277,3 +277,24 @@ func TestTheLogOfEachRegisterIsDemandedByItself(t *testing.T) {
 		t.Error("a register's event_log of another word is taken")
 	}
 }
+
+// The profile of a machine whose log does not lead to a register accepts that
+// machine, and says so of that register alone.
+func TestReferenceValuesOfARegisterThatNoLogExplains(t *testing.T) {
+	c := claims()
+	m := c.Measurements["pcr4"]
+	m.Events, m.Unexplained = nil, "its log leads elsewhere"
+	c.Measurements["pcr4"] = m
+	p, err := Reference(Builtin(), "machine", "evidence", []attestation.Claims{c})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range p.TPM().PCRs {
+		if want := map[bool]string{true: "optional"}[*r.PCR == 4]; r.EventLog != want || strings.Contains(r.Source, "leads elsewhere") != (*r.PCR == 4) {
+			t.Errorf("pcr %d: %+v", *r.PCR, r)
+		}
+	}
+	if hard, _ := p.compare(verified(t, c)); len(hard) > 0 {
+		t.Errorf("the machine does not fit its own values: %v", hard)
+	}
+}

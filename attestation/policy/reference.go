@@ -18,6 +18,10 @@ var ErrMasked = errors.New("the report's chip ID is masked, so that its key's ce
 // that is trusted for another reason. source says to people where the values come
 // from. The trust of each section is the claims' own, or what is built in.
 //
+// It accepts the chip or platform that the claims name. Where they name none, as a
+// report of a VLEK may, it says nothing of it, and is no whole policy before somebody
+// decides: the check of a policy demands that.
+//
 // A machine that its host may read, or whose chip its host hides ([ErrMasked]), gives no
 // profile: no verifier would ever accept it.
 func Reference(kinds []Kind, name, source string, claims []attestation.Claims) (*Profile, error) {
@@ -102,7 +106,7 @@ func snpReference(c attestation.Claims, source string) (Section, error) {
 		Trust: []string{trustOr(c, "root:amd")}, Products: nonzero(c, facts.SNPProduct), Signers: nonzero(c, facts.SNPSigner),
 		Measurement: valueOf(c, "measurement", source),
 		MinTCB:      &SNPTCB{Bootloader: least("bootloader"), TEE: least("tee"), SNP: least("snp"), Microcode: least("microcode")},
-		AnyChip:     true, HostData: nonzero(c, facts.SNPHostData), IDKeys: nonzero(c, facts.SNPIDKey), AuthorKeys: nonzero(c, facts.SNPAuthorKey),
+		Chips:       nonzero(c, facts.SNPChipID), HostData: nonzero(c, facts.SNPHostData), IDKeys: nonzero(c, facts.SNPIDKey), AuthorKeys: nonzero(c, facts.SNPAuthorKey),
 		Allow: seen(c, snpWeaknesses),
 	}
 	if text(c, facts.SNPSigner) == "vlek" {
@@ -130,7 +134,7 @@ func tdxReference(c attestation.Claims, source string) (Section, error) {
 	}
 	t := &TDXProfile{
 		Trust: []string{trustOr(c, "root:intel")}, TCBStatus: []string{status}, MRTD: valueOf(c, "mrtd", source), EventLog: logOf(c),
-		MRSEAM: Values{Accept: nonzero(c, facts.TDXMRSEAM), Source: source}, XFAM: nonzero(c, facts.TDXXFAM), AnyPlatform: true,
+		MRSEAM: Values{Accept: nonzero(c, facts.TDXMRSEAM), Source: source}, XFAM: nonzero(c, facts.TDXXFAM), Platforms: platforms(c),
 		MinSVN:     &TDXSVN{TEETCB: text(c, facts.TDXTEETCBSVN), QE: number(c, facts.TDXQESVN), PCE: number(c, facts.TDXPCESVN), TCBEvaluation: number(c, facts.TDXTCBEvaluation)},
 		MRConfigID: nonzero(c, facts.TDXMRConfigID), MROwner: nonzero(c, facts.TDXMROwner), MROwnerConfig: nonzero(c, facts.TDXMROwnerConfig),
 		MRServiceTD: nonzero(c, facts.TDXMRServiceTD), Allow: seen(c, tdxWeaknesses),
@@ -142,6 +146,14 @@ func tdxReference(c attestation.Claims, source string) (Section, error) {
 		}
 	}
 	return t, nil
+}
+
+// platforms are what a PCK certificate names the machine by.
+func platforms(c attestation.Claims) []string {
+	if id := nonzero(c, facts.TDXPIID); id != nil {
+		return id
+	}
+	return nonzero(c, facts.TDXPPID)
 }
 
 func pcrReferences(c attestation.Claims, source string) []PCR {

@@ -176,12 +176,15 @@ func explain(values map[uint32][]byte, log, user []byte) (map[string]attestation
 			m.Events, why = parsed.Explain(pcr, v)
 		}
 		if why != nil {
-			m.Unexplained = why.Error()
+			m.Unexplained = reason(why)
 		}
 		out[Register(pcr)] = m
 	}
 	return out, nil
 }
+
+// reason is an error of a log without the words that evidence is refused for it.
+func reason(err error) string { return strings.TrimPrefix(err.Error(), ErrEventLog.Error()+": ") }
 
 // logFacts say of a log whether there is one, and whether it can be read.
 func logFacts(log []byte, set map[string]any) {
@@ -189,7 +192,7 @@ func logFacts(log []byte, set map[string]any) {
 	if len(log) > 0 {
 		if _, err := ParseEventLog(log); err != nil {
 			facts.EventLog.Put(set, false)
-			facts.EventLogError.Put(set, err.Error())
+			facts.EventLogError.Put(set, reason(err))
 		}
 	}
 }

@@ -68,6 +68,21 @@ func split(t testing.TB, log []byte) (head []byte, events []rawEvent) {
 	return head, events
 }
 
+// splitBanks reads the events of a log with more banks than one, in SHA-256.
+func splitBanks(t testing.TB, log []byte) (out []rawEvent) {
+	t.Helper()
+	events, err := eventlog.Parse(log, eventlog.SHA256, maxEvents)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range events {
+		if e.Type != tcg.NoAction {
+			out = append(out, rawEvent{uint32(e.Index), uint32(e.Type), e.Digest, e.Data})
+		}
+	}
+	return out
+}
+
 func join(head []byte, events []rawEvent) []byte {
 	le := binary.LittleEndian
 	out := bytes.Clone(head)
@@ -373,6 +388,56 @@ func TestSystemdsSeparatorsFollowTheFirmwaresLog(t *testing.T) {
 	}
 }
 
+// A TPM into which a boot of systemd 261 was replayed, from the TPM to the claims:
+// the machine is explained, with the words of user space, and nothing but the policy
+// decides on its values.
+func TestAMachineWithSystemd261Attests(t *testing.T) {
+	log, values := readBoot(t, "uki-stub262")
+	events := splitBanks(t, log)
+	p := swtpm.New(t, nil)
+	replayInto(t, p, events)
+	var words []rawEvent
+	for pcr := range uint32(24) {
+		if OSSeparated(pcr) {
+			sum := sha256.Sum256([]byte(OSSeparator))
+			words = append(words, rawEvent{pcr: pcr, digest: sum[:]})
+		}
+	}
+	phase := sha256.Sum256([]byte("enter-initrd"))
+	replayInto(t, p, append(words, rawEvent{pcr: 11, digest: phase[:]}))
+	dir := t.TempDir()
+	path := filepath.Join(dir, "log")
+	if err := os.WriteFile(path, log, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	trust := trustOf(t, p)
+	trust.PCRs = []uint32{0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 12, 14}
+	for name, user := range map[string]string{"without systemd's own log": filepath.Join(dir, "none"), "with it": filepath.Join(dir, "user")} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(filepath.Join(dir, "user"), userLog(userRecord(4, "os-separator", OSSeparator), userRecord(11, "phase", "enter-initrd")), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			claims, err := exchange{}.run(t, newIssuer(t, p, IssuerOptions{EventLog: path, UserspaceLog: user}), newVerifier(t, trust))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, pcr := range trust.PCRs {
+				m := claims.Measurements[Register(pcr)]
+				last := attestation.Event{}
+				if n := len(m.Events); n > 0 {
+					last = m.Events[n-1]
+				}
+				if m.Unexplained != "" || !strings.Contains(last.Name, "separator "+OSSeparator) && last.Name != "boot phase enter-initrd" {
+					t.Errorf("pcr %d: %q, last event %+v", pcr, m.Unexplained, last)
+				}
+			}
+			if v := claims.Measurements["pcr4"].Value; !bytes.Equal(v, extendWords(values[4], OSSeparator)) {
+				t.Errorf("pcr 4 is %x", v)
+			}
+		})
+	}
+}
+
 func userLog(records ...string) []byte {
 	return []byte("\x1e" + strings.Join(records, "\n\x1e") + "\n")
 }
@@ -415,6 +480,27 @@ func TestSystemdsOwnLogExplainsWhatFollows(t *testing.T) {
 		if err := parsed.AddUserspace(bad); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// A log that went on for weeks is sent from its start, in whole records.
+func TestALongLogOfSystemdsIsCutBetweenRecords(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	record := userRecord(15, "login", strings.Repeat("x", 500))
+	if err := os.WriteFile(path, userLog(slices.Repeat([]string{record}, 1000)...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := must[[]byte](t)(readUserspaceLog(path))
+	if len(got) > MaxUserspaceLog || len(got) < MaxUserspaceLog-1000 {
+		t.Fatalf("%d bytes", len(got))
+	}
+	log, _ := genuineLog(t)
+	parsed := must[*EventLog](t)(ParseEventLog(log))
+	if err := parsed.AddUserspace(got); err != nil || len(parsed.Userspace(15)) < 50 {
+		t.Errorf("%d records, %v", len(parsed.Userspace(15)), err)
+	}
+	if got, err := readUserspaceLog(path + ".none"); got != nil || err != nil {
+		t.Errorf("no log: %d bytes, %v", len(got), err)
 	}
 }
 

@@ -18,11 +18,15 @@ import (
 // version 252, see systemd-pcrphase.service(8).
 const DefaultUserspaceLog = "/run/log/systemd/tpm2-measure.log"
 
-// MaxUserspaceLog is the most bytes of systemd's own log that are sent or read.
-const MaxUserspaceLog = 256 << 10
+// MaxUserspaceLog is the most bytes of systemd's own log that are sent or read. A
+// boot has some ten records of 300 bytes.
+const MaxUserspaceLog = 64 << 10
 
 // maxUserEvents bounds the records of that log.
-const maxUserEvents = 4096
+const maxUserEvents = 1024
+
+// recordStart stands before each record of an RFC 7464 sequence.
+const recordStart = 0x1e
 
 // userEvent is one measurement of systemd's into a PCR.
 type userEvent struct {
@@ -52,7 +56,7 @@ func (l *EventLog) AddUserspace(log []byte) error {
 	if len(log) > MaxUserspaceLog {
 		return fmt.Errorf("%w: systemd's own: %d bytes, at most %d", ErrEventLogTooLarge, len(log), MaxUserspaceLog)
 	}
-	for n, record := range bytes.Split(log, []byte{0x1e}) {
+	for n, record := range bytes.Split(log, []byte{recordStart}) {
 		if record = bytes.TrimSpace(record); len(record) == 0 {
 			continue
 		}
@@ -104,13 +108,13 @@ func parseUserEvent(record []byte) (userEvent, bool, error) {
 	return userEvent{}, false, nil
 }
 
-// readUserspaceLog returns nil for a log that is not there, or that is too large
-// to be sent: it only explains.
+// readUserspaceLog returns as many records as may be sent, from the start of the
+// boot, or nil for a log that is not there.
 func readUserspaceLog(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
-			return nil, nil
+			return nil, nil // it only explains
 		}
 		return nil, fmt.Errorf("systemd's own log: %w", err)
 	}
@@ -120,7 +124,7 @@ func readUserspaceLog(path string) ([]byte, error) {
 		return nil, fmt.Errorf("systemd's own log: %w", err)
 	}
 	if len(log) > MaxUserspaceLog {
-		return nil, nil
+		log = log[:bytes.LastIndexByte(log[:MaxUserspaceLog], recordStart)+1]
 	}
 	return log, nil
 }

@@ -32,12 +32,17 @@ With --evidence they are what a trusted machine's saved evidence says, of every
 kind that is in it; a report or quote that another tool saved will do. Weaknesses
 that the machine has stand in "allow", to be read before they are accepted.
 
+The profile accepts the very processor or platform of the evidence. --any-chip and
+--any-platform accept every one: also one whose owner has put a device between it
+and its memory, which no evidence shows.
+
 With --firmware the SNP launch measurement or the TDX MRTD is computed from the
 firmware file, for the machines of Google Compute Engine.
 
 Of a TPM, PCRs 4, 11 and 12 are computed from the unified kernel image and from
 what is started before it (--loader, once for each program, in their order),
-before any of it was started. The chain may end with a kernel without an image
+before any of it was started. Without --loader the firmware starts the image. The
+chain may end with a kernel without an image
 around it, as the last --loader; then only PCR 4 is computed. All other PCRs come
 from the event log of a boot that is trusted. A stub, loader or section whose
 measurements are not known is an error, and so is a register that nothing gives,
@@ -83,6 +88,8 @@ mismatch can be explained.`,
 	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
 	f.StringVar(&m.product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
 	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
+	f.BoolVar(&m.anyChip, "any-chip", false, "accept every AMD processor, not the one of the evidence alone")
+	f.BoolVar(&m.anyPlatform, "any-platform", false, "accept every Intel platform, not the one of the evidence alone")
 	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4, 11 and 12)")
 	f.StringArrayVar(&m.loaders, "loader", nil, "shim, systemd-boot or GRUB that is started before the image, or a kernel without one; once for each, in their order")
 	f.IntVar(&m.profileNumber, "profile", 0, "profile of the image, counted from 0")
@@ -105,6 +112,7 @@ type measurement struct {
 	secureBoot, secureBootSaid   bool
 	separator, separatorSaid     bool
 	pcrs                         []uint32
+	anyChip, anyPlatform         bool
 	leaveOut                     bool     // registers that nothing gives
 	notes                        []string // for people
 }
@@ -171,10 +179,39 @@ func (m *measurement) fromEvidence() (*policy.Profile, error) {
 		}
 		s.Products = []string{m.product}
 	}
+	m.chips(p)
 	if t := p.TPM(); t != nil {
+		for _, r := range t.PCRs {
+			if r.EventLog == "optional" && slices.Contains(m.pcrs, *r.PCR) {
+				m.note("the event log does not lead to PCR %d: the profile has the value of the quote, and no events to explain another", *r.PCR)
+			}
+		}
 		t.PCRs = slices.DeleteFunc(t.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
 	}
 	return p, nil
+}
+
+// chips widens what the evidence names only where that was asked for.
+func (m *measurement) chips(p *policy.Profile) {
+	const every = "WARNING: every %s is accepted, also one whose owner has a device on its memory bus"
+	if s := p.SNP(); s != nil {
+		if m.anyChip {
+			s.Chips, s.AnyChip = nil, true
+			m.note(every, "AMD processor (any_chip)")
+		}
+		if !s.AnyChip && len(s.Chips) == 0 {
+			m.note("the report has no chip ID, as its key is the cloud's (VLEK): the policy is refused until \"chips\" is written, or --any-chip given")
+		}
+	}
+	if t := p.TDX(); t != nil {
+		if m.anyPlatform {
+			t.Platforms, t.AnyPlatform = nil, true
+			m.note(every, "Intel platform (any_platform)")
+		}
+		if !t.AnyPlatform && len(t.Platforms) == 0 {
+			m.note("the quote names no platform: the policy is refused until \"platforms\" is written, or --any-platform given")
+		}
+	}
 }
 
 func printProfile(w io.Writer, p *policy.Profile, notes []string) error {

@@ -14,8 +14,9 @@ import (
 
 // tpmFiles are what the values of a TPM are made from.
 type tpmFiles struct {
-	boot *uki.Boot // nil: neither an image nor a loader
-	log  *tpm.EventLog
+	boot   *uki.Boot // nil: neither an image nor a loader
+	log    *tpm.EventLog
+	hasLog bool // of the firmware
 }
 
 // separatingStub is the version of systemd whose initrd separates registers. The
@@ -59,6 +60,7 @@ func (m *measurement) openLogs(f *tpmFiles) error {
 		if f.log, err = tpm.ParseEventLog(data); err != nil {
 			return failure.New(failure.EvidenceRefused, err, "")
 		}
+		f.hasLog = true
 	}
 	if m.userLog != "" {
 		data, err := readBounded(m.userLog, tpm.MaxUserspaceLog)
@@ -85,7 +87,7 @@ func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	if err != nil {
 		return nil, err
 	}
-	if files.boot == nil && m.eventLog == "" {
+	if files.boot == nil && !files.hasLog {
 		return nil, failure.Newf(failure.Usage, "--uki gives PCRs 4, 11 and 12, --event-log all others", "nothing gives PCR %d", m.pcrs[0])
 	}
 	if have == nil {
@@ -96,7 +98,7 @@ func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	var missing []string
 	for _, pcr := range m.pcrs {
 		n := slices.IndexFunc(before, func(r policy.PCR) bool { return *r.PCR == pcr })
-		if n >= 0 && m.eventLog == "" && !files.predicts(pcr) {
+		if n >= 0 && !files.hasLog && !files.predicts(pcr) {
 			have.PCRs = append(have.PCRs, before[n])
 			continue
 		}
@@ -119,15 +121,47 @@ func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	return have, nil
 }
 
-// predicts reports whether a register is computed from files of programs.
+// predicts reports whether a register is computed from files of programs. In PCR 12
+// there may be more than they say, so that a log goes before them if the loaders are
+// not named.
 func (f *tpmFiles) predicts(pcr uint32) bool {
 	switch {
 	case f.boot == nil:
 		return false
 	case f.boot.Image == nil:
 		return pcr == 4
+	case pcr == 12:
+		return !f.hasLog || len(f.boot.Loaders) > 0
 	}
-	return pcr == 4 || pcr == 11 || pcr == 12
+	return pcr == 4 || pcr == 11
+}
+
+// stubsKernel is the device path by which a stub hands its kernel to the firmware.
+const stubsKernel = "VenMedia(55C5D1F8-04CD-46B5-8A20-E56CBB3052D0)"
+
+// compareLog points at a boot of the log that is not the one that is predicted: by
+// another loader, or with credentials or words beside the image.
+func (m *measurement) compareLog(pcr uint32, all []uki.Prediction, files *tpmFiles) {
+	if !files.hasLog || files.boot.Image == nil {
+		return
+	}
+	_, events, err := files.log.Replay(pcr)
+	if err != nil {
+		return // the log's own faults are said where it is used
+	}
+	logged := 0
+	for _, e := range events {
+		program := e.Type == "EV_EFI_BOOT_SERVICES_APPLICATION" && !strings.HasPrefix(e.Detail, stubsKernel)
+		if pcr == 4 && program || pcr == 12 && e.Name != tpm.WordEvent(tpm.OSSeparator).Name {
+			logged++
+		}
+	}
+	switch programs := len(files.boot.Loaders) + 1; {
+	case pcr == 4 && logged != programs:
+		m.note("WARNING: the boot of the event log started %d programs, and PCR 4 is computed for %d: is a --loader missing?", logged, programs)
+	case pcr == 12 && !slices.ContainsFunc(all, func(p uki.Prediction) bool { return len(p.Events) == logged }):
+		m.note("WARNING: the boot of the event log has %d events of PCR 12, and %d are computed: credentials, add-ons and words of the loader are not", logged, len(all[0].Events))
+	}
 }
 
 // unpredictable says what a register holds that no file of a program tells.
@@ -147,7 +181,7 @@ func (m *measurement) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, wh
 	source := "computed from " + strings.Join(append(slices.Clone(m.loaders), m.ukis()...), ", ")
 	if files.predicts(pcr) {
 		all, err = m.predict(pcr, files)
-		if errors.Is(err, uki.ErrNotModelled) && m.eventLog != "" {
+		if errors.Is(err, uki.ErrNotModelled) && files.hasLog {
 			m.note("PCR %d is not predictable, and taken from the event log: %v", pcr, err)
 			all, err = nil, nil
 		}
@@ -156,7 +190,7 @@ func (m *measurement) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, wh
 		}
 	}
 	if all == nil {
-		if m.eventLog == "" {
+		if !files.hasLog {
 			why = unpredictable[pcr]
 			if why == "" {
 				why = "what user space measures"
@@ -191,6 +225,9 @@ func (m *measurement) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction
 		all, err = m.eitherSecureBoot(pcr, files.boot, (*uki.Boot).PCR12)
 	default:
 		all, err = m.eitherSecureBoot(pcr, files.boot, (*uki.Boot).PCR4)
+	}
+	if err == nil {
+		m.compareLog(pcr, all, files)
 	}
 	if err != nil || m.userLog == "" || (pcr == tpm.PhasePCR && len(m.phases) > 0) {
 		return all, err

@@ -109,6 +109,9 @@ func TestWhatABootMeasuresWasPredicted(t *testing.T) {
 				}
 			}
 			explains(t, guest, measured)
+			if len(c.loaders) > 0 && c.stub != "" {
+				p.missesItsLoaders(t, guest, args)
+			}
 		})
 	}
 }
@@ -132,6 +135,21 @@ func explains(t *testing.T, guest *bed.Guest, measured map[int]string) {
 				t.Errorf("PCR %d: %+v", pcr, e)
 			}
 		}
+	}
+}
+
+// missesItsLoaders checks that a loader which was not named is noticed, where the
+// log of such a boot is there.
+func (p *chainParts) missesItsLoaders(t *testing.T, guest *bed.Guest, args []string) {
+	t.Helper()
+	raw, err := guest.Section("eventlog")
+	must(t, err)
+	path := filepath.Join(p.dir, "eventlog")
+	must(t, os.WriteFile(path, raw, 0o600))
+	image := args[slices.Index(args, "--uki"):]
+	out, err := exec.CommandContext(t.Context(), program, append([]string{"measure", "--pcrs", "4", "--event-log", path}, image...)...).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "is a --loader missing?") {
+		t.Errorf("%v: %s", err, out)
 	}
 }
 

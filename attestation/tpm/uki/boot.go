@@ -5,13 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"unicode/utf16"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/eventlog"
-	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // kind of an EFI program.
@@ -53,12 +53,14 @@ func OpenLoader(path string) (*Loader, error) {
 	return l, nil
 }
 
-var (
-	shimVersion = pattern.New(`\$Version: (\d{1,4})(?:\.(\d{1,4}))? \$`)
-	grubVersion = pattern.New(`(?m)^grub,[^,\n]*,[^,\n]*,[^,\n]*,(\d{1,4})\.(\d{1,4})[,.~-]`)
-	bootVersion = pattern.New(`systemd-boot v?(\d{1,4})[.~ -]`)
-	errLoader   = fmt.Errorf("%w: it is neither shim, systemd-boot, GRUB nor a Linux kernel", ErrNotModelled)
+// What loaders say of their version.
+const (
+	shimVersion = `\$Version: (\d{1,4})(?:\.(\d{1,4}))? \$`
+	grubVersion = `(?m)^grub,[^,\n]*,[^,\n]*,[^,\n]*,(\d{1,4})\.(\d{1,4})[,.~-]`
+	bootVersion = `systemd-boot v?(\d{1,4})[.~ -]`
 )
+
+var errLoader = fmt.Errorf("%w: it is neither shim, systemd-boot, GRUB nor a Linux kernel", ErrNotModelled)
 
 // ParseLoader tells programs apart by what they say of themselves: systemd-boot in
 // .sdmagic, shim and GRUB in .sbat, Linux in its header.
@@ -93,8 +95,8 @@ func ParseLoader(data []byte) (*Loader, error) {
 	return l, err
 }
 
-func (l *Loader) setVersion(expr pattern.Pattern, text []byte) error {
-	m := expr.FindSubmatch(text)
+func (l *Loader) setVersion(pattern string, text []byte) error {
+	m := regexp.MustCompile(pattern).FindSubmatch(text)
 	if m == nil {
 		return fmt.Errorf("%w: %s that does not say its version", ErrNotModelled, l.name)
 	}

@@ -41,6 +41,8 @@ const (
 	// maxPadding bounds by how much all sections together may be larger in memory
 	// than in the file, in bytes.
 	maxPadding = 1 << 20
+	// maxSections bounds the sections of an image; stubs have room for some hundred.
+	maxSections = 1024
 	// maxVariants bounds the values of PCR 11 that one image leads to.
 	maxVariants = 64
 )
@@ -174,6 +176,9 @@ func parseSections(data []byte) ([]section, error) {
 		return nil, fmt.Errorf("%w: %w", ErrNotUKI, err)
 	}
 	defer file.Close()
+	if len(file.Sections) > maxSections {
+		return nil, fmt.Errorf("%w: it has %d sections, at most %d", ErrNotUKI, len(file.Sections), maxSections)
+	}
 	var out []section
 	room := uint64(len(data)) + maxPadding
 	for _, s := range file.Sections {
