@@ -1,7 +1,6 @@
 package tpm
 
 import (
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -124,10 +123,6 @@ func hasDirectoryName(c *x509.Certificate) bool {
 	return false
 }
 
-// maxRSAExponent and maxRSABits bound the work of one signature by a certificate
-// that a stranger sends: he can make a chain of which each takes a tenth of a second.
-const maxRSAExponent = 65537
-
 // chain verifies leaf against each root by itself, so that the result names the
 // root that vouched.
 //
@@ -145,8 +140,8 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		if err != nil {
 			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
 		}
-		if key, ok := c.PublicKey.(*rsa.PublicKey); ok && (key.N.BitLen() > maxRSABits || key.E > maxRSAExponent) {
-			return "", fmt.Errorf("%w: intermediate certificate with a key of %d bits and exponent %d", ErrMalformed, key.N.BitLen(), key.E)
+		if err := checkCarried(c); err != nil {
+			return "", err
 		}
 		carried.AddCert(c)
 	}
@@ -179,7 +174,7 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 	if expired != nil {
 		return "", expired
 	}
-	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", untrusted, leaf.Issuer)
+	return "", fmt.Errorf("%w: its certificate, issued by %q, does not chain to a configured root", untrusted, shown(leaf.Issuer))
 }
 
 // chainCache remembers chains that verified, since a machine comes back with

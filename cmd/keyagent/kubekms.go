@@ -21,6 +21,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/kubekms"
+	"github.com/keyagent/keyagent/internal/localweb"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/unixsocket"
@@ -126,11 +127,11 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 	})
 	if f.metrics != "" {
 		group.Go(func() error {
-			l, err := kubekms.ListenLoopback(f.metrics)
+			l, err := localweb.Listen(f.metrics, false)
 			if err != nil {
 				return err
 			}
-			return kubekms.ServeHTTP(ctx, l, f.refresh.Metrics.Handler(refresher.Ring()))
+			return localweb.Serve(ctx, l, f.refresh.Metrics.Handler(refresher.Ring()))
 		})
 	}
 	return group.Wait()
