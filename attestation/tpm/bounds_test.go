@@ -16,7 +16,9 @@ import (
 
 // Case 86: a stranger's certificates cost a bounded time, and a bounded line.
 func TestACarriedCertificateHasAKeyThatMakersUse(t *testing.T) {
-	curve := func(c elliptic.Curve) any { return must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(c, rand.Reader)).Public() }
+	curve := func(c elliptic.Curve) any {
+		return must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(c, rand.Reader)).Public()
+	}
 	wide := new(big.Int).Lsh(big.NewInt(1), maxRSABits)
 	for name, tt := range map[string]struct {
 		key any

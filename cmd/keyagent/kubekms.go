@@ -105,6 +105,9 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	if slices.Contains(uids, unixsocket.Overflow) {
+		log.Warn("--allow-uid: " + unixsocket.OverflowAdvice)
+	}
 	ctx := cmd.Context()
 	source, closer, err := f.source.open(ctx, f.refresh.Timeout, log)
 	if err != nil {
