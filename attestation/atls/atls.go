@@ -195,6 +195,8 @@ type ClientConfig struct {
 	Timeout time.Duration
 	// Now is the clock for certificates and verdicts. Default time.Now.
 	Now func() time.Time
+	// CertificateTime is the clock for certificates, if it is another one.
+	CertificateTime func() time.Time
 }
 
 // ServerConfig configures the side that listens.

@@ -274,7 +274,11 @@ func clientTLS(cfg *ClientConfig) (*tls.Config, error) {
 			return nil, err
 		}
 	}
-	c := baseTLS(clock(cfg.Now))
+	now := cfg.CertificateTime
+	if now == nil {
+		now = clock(cfg.Now)
+	}
+	c := baseTLS(now)
 	c.ServerName = cfg.ServerName
 	c.RootCAs = cfg.RootCAs
 	c.Certificates = []tls.Certificate{cfg.Identity.certificate}

@@ -156,6 +156,8 @@ func TestAServerThatIsNotTheConfiguredOneIsRefused(t *testing.T) {
 		}, ErrServerUntrusted, ""},
 		"a clock ten years ahead (case 37)": {func(w *world) { w.client.Now = shifted(10) }, ErrCertificateTime,
 			shifted(10)().UTC().Format("2006-01-02")},
+		"a clock that was set back, on a machine that knows better (case 37)": {func(w *world) { w.client.CertificateTime = shifted(10) }, ErrCertificateTime,
+			"check this machine's clock"},
 		"a clock ten years behind (case 37)": {func(w *world) { w.client.Now = shifted(-10) }, ErrCertificateTime,
 			shifted(-10)().UTC().Format("2006-01-02")},
 	} {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -121,9 +122,9 @@ func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) 
 		if err != nil {
 			return "", err
 		}
-		// All of AWS's keys are. One of RSA could be only work for a verifier.
-		if _, ok := c.PublicKey.(*ecdsa.PublicKey); !ok {
-			return "", fmt.Errorf("%w: %q in the bundle has no key on a curve", ErrCertificate, c.Subject.CommonName)
+		// All of AWS's keys are. Another one could be only work for a verifier.
+		if key, ok := c.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P384() && key.Curve != elliptic.P256() {
+			return "", fmt.Errorf("%w: %q in the bundle has no key on P-256 or P-384", ErrCertificate, c.Subject.CommonName)
 		}
 		middles.AddCert(c)
 	}

@@ -2,10 +2,6 @@ package tpm
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -135,27 +131,6 @@ func hasDirectoryName(c *x509.Certificate) bool {
 	return false
 }
 
-// maxRSAExponent and maxRSABits bound the work of one signature by a certificate
-// that a stranger sends: he can make a chain of which each takes a tenth of a second.
-const maxRSAExponent = 65537
-
-// bearable refuses a key whose signatures take long to verify.
-func bearable(key crypto.PublicKey) error {
-	switch key := key.(type) {
-	case *rsa.PublicKey:
-		if key.N.BitLen() > maxRSABits || key.E > maxRSAExponent {
-			return fmt.Errorf("a key of %d bits and exponent %d", key.N.BitLen(), key.E)
-		}
-		return nil
-	case *ecdsa.PublicKey:
-		if key.Curve != elliptic.P256() && key.Curve != elliptic.P384() {
-			return fmt.Errorf("a key on %s", key.Curve.Params().Name)
-		}
-		return nil
-	}
-	return fmt.Errorf("a key of type %T", key)
-}
-
 // chain verifies leaf against each root by itself, so that the result names the
 // root that vouched.
 func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, errs chainErrors) (string, error) {
@@ -172,8 +147,8 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		if err != nil {
 			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
 		}
-		if err := bearable(c.PublicKey); err != nil {
-			return "", fmt.Errorf("%w: intermediate certificate with %w", ErrMalformed, err)
+		if err := checkCarried(c); err != nil {
+			return "", err
 		}
 		carried.AddCert(c)
 		known = append(known, c)
@@ -233,7 +208,7 @@ func missing(leaf *x509.Certificate, known []*x509.Certificate) string {
 			last = c
 		}
 	}
-	text := fmt.Sprintf("the issuer %q", cut(last.Issuer.String()))
+	text := fmt.Sprintf("the issuer %q", shown(last.Issuer))
 	if len(last.AuthorityKeyId) > 0 {
 		text += fmt.Sprintf(" with the key ID %s", cut(hex.EncodeToString(last.AuthorityKeyId)))
 	}
@@ -257,7 +232,7 @@ func (r Root) revokes(chain []*x509.Certificate, refusal error) error {
 			}
 			for _, entry := range list.RevokedCertificateEntries {
 				if entry.SerialNumber.Cmp(c.SerialNumber) == 0 {
-					return fmt.Errorf("%w: %q, serial number %s, since %s", refusal, cut(c.Subject.String()), c.SerialNumber, entry.RevocationTime.Format(time.RFC3339))
+					return fmt.Errorf("%w: %q, serial number %s, since %s", refusal, shown(c.Subject), c.SerialNumber, entry.RevocationTime.Format(time.RFC3339))
 				}
 			}
 		}

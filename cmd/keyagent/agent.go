@@ -39,6 +39,9 @@ that appears later is opened then.`,
 			if err := cfg.CheckServing(); err != nil {
 				return err
 			}
+			for _, a := range cfg.Advice() {
+				log.Warn(a)
+			}
 			if check {
 				if err := cfg.Check(log); err != nil {
 					return err

@@ -21,6 +21,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/kubekms"
+	"github.com/keyagent/keyagent/internal/localweb"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/unixsocket"
@@ -96,6 +97,9 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	f.refresh.Outage, f.refresh.Log, f.refresh.Metrics = kubekms.Outage(f.outage), log, kubekms.NewMetrics()
+	if f.refresh, err = kubekms.Typed(f.refresh); err != nil {
+		return err
+	}
 	owner, err := f.socketOptions()
 	if err != nil {
 		return err
@@ -104,6 +108,22 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	if slices.Contains(uids, unixsocket.Overflow) {
+		log.Warn("--allow-uid: " + unixsocket.OverflowAdvice)
+	}
+	if f.metrics != "" && !localweb.Local(f.metrics) {
+		return failure.Newf(failure.Usage, "127.0.0.1:PORT", "the address of the metrics, %q, is not of the loopback interface", f.metrics)
+	}
+	if err := f.source.check(f.refresh.Timeout); err != nil {
+		return err
+	}
+	// Before anything runs: a command that is started may not inherit the socket, nor
+	// may one run, or a KEK be made, for an endpoint that is none.
+	l, err := listenKubeKMS(f.endpoint, owner)
+	if err != nil {
+		return failure.New(failure.Configuration, err, "")
+	}
+	defer l.Close()
 	ctx := cmd.Context()
 	source, closer, err := f.source.open(ctx, f.refresh.Timeout, log)
 	if err != nil {
@@ -122,26 +142,22 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 	group.Go(func() error { return refresher.Run(keep) })
 	group.Go(func() error {
 		defer release()
-		return f.serve(ctx, refresher.Ring(), owner, uids)
+		return f.serve(ctx, l, refresher.Ring(), uids)
 	})
 	if f.metrics != "" {
 		group.Go(func() error {
-			l, err := kubekms.ListenLoopback(f.metrics)
+			l, err := localweb.Listen(f.metrics, false)
 			if err != nil {
 				return err
 			}
-			return kubekms.ServeHTTP(ctx, l, f.refresh.Metrics.Handler(refresher.Ring()))
+			return localweb.Serve(ctx, l, f.refresh.Metrics.Handler(refresher.Ring()))
 		})
 	}
 	return group.Wait()
 }
 
 // serve answers on the socket until ctx ends.
-func (f *kubekmsFlags) serve(ctx context.Context, ring *kubekms.Ring, owner unixsocket.Options, uids []uint32) error {
-	l, err := listenKubeKMS(f.endpoint, owner)
-	if err != nil {
-		return failure.New(failure.Configuration, err, "")
-	}
+func (f *kubekmsFlags) serve(ctx context.Context, l net.Listener, ring *kubekms.Ring, uids []uint32) error {
 	log := f.refresh.Log
 	server := kubekms.NewServer(kubekms.ServerOptions{Ring: ring, UIDs: uids, Version: semantic(version), Log: log, Metrics: f.refresh.Metrics})
 	h := ring.Health()
@@ -271,8 +287,8 @@ func (f *kekSourceFlags) add(cmd *cobra.Command) {
 	fl.StringVar(&f.volume, "volume", "", "ID under which the key service keeps the KEK; no disk may have it")
 }
 
-// open returns the source, and what closes its connections.
-func (f *kekSourceFlags) open(ctx context.Context, timeout time.Duration, log *slog.Logger) (kubekms.Source, io.Closer, error) {
+// check refuses flags that name no source, or not one. It runs and asks nothing.
+func (f *kekSourceFlags) check(timeout time.Duration) error {
 	const hint = "one of --command, --kms with --wrapped-kek, or --agent-config with --volume"
 	given := 0
 	for _, s := range []string{f.command, f.wrapped.kms, f.agent} {
@@ -282,15 +298,26 @@ func (f *kekSourceFlags) open(ctx context.Context, timeout time.Duration, log *s
 	}
 	switch {
 	case given != 1:
-		return nil, nil, failure.Newf(failure.Usage, hint, "%d sources of the KEK are named, exactly one is needed", given)
+		return failure.Newf(failure.Usage, hint, "%d sources of the KEK are named, exactly one is needed", given)
 	case (f.wrapped.kms == "") != (f.wrapped.path == ""), (f.agent == "") != (f.volume == ""):
-		return nil, nil, failure.Newf(failure.Usage, hint, "a part of the source is missing, or is one of another source")
+		return failure.Newf(failure.Usage, hint, "a part of the source is missing, or is one of another source")
 	case f.command == "" && (len(f.old) > 0 || f.deadline != 0 || f.encoding != string(command.Raw)):
-		return nil, nil, failure.Newf(failure.Usage, hint, "--old-command, --encoding and --deadline go with --command")
+		return failure.Newf(failure.Usage, hint, "--old-command, --encoding and --deadline go with --command")
 	case f.command != "" && f.init:
-		return nil, nil, failure.Newf(failure.Usage, hint, "--init goes with --kms or --agent-config")
+		return failure.Newf(failure.Usage, hint, "--init goes with --kms or --agent-config")
 	case f.command != "":
-		return f.openCommands(timeout, log)
+		_, err := f.commands(timeout, nil)
+		return err
+	}
+	return nil
+}
+
+// open returns the source, and what closes its connections.
+func (f *kekSourceFlags) open(ctx context.Context, timeout time.Duration, log *slog.Logger) (kubekms.Source, io.Closer, error) {
+	switch {
+	case f.command != "":
+		source, err := f.commands(timeout, log)
+		return source, nothing{}, err
 	case f.agent != "":
 		return f.openAttested(ctx, timeout, log)
 	}
@@ -306,24 +333,25 @@ func (f *kekSourceFlags) open(ctx context.Context, timeout time.Duration, log *s
 	return file, file, nil
 }
 
-func (f *kekSourceFlags) openCommands(timeout time.Duration, log *slog.Logger) (kubekms.Source, io.Closer, error) {
+// commands is the source of those, none of which runs yet.
+func (f *kekSourceFlags) commands(timeout time.Duration, log *slog.Logger) (kubekms.Source, error) {
 	interval := kubekms.Interval(timeout)
 	if f.deadline == 0 {
 		f.deadline = min(command.DefaultDeadline, interval/2)
 	}
 	if f.deadline < 0 || f.deadline > interval*9/10 {
-		return nil, nil, failure.Newf(failure.Usage, "a shorter deadline, or a longer --timeout",
+		return nil, failure.Newf(failure.Usage, "a shorter deadline, or a longer --timeout",
 			"a deadline of %s does not fit: the command runs each %s", f.deadline, interval)
 	}
 	var all []kubekms.Fetcher
 	for _, text := range append([]string{f.command}, f.old...) {
 		s, err := command.NewSource(command.Options{Command: text, Encoding: command.Encoding(f.encoding), Deadline: f.deadline, Log: log})
 		if err != nil {
-			return nil, nil, failure.New(failure.Usage, err, "")
+			return nil, failure.New(failure.Usage, err, "")
 		}
 		all = append(all, s)
 	}
-	return kubekms.FromFetchers(all[0], all[1:]...), nothing{}, nil
+	return kubekms.FromFetchers(all[0], all[1:]...), nil
 }
 
 func (f *kekSourceFlags) openAttested(ctx context.Context, timeout time.Duration, log *slog.Logger) (kubekms.Source, io.Closer, error) {

@@ -86,8 +86,7 @@ EncryptionConfiguration and for how the plugins are started.`,
 	keep := cmd.Flags().Duration("keep-old", kubekms.DefaultKeepOld, "that of the plugins")
 	output := outputFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		o := kubekms.Options{Timeout: *timeout, Observations: *observations, KeepOld: *keep}
-		if err := o.Check(); err != nil {
+		if _, err := kubekms.Typed(kubekms.Options{Timeout: *timeout, Observations: *observations, KeepOld: *keep}); err != nil {
 			return err
 		}
 		f, err := readEncryption(args[0])

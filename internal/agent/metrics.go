@@ -2,15 +2,12 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"net"
 	"net/http"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/localweb"
 )
 
 var (
@@ -54,19 +51,13 @@ func (c collector) Collect(out chan<- prometheus.Metric) {
 
 // ServeMetrics serves /metrics on a loopback address until ctx ends.
 func (c *Volumes) ServeMetrics(ctx context.Context, address string) error {
-	l, err := net.Listen("tcp", address)
+	l, err := localweb.Listen(address, false)
 	if err != nil {
-		return failure.New(failure.Configuration, err, "choose another address with metrics in the configuration")
+		return err
 	}
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{c})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
-	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return nil
+	return localweb.Serve(ctx, l, mux)
 }

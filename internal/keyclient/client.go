@@ -64,6 +64,7 @@ func New(opts Options) (*Client, error) {
 		opts.Retry = DefaultRetry
 	}
 	c := &Client{retry: opts.Retry, log: opts.Log, progress: opts.Progress, wait: wait, node: opts.Node[:min(len(opts.Node), 64)]}
+	earliest := newFloor()
 	for _, l := range []**link{&c.keys, &c.leases} {
 		id, err := atls.NewIdentity()
 		if err != nil {
@@ -71,8 +72,9 @@ func New(opts Options) (*Client, error) {
 		}
 		var all []*endpoint
 		for _, s := range opts.Servers {
-			all = append(all, &endpoint{address: s.Address, log: opts.Log, issuers: opts.Issuers, cfg: &atls.ClientConfig{
-				ServerName: s.Name, RootCAs: s.Roots, PinnedSPKI: s.Pins,
+			all = append(all, &endpoint{address: s.Address, log: opts.Log, issuers: opts.Issuers, floor: earliest, cfg: &atls.ClientConfig{
+				CertificateTime: earliest.Now,
+				ServerName:      s.Name, RootCAs: s.Roots, PinnedSPKI: s.Pins,
 				Identity: id, Server: opts.Server, Timeout: opts.Timeout,
 			}})
 		}

@@ -41,6 +41,7 @@ type endpoint struct {
 	address string
 	cfg     *atls.ClientConfig
 	issuers func(context.Context) ([]attestation.Issuer, error)
+	floor   *floor
 	log     *slog.Logger
 }
 
@@ -69,6 +70,10 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 	conn, err := atls.Client(ctx, raw, &cfg)
 	if err != nil {
 		return nil, classify(err)
+	}
+	if cfg.RootCAs != nil {
+		// An authority of the operator's signed it, and said from when on.
+		e.floor.saw(conn.ConnectionState().PeerCertificates[0].NotBefore)
 	}
 	e.log.Info("step", "step", "attested", "took_ms", float64(time.Since(started).Microseconds())/1000)
 	// gRPC gets this connection and no other: when it ends, so does the session.

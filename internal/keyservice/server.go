@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"path/filepath"
 	"sync/atomic"
 	"syscall"
@@ -27,6 +26,7 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/localweb"
 	"github.com/keyagent/keyagent/internal/policysource"
 	"github.com/keyagent/keyagent/internal/wire"
 	"github.com/keyagent/keyagent/kms"
@@ -51,8 +51,10 @@ type Config struct {
 	// again; never by default.
 	Rewrap string `yaml:"rewrap,omitempty"`
 	Audit  string `yaml:"audit"`
-	// Metrics is a loopback address for /metrics, /healthz and /readyz.
-	Metrics string `yaml:"metrics,omitempty"`
+	// Metrics is a loopback address for /metrics, /healthz and /readyz. MetricsRemote
+	// is the operator's word that it may be another one.
+	Metrics       string `yaml:"metrics,omitempty"`
+	MetricsRemote bool   `yaml:"metrics_remote,omitempty"`
 	// TPM, if set, lets clients demand the service's own evidence.
 	TPM *kinds.TPMConfig `yaml:"tpm,omitempty"`
 	// Evidence, if set, does so too: kinds such as snp and tpm, or auto alone for
@@ -171,6 +173,10 @@ func LoadConfig(path string, override Config) (*Config, error) {
 			return nil, failure.New(failure.Configuration, doc.Errorf([]any{f.name}, "must be from 1 to 100000"), "")
 		}
 	}
+	if c.Metrics != "" && !c.MetricsRemote && !localweb.Local(c.Metrics) {
+		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"metrics"}, "%q is not an address of the loopback interface", c.Metrics),
+			"127.0.0.1:PORT, or metrics_remote: true if others may read them")
+	}
 	if _, err := c.timeout(); err != nil {
 		return nil, failure.New(failure.Configuration, doc.Errorf([]any{"handshake_timeout"}, "%w", err), "")
 	}
@@ -233,24 +239,25 @@ func (c *Config) timeout() (time.Duration, error) {
 
 // Server is a key service on its listeners.
 type Server struct {
-	cfg      *Config
-	log      *slog.Logger
-	policy   *policysource.Source
-	service  *Service
-	metrics  *Metrics
-	gate     *atls.Gate
-	grpc     *grpc.Server
-	web      net.Listener
-	admin    net.Listener
-	closers  []io.Closer
-	cert     atomic.Pointer[tls.Certificate]
-	stopping atomic.Bool
+	cfg       *Config
+	log       *slog.Logger
+	policy    *policysource.Source
+	service   *Service
+	metrics   *Metrics
+	gate      *atls.Gate
+	grpc      *grpc.Server
+	web       net.Listener
+	admin     net.Listener
+	closers   []io.Closer
+	cert      atomic.Pointer[tls.Certificate]
+	strangers *strangers
+	stopping  atomic.Bool
 }
 
 // NewServer opens everything that the configuration names and starts to listen,
 // but accepts nothing before Run.
 func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, err error) {
-	s := &Server{cfg: cfg, log: log}
+	s := &Server{cfg: cfg, log: log, strangers: newStrangers(time.Now)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -270,8 +277,8 @@ func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, e
 	s.closers = append(s.closers, ignoreClosed{s.gate})
 	s.metrics = NewMetrics(s.gate)
 	if cfg.Metrics != "" {
-		if s.web, err = net.Listen("tcp", cfg.Metrics); err != nil {
-			return nil, listenError(cfg.Metrics, err)
+		if s.web, err = localweb.Listen(cfg.Metrics, cfg.MetricsRemote); err != nil {
+			return nil, err
 		}
 		s.closers = append(s.closers, ignoreClosed{s.web})
 	}
@@ -372,27 +379,37 @@ func (s *Server) observe(o atls.Outcome) {
 	if o.Peer != nil {
 		entry.Identity, entry.Evidence = o.Peer.Identity(), evidenceDigest(o.Peer)
 	}
+	log := s.log
+	if o.Peer == nil {
+		withheld, ok := s.strangers.allow()
+		if !ok {
+			return
+		}
+		if withheld > 0 {
+			log = log.With("withheld", withheld)
+		}
+	}
 	for _, dropped := range o.Dropped {
-		s.log.Warn("evidence of one kind was refused, and left out", "correlation_id", o.CorrelationID, "remote", o.Remote, "error", dropped)
+		log.Warn("evidence of one kind was refused, and left out", "correlation_id", o.CorrelationID, "remote", o.Remote, "error", brief(dropped))
 	}
 	if o.Err == nil {
 		s.log.Info("attested", "correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity)
 		return // the request that follows is the decision
 	}
 	if o.Ended {
-		s.log.Info("connection ended before its attestation", "remote", o.Remote, "error", o.Err)
+		log.Info("connection ended before its attestation", "remote", o.Remote, "error", brief(o.Err))
 		return
 	}
-	attrs := []any{"correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity, "error", o.Err}
+	attrs := []any{"correlation_id", o.CorrelationID, "remote", o.Remote, "identity", entry.Identity, "error", brief(o.Err)}
 	var m *policy.MismatchError
 	if errors.As(o.Err, &m) {
 		attrs = append(attrs, "profile", m.Profile, "mismatches", m.Mismatches)
 	}
-	s.log.Warn("attestation refused", attrs...)
+	log.Warn("attestation refused", attrs...)
 	if o.Peer == nil {
 		return // nobody in particular: the log must not grow at a stranger's will
 	}
-	entry.Result, entry.Class, entry.Detail = "refused", string(failure.EvidenceRefused), o.Err.Error()
+	entry.Result, entry.Class, entry.Detail = "refused", string(failure.EvidenceRefused), brief(o.Err)
 	if err := s.service.audit.Append(entry); err != nil {
 		s.log.Error("the audit log does not take entries", "error", err)
 	}
@@ -430,14 +447,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return nil
 	})
 	if s.web != nil {
-		web := &http.Server{Handler: s.metrics.handler(s.ready), ReadHeaderTimeout: 5 * time.Second, MaxHeaderBytes: 8 << 10}
-		group.Go(func() error {
-			if err := web.Serve(s.web); !errors.Is(err, http.ErrServerClosed) {
-				return err
-			}
-			return nil
-		})
-		group.Go(func() error { <-ctx.Done(); return web.Close() })
+		group.Go(func() error { return localweb.Serve(ctx, s.web, s.metrics.handler(s.ready)) })
 	}
 	group.Go(func() error { s.service.forget.loop(ctx); return nil })
 	if s.admin != nil {

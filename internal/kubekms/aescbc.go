@@ -11,10 +11,22 @@ import (
 )
 
 // legacyPrefix begins every ciphertext of the daemon of 2018: IV, then AES-CBC with
-// the padding of PKCS #7. Nothing authenticates it.
-const legacyPrefix = ":ck:aescbc:v1:"
+// the padding of PKCS #7. Nothing authenticates it. The daemon had another name later,
+// "citadel", and wrote the same behind laterPrefix.
+const (
+	legacyPrefix = ":ck:aescbc:v1:"
+	laterPrefix  = ":c5l:aescbc:v1:"
+)
 
-func isLegacy(blob []byte) bool { return bytes.HasPrefix(blob, []byte(legacyPrefix)) }
+func isLegacy(blob []byte) bool { _, ok := cutLegacy(blob); return ok }
+
+// cutLegacy returns what is behind either prefix.
+func cutLegacy(blob []byte) ([]byte, bool) {
+	if body, ok := bytes.CutPrefix(blob, []byte(legacyPrefix)); ok {
+		return body, true
+	}
+	return bytes.CutPrefix(blob, []byte(laterPrefix))
+}
 
 // sealLegacy returns prefix, IV and padded ciphertext.
 func (k *key) sealLegacy(plain []byte) ([]byte, error) {
@@ -42,7 +54,7 @@ func (k *key) sealLegacy(plain []byte) ([]byte, error) {
 // it, and a wrong key gives it with a probability of 2⁻¹²⁸. If none or several have
 // it, nobody can tell, and it is not guessed.
 func openLegacy(keys []*key, blob []byte) ([]byte, error) {
-	body, ok := bytes.CutPrefix(blob, []byte(legacyPrefix))
+	body, ok := cutLegacy(blob)
 	// At least the IV and one block, which holds at least the padding.
 	if !ok || len(body) < 2*aes.BlockSize || len(body)%aes.BlockSize != 0 {
 		return nil, ErrDecrypt

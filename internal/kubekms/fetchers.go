@@ -7,6 +7,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/shell"
 )
 
 // Fetcher gives one KEK, as the commands of kms/command do.
@@ -38,7 +39,11 @@ func (f fetchers) Fetch(ctx context.Context) (*Keys, error) {
 	}
 	k := &Keys{Current: keys[0], Old: keys[1:]}
 	if err := errors.Join(errs...); err != nil {
-		return nil, errors.Join(failure.New(failure.Unreachable, err, "the log has what it wrote to standard error"), k.Close())
+		hint := "the log has what it wrote to standard error"
+		if errors.Is(err, shell.ErrDeadline) {
+			hint = "let it take longer with --deadline, which must fit into a fifth of --timeout"
+		}
+		return nil, errors.Join(failure.New(failure.Unreachable, err, hint), k.Close())
 	}
 	return k, nil
 }

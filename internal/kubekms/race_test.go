@@ -46,9 +46,9 @@ func TestAPurgeRacesWithRequests(t *testing.T) {
 						}
 						var got []byte
 						if mode == AESGCM {
-							got, err = names[id].open(purposeV2, out)
+							got, err = names[kekOf(id)].open(purposeV2, out)
 						} else {
-							got, err = openLegacy([]*key{names[id]}, out)
+							got, err = openLegacy([]*key{names[kekOf(id)]}, out)
 						}
 						if err != nil || string(got) != plain {
 							t.Errorf("what was encrypted under %s does not open under it: %q, %v", id, got, err)

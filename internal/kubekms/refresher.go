@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -38,12 +39,30 @@ const (
 	Coast Outage = "coast" // use them for a stated time more, and say so
 )
 
+// KeepNone keeps no KEK that the source gives no more.
+const KeepNone = time.Duration(math.MinInt64)
+
+// Typed is what flags say, where zero is a word of its own and not the default.
+func Typed(o Options) (Options, error) {
+	switch {
+	case o.Timeout == 0:
+		return o, failure.Newf(failure.Usage, "", "a timeout of 0s is too short, the shortest is %s", MinTimeout)
+	case o.Observations == 0:
+		return o, failure.Newf(failure.Usage, "", "0 observations: allowed are 1 to %d", maxObservations)
+	case o.KeepOld < 0:
+		return o, failure.Newf(failure.Usage, "", "old KEKs cannot be kept for %s", o.KeepOld)
+	case o.KeepOld == 0:
+		o.KeepOld = KeepNone
+	}
+	return o, o.Check()
+}
+
 // Options configure a [Refresher]. The zero value of each is its default.
 type Options struct {
 	Mode         Mode          // default AESGCM
 	Timeout      time.Duration // how long a KEK is used without a refresh
 	Observations int           // of another KEK in a row, until it encrypts
-	KeepOld      time.Duration // how long a KEK decrypts that the source gives no more
+	KeepOld      time.Duration // how long a KEK decrypts that the source gives no more; or KeepNone
 	Outage       Outage        // default Fail
 	CoastFor     time.Duration // goes with Coast, which needs it
 	Log          *slog.Logger  // default none
@@ -75,7 +94,7 @@ func (o *Options) Check() error {
 		return failure.Newf(failure.Usage, "", "a timeout of %s is too short, the shortest is %s", o.Timeout, MinTimeout)
 	case o.Observations < 1 || o.Observations > maxObservations:
 		return failure.Newf(failure.Usage, "", "%d observations: allowed are 1 to %d", o.Observations, maxObservations)
-	case o.KeepOld < 0:
+	case o.KeepOld < 0 && o.KeepOld != KeepNone:
 		return failure.Newf(failure.Usage, "", "old KEKs cannot be kept for %s", o.KeepOld)
 	case o.Outage != Fail && o.Outage != Coast:
 		return failure.Newf(failure.Usage, "fail or coast", "unknown way %q to treat an outage", o.Outage)
@@ -119,7 +138,7 @@ func NewRefresher(ctx context.Context, source Source, opts Options) (*Refresher,
 	if err := opts.Check(); err != nil {
 		return nil, err
 	}
-	r := &Refresher{opts: opts, source: source, ring: newRing(opts.Mode, opts.Observations, opts.KeepOld),
+	r := &Refresher{opts: opts, source: source, ring: newRing(opts.Mode, opts.Observations, max(0, opts.KeepOld)),
 		results: make(chan result, 1), state: Starting}
 	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()

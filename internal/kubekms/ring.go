@@ -17,6 +17,7 @@ import (
 type snapshot struct {
 	state   State
 	current *key // encrypts; nil if there are no keys
+	keyID   string
 	keys    []*key
 	err     error // why there is none, or why the source does not answer
 }
@@ -34,6 +35,9 @@ type Ring struct {
 	current string // key_id
 	pending string // key_id that may become current
 	count   int    // observations of it in a row
+	kept    []kept // old KEKs, after a purge
+	last    string // key_id of the KEK that encrypted last
+	turns   map[string]int
 }
 
 type entry struct {
@@ -43,7 +47,7 @@ type entry struct {
 
 // newRing returns an empty ring.
 func newRing(mode Mode, observations int, keepOld time.Duration) *Ring {
-	r := &Ring{mode: mode, needed: observations, keepOld: keepOld, entries: map[string]*entry{}}
+	r := &Ring{mode: mode, needed: observations, keepOld: keepOld, entries: map[string]*entry{}, turns: map[string]int{}}
 	r.snapshot.Store(&snapshot{state: Starting, err: failure.Newf(failure.State, "", "nothing was fetched yet")})
 	return r
 }
@@ -84,8 +88,10 @@ func (r *Ring) accept(k *Keys, now time.Time) (promoted bool, err error) {
 		}
 		r.entries[one.id] = &entry{one, now}
 	}
+	r.turn(r.current)
+	restoreErr := r.restore(now)
 	for id, e := range r.entries {
-		if id != r.current && now.Sub(e.seen) >= r.keepOld {
+		if id != r.current && !e.seen.Equal(now) && now.Sub(e.seen) >= r.keepOld {
 			wipe = append(wipe, e.key)
 			delete(r.entries, id)
 		}
@@ -98,7 +104,7 @@ func (r *Ring) accept(k *Keys, now time.Time) (promoted bool, err error) {
 		r.publish(old.state, old.err)
 		err = failure.New(failure.State, ErrUnsettled, "every run of the source must give the same KEK")
 	}
-	return promoted, errors.Join(err, closeAll(wipe))
+	return promoted, errors.Join(err, restoreErr, closeAll(wipe))
 }
 
 // maxKeys bounds a ring: a source that changes its mind often must not fill memory,
@@ -139,6 +145,7 @@ func (r *Ring) mark(s State, err error) {
 func (r *Ring) purge(err error) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	keepErr := r.keep()
 	var wipe []*key
 	for _, e := range r.entries {
 		wipe = append(wipe, e.key)
@@ -146,7 +153,7 @@ func (r *Ring) purge(err error) error {
 	clear(r.entries)
 	r.current, r.pending, r.count = "", "", 0
 	r.publish(Purged, err)
-	return closeAll(wipe)
+	return errors.Join(keepErr, closeAll(wipe))
 }
 
 // publish makes the snapshot of what there is. The lock is held; keys are wiped only
@@ -154,7 +161,7 @@ func (r *Ring) purge(err error) error {
 func (r *Ring) publish(s State, err error) {
 	next := &snapshot{state: s, err: err}
 	if e, ok := r.entries[r.current]; ok {
-		next.current = e.key
+		next.current, next.keyID = e.key, r.keyID(r.current)
 		next.keys = append(next.keys, e.key)
 	}
 	for id, e := range r.entries {
@@ -221,7 +228,7 @@ func (r *Ring) encrypt(p purpose, plain []byte) (out []byte, keyID string, err e
 		return nil, "", failure.New(failure.Usage, fmt.Errorf("%w: %d bytes, allowed are %d", ErrTooLong, len(plain), limit-overhead), "")
 	}
 	err = r.with(func(s *snapshot) (err error) {
-		keyID = s.current.id
+		keyID = s.keyID
 		if r.mode == AESCBC {
 			out, err = s.current.sealLegacy(plain)
 		} else {
@@ -237,7 +244,8 @@ func (r *Ring) decrypt(p purpose, blob []byte, keyID string) (plain []byte, err 
 	err = r.with(func(s *snapshot) (err error) {
 		keys := s.keys
 		if keyID != "" {
-			i := slices.IndexFunc(keys, func(k *key) bool { return k.id == keyID })
+			name := kekOf(keyID)
+			i := slices.IndexFunc(keys, func(k *key) bool { return k.id == name })
 			if i < 0 {
 				return failure.New(failure.NotFound, ErrUnknownKey, "the source gives this KEK no more: see old KEKs in docs/kubernetes.md")
 			}
@@ -282,7 +290,7 @@ func (r *Ring) Health() Health {
 	s := r.snapshot.Load()
 	h := Health{State: s.state, Keys: len(s.keys), Err: s.err}
 	if s.current != nil {
-		h.KeyID = s.current.id
+		h.KeyID = s.keyID
 	} else {
 		h.Err = s.noKey()
 	}

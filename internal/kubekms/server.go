@@ -3,10 +3,8 @@ package kubekms
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"slices"
 	"time"
 
@@ -108,42 +106,6 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 				return nil
 			}
 		}
-	})
-	return group.Wait()
-}
-
-// ListenLoopback listens where metrics are served: nobody else's business, and so on
-// this machine alone.
-func ListenLoopback(address string) (net.Listener, error) {
-	host, _, err := net.SplitHostPort(address)
-	if err != nil {
-		return nil, failure.New(failure.Usage, fmt.Errorf("address of the metrics: %w", err), "127.0.0.1:PORT")
-	}
-	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
-		return nil, failure.Newf(failure.Usage, "127.0.0.1:PORT", "the address of the metrics, %q, is not of the loopback interface", address)
-	}
-	l, err := net.Listen("tcp", address)
-	return l, failure.New(failure.Configuration, err, "")
-}
-
-// ServeHTTP serves a handler until ctx ends.
-func ServeHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
-	s := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
-		defer cancel()
-		if err := s.Shutdown(ctx); err != nil {
-			return s.Close()
-		}
-		return nil
 	})
 	return group.Wait()
 }

@@ -351,14 +351,3 @@ func TestHealthIsTheStates(t *testing.T) {
 	}
 	t.Error("gRPC's health does not follow")
 }
-
-func TestMetricsAreForThisMachine(t *testing.T) {
-	for _, address := range []string{"0.0.0.0:0", ":0", "192.0.2.1:0", "localhost:0", "[::]:0", "127.0.0.1"} {
-		if l, err := ListenLoopback(address); failure.Of(err).Class != failure.Usage {
-			t.Errorf("%s: %v", address, err)
-			if err == nil {
-				l.Close()
-			}
-		}
-	}
-}

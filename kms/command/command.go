@@ -134,7 +134,7 @@ func (s *Source) decode(out *secret.Bytes) (kek *secret.Bytes, err error) {
 				text, newline = p, false
 			}
 			if !validLength(len(text)) {
-				return errLength
+				return fmt.Errorf("%w, but %d bytes", errLength, len(p))
 			}
 			if newline {
 				s.opts.Log.Info("the key command's output ends with a newline, which is not taken as part of the key")
@@ -157,7 +157,7 @@ func (s *Source) decode(out *secret.Bytes) (kek *secret.Bytes, err error) {
 			return fmt.Errorf("it printed no key in %s", s.opts.Encoding) // the decoder's error names bytes of it
 		}
 		if !validLength(n) {
-			return errLength
+			return fmt.Errorf("%w, but %d bytes", errLength, n)
 		}
 		kek, err = secret.New(n)
 		if err != nil {

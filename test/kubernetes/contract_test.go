@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -210,6 +211,9 @@ func TestTheDoctorRefusesWhatKubeAPIServerRefuses(t *testing.T) {
 		key("aesgcm", k16), key("aescbc", k32), key("secretbox", k32), key("secretbox", k16), key("aesgcm", "AAAA"), key("aesgcm", "'not base64'"), key("aesgcm", "''"),
 		head + "resources:\n- resources: [secrets]\n  providers:\n  - aesgcm: {keys: []}\n",
 		"apiVersion: v1\nkind: Pod\n", "",
+		strings.Replace(list("secrets"), head, "apiVersion: v1\nkind: EncryptionConfig\n", 1),
+		strings.Replace(list("secrets"), head, "apiVersion: v1\nkind: EncryptionConfiguration\n", 1),
+		strings.Replace(list("secrets"), head, "apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfig\n", 1),
 	} {
 		path := filepath.Join(folder(t), "e.yaml")
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {

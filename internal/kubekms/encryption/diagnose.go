@@ -36,6 +36,9 @@ func (f *findings) add(s Severity, where, format string, args ...any) {
 // Diagnose returns what is wrong, in the order of the file.
 func Diagnose(f *File) []Finding {
 	var out findings
+	if f.old() {
+		out.add(Advice, "apiVersion", "this is the head of 2018: write apiVersion: %s and kind: %s", apiVersion, kind)
+	}
 	if len(f.Resources) == 0 {
 		out.add(Refused, "resources", "there are none")
 	}

@@ -21,6 +21,9 @@ import (
 const (
 	apiVersion = "apiserver.config.k8s.io/v1"
 	kind       = "EncryptionConfiguration"
+	// What it was called in 2018, and kube-apiserver still takes.
+	oldAPIVersion = "v1"
+	oldKind       = "EncryptionConfig"
 )
 
 // The times of kube-apiserver (k8s.io/apiserver, encryptionconfig).
@@ -144,6 +147,9 @@ func Parse(name string, data []byte) (*File, error) {
 
 func (f *File) checked(doc *config.Document) (*File, error) {
 	f.doc = doc
+	if f.old() {
+		return f, nil
+	}
 	if f.APIVersion != apiVersion {
 		return nil, doc.Errorf([]any{"apiVersion"}, "it is %.64q, not %s", f.APIVersion, apiVersion)
 	}
@@ -152,6 +158,9 @@ func (f *File) checked(doc *config.Document) (*File, error) {
 	}
 	return f, nil
 }
+
+// old reports that the file has the head of 2018.
+func (f *File) old() bool { return f.APIVersion == oldAPIVersion && f.Kind == oldKind }
 
 // covers reports that a pattern of resources includes secrets.
 func covers(pattern string) bool {

@@ -42,6 +42,8 @@ func TestTheFileIsReadStrictly(t *testing.T) {
 		"an unknown field":   {head + "- resources: [secrets]\n  providers:\n  - kms: {name: a, endpont: unix:///s}\n", `line 6: unknown field "endpont"`},
 		"a duplicate field":  {head + "- resources: [secrets]\n  resources: [x]\n", "already defined"},
 		"another kind":       {"apiVersion: apiserver.config.k8s.io/v1\nkind: Pod\n", `kind: it is "Pod"`},
+		"half of another":    {"apiVersion: v1\nkind: EncryptionConfiguration\n", "line 1: apiVersion"},
+		"the other half":     {"apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfig\n", "kind: it is"},
 		"another version":    {"apiVersion: v1\nkind: EncryptionConfiguration\n", "line 1: apiVersion"},
 		"a second document":  {head + "---\n" + head, "more than one document"},
 		"nothing":            {"", "the file is empty"},
@@ -60,6 +62,7 @@ func TestWhatIsWrongIsNamed(t *testing.T) {
 	good := "apiVersion: v2, name: a, endpoint: 'unix:///run/k/s'"
 	for name, tt := range map[string]struct{ text, want string }{
 		"nothing":              {kms(good), ""},
+		"the head of 2018":     {"apiVersion: v1\nkind: EncryptionConfig\nresources:\n- resources: [secrets]\n  providers:\n  - kms: {" + good + "}\n", "advice apiVersion: this is the head of 2018"},
 		"no resources":         {"apiVersion: apiserver.config.k8s.io/v1\nkind: EncryptionConfiguration\n", "refused resources: there are none\n"},
 		"no list":              {head + "- providers: [{identity: {}}]\n", "refused resources[0].resources: the list is empty"},
 		"no providers":         {head + "- resources: [secrets]\n", "refused resources[0].providers: the list is empty\n"},
