@@ -33,12 +33,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	f := failure.Of(err)
-	fmt.Fprintf(stderr, "keyagent: %s: %v\n", f.Class, err)
+	text, hint := failure.Describe(err)
+	fmt.Fprintf(stderr, "keyagent: %s\n", text)
 	if f.CorrelationID != "" && !strings.Contains(err.Error(), f.CorrelationID) {
 		fmt.Fprintf(stderr, "correlation id: %s\n", f.CorrelationID)
 	}
-	if f.Hint != "" {
-		fmt.Fprintf(stderr, "hint: %s\n", f.Hint)
+	if hint != "" {
+		fmt.Fprintf(stderr, "hint: %s\n", hint)
 	}
 	return failure.ExitCode(f.Class)
 }

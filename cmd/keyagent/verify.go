@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -44,7 +45,11 @@ for them unless --fetch says so.`,
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		p, err := kinds.LoadPolicy(policyPath)
 		if err != nil {
-			return failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+			hint := "docs/configuration.md describes the file"
+			if errors.Is(err, fs.ErrNotExist) {
+				hint = "name the policy with --policy"
+			}
+			return failure.New(failure.Configuration, err, hint)
 		}
 		file, err := readEvidence(args[0])
 		if err != nil {
