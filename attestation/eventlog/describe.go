@@ -168,7 +168,10 @@ func imagePath(data []byte) string {
 	if c.short || size > uint64(len(c.rest)) {
 		return ""
 	}
-	return devicePath(c.take(int(size)))
+	if path := devicePath(c.take(int(size))); path != "" {
+		return path
+	}
+	return "from memory"
 }
 
 // describeSeparator tells the end of firmware's measurements from its failure: the

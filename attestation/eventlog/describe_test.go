@@ -81,6 +81,7 @@ func TestEventsReadAsAPersonWouldSayThem(t *testing.T) {
 		{"a tag that nobody knows", tcg.Event{Type: tcg.EventTag, Data: append(le32(7, 3), 1, 2, 3)}, "tagged event 0x7", ""},
 		{"a tag that is cut", tcg.Event{Type: tcg.EventTag, Data: le32(7, 3)}, "tagged event", ""},
 		{"a program", tcg.Event{Type: tcg.EFIBootServicesApplication, Data: load(file)}, "EFI application", `PciRoot(0x0)/Pci(0x2,0x1)/\EFI\BOOT\BOOTX64.EFI`},
+		{"a program that shim verified for GRUB", tcg.Event{Type: tcg.EFIBootServicesApplication, Data: load(nil)}, "EFI application", "from memory"},
 		{"a driver in the firmware", tcg.Event{Type: tcg.EFIBootServicesDriver, Data: load(rom)}, "EFI driver", "Fv(00000000-0000-0000-0000-000000000000)/FvFile(ABABABAB-ABAB-ABAB-ABAB-ABABABABABAB)"},
 		{"a driver in an option ROM", tcg.Event{Type: tcg.EFIBootServicesDriver, Data: load(append(file[:18:18], node(4, 8, append(make([]byte, 4), le64(0x10, 0x1f)...)...)...))}, "EFI driver", "PciRoot(0x0)/Pci(0x2,0x1)/Offset(0x10,0x1F)"},
 		{"a boot entry", tcg.Event{Type: tcg.EFIVariableBoot, Data: variable("Boot0001", option("debian", file))}, "EFI variable Boot0001", `"debian" at PciRoot(0x0)/Pci(0x2,0x1)/\EFI\BOOT\BOOTX64.EFI`},

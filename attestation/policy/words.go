@@ -6,7 +6,9 @@ import (
 )
 
 // isCommandLine reports whether an event's text is made of words that count.
-func (d EventDiff) isCommandLine() bool { return strings.Contains(d.Name, "command line") }
+func (d EventDiff) isCommandLine() bool {
+	return strings.Contains(d.Name, "command line") || d.Name == "GRUB command"
+}
 
 // Words returns the words of the expected text that the machine's has not, and
 // those that only the machine's has, each in its order. Without a text on both
