@@ -2,6 +2,7 @@ package atls
 
 import (
 	"errors"
+	"io"
 	"testing"
 	"time"
 
@@ -124,3 +125,56 @@ type talkative struct{}
 
 func (talkative) Error() string      { return "refused" }
 func (talkative) PeerDetail() string { return string(make([]byte, 1<<20)) }
+
+// Case 82: the service's hardware signs for nobody who has not done a TLS handshake
+// with the key that is in the evidence, and asked.
+func TestHardwareSignsForNobodyWhoDidNotAsk(t *testing.T) {
+	open := openFrame(protocolVersion, true)
+	wants := openFrame(protocolVersion, true)
+	wants.GetOpen().WantsEvidence = true
+	challenge := func(nonce int) *attestv1.Frame {
+		return &attestv1.Frame{Body: &attestv1.Frame_Challenge{Challenge: &attestv1.Challenge{
+			Nonce: make([]byte, nonce), Asks: []*attestv1.Item{{Kind: "fake"}},
+		}}}
+	}
+	for name, tt := range map[string]struct {
+		tls           bool
+		frames        []*attestv1.Frame
+		begun, signed int
+	}{
+		"no TLS":                     {false, nil, 0, 0},
+		"TLS alone":                  {true, nil, 0, 0},
+		"no wish for evidence":       {true, []*attestv1.Frame{open}, 0, 0},
+		"a wish, and no challenge":   {true, []*attestv1.Frame{wants}, 1, 0},
+		"a challenge without a wish": {true, []*attestv1.Frame{challenge(nonceSize)}, 0, 0},
+		"a challenge of no use":      {true, []*attestv1.Frame{wants, challenge(nonceSize - 1)}, 1, 0},
+		"a challenge":                {true, []*attestv1.Frame{wants, challenge(nonceSize)}, 1, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t).mutual()
+			service := w.server.Issuers[0].(*machine)
+			c, result := w.rawTLS(t, nil)
+			if tt.tls {
+				if err := c.HandshakeContext(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				for _, f := range tt.frames {
+					if err := (byteFrames{rw: c}).Send(f); err != nil {
+						t.Fatal(err)
+					}
+				}
+				go io.Copy(io.Discard, c)
+				_ = c.CloseWrite()
+			} else {
+				_ = c.NetConn().Close()
+			}
+			if got := <-result; got.err == nil {
+				t.Error("the stranger was accepted")
+			}
+			if service.begun != tt.begun || service.signed != tt.signed || service.open != 0 {
+				t.Errorf("begun %d times, signed %d times, %d left open", service.begun, service.signed, service.open)
+			}
+			c.Close()
+		})
+	}
+}

@@ -58,12 +58,14 @@ type machine struct {
 	kind            attestation.Kind
 	identity, epoch string
 	open            int // attempts that were not closed
+	begun, signed   int
 }
 
 func (m *machine) Kind() attestation.Kind { return m.kind }
 
 func (m *machine) Begin(context.Context) (attestation.Attempt, error) {
 	m.open++
+	m.begun++
 	return &fakeAttempt{m}, nil
 }
 
@@ -73,6 +75,7 @@ func (a *fakeAttempt) Offer() []byte { return []byte(a.m.identity) }
 func (a *fakeAttempt) Close() error  { a.m.open--; return nil }
 
 func (a *fakeAttempt) Evidence(_ context.Context, ask []byte, b attestation.Binder) ([]byte, error) {
+	a.m.signed++
 	e := fakeEvidence{Identity: a.m.identity, Epoch: a.m.epoch, Ask: ask, Binder: b[:]}
 	e.Signed = e.signature()
 	return json.Marshal(e)

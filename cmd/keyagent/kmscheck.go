@@ -104,7 +104,7 @@ func (r *checkReport) check(ctx context.Context, uri string) error {
 }
 
 func (r *checkReport) checkKMS(ctx context.Context, backend, uri string) error {
-	// A UUID, which is the only kind of ID that derivation=constellation has.
+	// An ID that no volume has.
 	b := kms.Binding{VolumeID: "c0ffee00-0000-4000-8000-000000000001", Purpose: kms.VolumeDEK, Version: 1, Length: 32}
 	var k setup.Keys
 	var key *secret.Bytes

@@ -17,8 +17,6 @@ import (
 	"fmt"
 	"io/fs"
 
-	"github.com/google/uuid"
-
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
@@ -28,8 +26,10 @@ import (
 const (
 	schemeDerived = "hkdf-sha256"
 	schemeWrapped = "aes-256-gcm"
-	// schemeConstellation derives as Constellation's cluster KMS did.
+	// schemeConstellation derives as Constellation's key service did, and schemeLibrary
+	// as the library below it.
 	schemeConstellation = "constellation-hkdf-sha256"
+	schemeLibrary       = "constellation-library-hkdf-sha256"
 )
 
 // Domains of the info that HKDF receives.
@@ -52,19 +52,34 @@ type Options struct {
 	MasterSecret *secret.Bytes
 	// Salt of HKDF. It is not secret. Default none.
 	Salt []byte
-	// Constellation makes volume keys the way that Constellation's cluster KMS
-	// made them, for disks that come from there: the volume's ID must be its
-	// LUKS UUID, and there is one version of its key.
-	Constellation bool
+	// Derivation is how volume keys are made. Default [Own].
+	Derivation Derivation
 }
+
+// Derivation is how volume keys are made of the master secret.
+type Derivation string
+
+// The derivations. Those of Constellation are for what comes from there: the name of
+// a key is its ID as it stands, and there is one version of it.
+const (
+	Own Derivation = ""
+	// Constellation is that of its key service: a LUKS UUID in lower case is the name
+	// of a volume's key, "s3proxy-kek" and "measurementSecret" are others.
+	Constellation Derivation = "constellation"
+	// ConstellationLibrary is that of its Go library, which puts nothing before a name.
+	ConstellationLibrary Derivation = "constellation-library"
+)
+
+// scheme of the keys that a derivation makes.
+var schemes = map[Derivation]string{Own: schemeDerived, Constellation: schemeConstellation, ConstellationLibrary: schemeLibrary}
 
 // KMS derives keys from a master secret. Close wipes it.
 type KMS struct {
 	// prk is what HKDF-Extract makes of the master secret and the salt. Nothing
 	// else is needed of them.
-	prk           *secret.Bytes
-	id            string
-	constellation bool
+	prk        *secret.Bytes
+	id         string
+	derivation Derivation
 }
 
 var (
@@ -77,11 +92,14 @@ func New(opts Options) (*KMS, error) {
 	if opts.MasterSecret == nil || opts.MasterSecret.Len() < MinMasterSecret || opts.MasterSecret.Len() > MaxMasterSecret {
 		return nil, fmt.Errorf("master secret must have %d to %d bytes", MinMasterSecret, MaxMasterSecret)
 	}
+	if _, ok := schemes[opts.Derivation]; !ok {
+		return nil, fmt.Errorf("unknown derivation %q", opts.Derivation)
+	}
 	prk, err := extract(opts.MasterSecret, opts.Salt)
 	if err != nil {
 		return nil, err
 	}
-	k := &KMS{prk: prk, constellation: opts.Constellation}
+	k := &KMS{prk: prk, derivation: opts.Derivation}
 	id, err := k.derive([]byte(domainID), 8)
 	if err != nil {
 		return nil, errors.Join(err, prk.Close())
@@ -146,8 +164,8 @@ func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.W
 		return nil, kms.Wrapped{}, err
 	}
 	w := kms.Wrapped{Scheme: schemeDerived, KEK: k.id}
-	if k.constellation && b.Purpose == kms.VolumeDEK {
-		w.Scheme = schemeConstellation
+	if b.Purpose == kms.VolumeDEK {
+		w.Scheme = schemes[k.derivation]
 	}
 	key, err := k.derived(b, w.Scheme)
 	if err != nil {
@@ -160,12 +178,15 @@ func (k *KMS) derived(b kms.Binding, scheme string) (*secret.Bytes, error) {
 	if scheme == schemeDerived {
 		return k.derive(b.Encode(domainDerive), b.Length)
 	}
-	id, err := uuid.Parse(b.VolumeID)
-	// In its one spelling: two volume IDs must never have one key.
-	if err != nil || b.VolumeID != id.String() || b.Version != 1 {
-		return nil, fmt.Errorf("%w: a key as Constellation made it is of a LUKS UUID in lower case, version 1", kms.ErrBinding)
+	if b.Version != 1 {
+		return nil, fmt.Errorf("%w: a key as Constellation made it has version 1 alone", kms.ErrBinding)
 	}
-	return k.derive([]byte("key-"+id.String()), b.Length)
+	// The ID as it is: two of them never have one key.
+	info := b.VolumeID
+	if scheme == schemeConstellation {
+		info = "key-" + info
+	}
+	return k.derive([]byte(info), b.Length)
 }
 
 // Wrap implements kms.KMS.
@@ -191,11 +212,11 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret
 		return nil, fmt.Errorf("%w: it was created under %q, here is %q", kms.ErrKEKVersion, w.KEK, k.id)
 	}
 	switch w.Scheme {
-	case schemeDerived, schemeConstellation:
+	case schemeDerived, schemeConstellation, schemeLibrary:
 		if len(w.Blob) != 0 {
 			return nil, fmt.Errorf("%w: a derived key has no blob", kms.ErrWrongKey)
 		}
-		if w.Scheme == schemeConstellation && (!k.constellation || b.Purpose != kms.VolumeDEK) {
+		if w.Scheme != schemeDerived && (w.Scheme != schemes[k.derivation] || b.Purpose != kms.VolumeDEK) {
 			return nil, fmt.Errorf("%w: it is derived as Constellation did, which is not enabled", kms.ErrWrongKey)
 		}
 		return k.derived(b, w.Scheme)

@@ -174,7 +174,7 @@ func TestConstellationsKeysComeBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		k, err := New(Options{MasterSecret: master, Salt: []byte(tt.salt), Constellation: true})
+		k, err := New(Options{MasterSecret: master, Salt: []byte(tt.salt), Derivation: Constellation})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -196,11 +196,8 @@ func TestConstellationsKeysComeBack(t *testing.T) {
 			t.Errorf("without the option: %v", err)
 		}
 		for name, change := range map[string]func(*kms.Binding){
-			"a name instead of a UUID": func(b *kms.Binding) { b.VolumeID = "data-1" },
-			// Two volume IDs never have one key (case 31).
-			"another spelling": func(b *kms.Binding) { b.VolumeID = strings.ToUpper(b.VolumeID) },
-			"without dashes":   func(b *kms.Binding) { b.VolumeID = strings.ReplaceAll(b.VolumeID, "-", "") },
-			"another version":  func(b *kms.Binding) { b.Version = 2 },
+			"another version":     func(b *kms.Binding) { b.Version = 2 },
+			"a name with a slash": func(b *kms.Binding) { b.VolumeID = "a/b" },
 		} {
 			bad := b
 			change(&bad)
@@ -208,5 +205,25 @@ func TestConstellationsKeysComeBack(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
+		// Two volume IDs never have one key (case 31).
+		for _, other := range []string{strings.ToUpper(id), strings.ReplaceAll(id, "-", ""), "data-1"} {
+			b.VolumeID = other
+			another, _, err := k.Generate(t.Context(), b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if another.Equal(key) {
+				t.Errorf("%q has the key of %q", other, id)
+			}
+			another.Close()
+		}
+	}
+	master, err := secret.From([]byte(testMaster))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	if _, err := New(Options{MasterSecret: master, Derivation: "another"}); err == nil {
+		t.Error("an unknown derivation is accepted")
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
@@ -31,24 +32,28 @@ func MasterSecretFile(uri string) (string, error) {
 
 func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 	sources := map[string]string{}
-	for _, name := range []string{"file", "credential", "key", "constellationFile"} {
+	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile"} {
 		if v := u.Optional(name); v != "" {
 			sources[name] = v
 		}
 	}
-	saltText, saltFile, derivation := u.Optional("salt"), u.Optional("saltFile"), u.Optional("derivation")
+	saltText, saltFile, noSalt := u.Optional("salt"), u.Optional("saltFile"), u.Optional("noSalt")
+	derivation := cluster.Derivation(u.Optional("derivation"))
+	known := []cluster.Derivation{cluster.Own, cluster.Constellation, cluster.ConstellationLibrary}
 	if err := u.Done(); err != nil {
 		return nil, err
 	}
 	switch {
 	case len(sources) != 1:
-		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\" and \"key\"", kms.ErrURI)
-	case derivation != "" && derivation != "constellation":
-		return nil, fmt.Errorf("%w: the parameter \"derivation\" is constellation, or left out", kms.ErrURI)
+		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+	case !slices.Contains(known, derivation):
+		return nil, fmt.Errorf("%w: the parameter \"derivation\" is constellation, constellation-library, or left out", kms.ErrURI)
+	case noSalt != "" && (noSalt != "true" || saltText+saltFile != ""):
+		return nil, fmt.Errorf("%w: the parameter \"noSalt\" is true, and there is no salt beside it", kms.ErrURI)
 	case saltText != "" && saltFile != "", sources["constellationFile"] != "" && saltText+saltFile != "":
 		return nil, fmt.Errorf("%w: kms://cluster-kms takes its salt from one place", kms.ErrURI)
 	}
-	opts := cluster.Options{Constellation: derivation != ""}
+	opts := cluster.Options{Derivation: derivation}
 	var err error
 	if saltText != "" {
 		if opts.Salt, err = unbase64([]byte(saltText)); err != nil {
@@ -67,6 +72,10 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 		opts.MasterSecret, err = cluster.LoadCredential(sources["credential"])
 	case sources["key"] != "":
 		opts.MasterSecret, err = masterFromText(sources["key"])
+	case sources["keyFile"] != "":
+		opts.MasterSecret, err = masterInBase64(config.ReadSecretFile(sources["keyFile"], maxBase64))
+	case sources["keyCredential"] != "":
+		opts.MasterSecret, err = masterInBase64(config.ReadCredential(sources["keyCredential"], maxBase64))
 	default:
 		opts.MasterSecret, opts.Salt, err = masterOfConstellation(sources["constellationFile"])
 	}
@@ -74,7 +83,52 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 		return nil, err
 	}
 	defer opts.MasterSecret.Close()
+	if derivation != cluster.Own {
+		if err := fitsConstellation(opts, noSalt != "", sources["file"]+sources["credential"] != ""); err != nil {
+			return nil, err
+		}
+	}
 	return cluster.New(opts)
+}
+
+// fitsConstellation refuses what Constellation could not have had, and what would
+// silently give other keys than it had.
+func fitsConstellation(opts cluster.Options, noSalt, raw bool) error {
+	if len(opts.Salt) == 0 && !noSalt {
+		return fmt.Errorf("%w: there is no salt, and Constellation always had one (hint: salt, saltFile or constellationFile; noSalt=true for keys that were derived here without one)", kms.ErrURI)
+	}
+	if !raw {
+		return nil
+	}
+	return opts.MasterSecret.Use(func(b []byte) error {
+		text := bytes.TrimSpace(b)
+		if decoded, err := base64.StdEncoding.Strict().DecodeString(string(text)); err == nil && len(decoded) >= cluster.MinMasterSecret && bytes.HasSuffix(text, []byte("=")) {
+			secret.Wipe(decoded)
+			return fmt.Errorf("%w: the file holds base64, and \"file\" and \"credential\" are for raw bytes: another secret would be used (hint: keyFile, or keyCredential)", kms.ErrURI)
+		}
+		return nil
+	})
+}
+
+// maxBase64 bounds a master secret in base64, with the line's end.
+const maxBase64 = cluster.MaxMasterSecret*4/3 + 8
+
+// masterInBase64 reads what the parameter "key" would have, from elsewhere.
+func masterInBase64(text *secret.Bytes, err error) (*secret.Bytes, error) {
+	if err != nil {
+		return nil, fmt.Errorf("master secret: %w", err)
+	}
+	defer text.Close()
+	var master *secret.Bytes
+	err = text.Use(func(b []byte) (err error) {
+		raw, err := unbase64(bytes.TrimRight(b, "\r\n"))
+		if err != nil || len(raw) == 0 {
+			return errors.New("master secret: it is not base64") // the decoder's own error names bytes of it
+		}
+		master, err = secret.From(raw)
+		return err
+	})
+	return master, err
 }
 
 func masterFromText(text string) (*secret.Bytes, error) {

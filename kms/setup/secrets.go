@@ -88,7 +88,7 @@ func HoldsSecret(uri string) (name, instead string) {
 	}
 	if u.Scheme == "kms" && u.Name == "cluster-kms" {
 		if u.Optional("key") != "" {
-			return "key", "file"
+			return "key", "keyFile" // "file" is for raw bytes
 		}
 		return "", ""
 	}
