@@ -61,7 +61,7 @@ func Current(ctx context.Context, k KMS) (string, error) {
 	return n.Current(ctx)
 }
 
-// PublicWrapper is implemented by backends whose KEK has a public half: whoever
+// PublicWrapper is implemented by backends whose KEK has a public half: anyone who
 // knows it can wrap a key of their own choice. Only a MAC, under a key that was
 // not taken from the same storage on trust, tells such a key from ours.
 type PublicWrapper interface {

@@ -270,7 +270,7 @@ func (c *Channel) verify(ctx context.Context, fr Frames) error {
 		c.peer.refused = true
 		c.mu.Unlock()
 	}
-	// First here and then to the peer: whoever asks for a correlation ID finds it.
+	// First here and then to the peer: anyone who asks for a correlation ID finds it.
 	if c.observe != nil {
 		c.observe(Outcome{CorrelationID: id, Remote: c.remote, Peer: state.verified, Dropped: state.dropped, Err: err, Ended: err != nil && isTransport(err)})
 	}

@@ -160,7 +160,7 @@ func lifted(c *Conn, err error) (*Conn, error) {
 }
 
 // serve is Server. The deadline stays: the peer has attested itself, and may still
-// never say a word. Whoever reads the first one lifts it.
+// never say a word. The reader of the first one lifts it.
 func serve(ctx context.Context, conn net.Conn, cfg *ServerConfig) (*Conn, error) {
 	tlsConfig, local, err := serverTLS(cfg)
 	if err != nil {

@@ -14,7 +14,7 @@
 //
 // The hardware's report is as old as the boot and covers no binder. It proves that
 // the attestation key is in a vTPM that this HCL keeps; the quote proves the rest.
-// Which HCL it is, the measurement of the report says: whoever leaves it out of the
+// Which HCL it is, the measurement of the report says: a policy that leaves it out of the
 // policy trusts any machine that makes such a report, Azure's or not. Claims are
 // therefore of three kinds, and those of hardware and vTPM say Via.
 //

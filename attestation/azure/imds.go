@@ -20,7 +20,7 @@ const maxAnswer = 128 << 10
 
 // imds asks the instance metadata service, which only the host can reach: for
 // AMD's certificate of the chip, and for a quote of a TD report. What it says is
-// signed by AMD or Intel, and verified by whoever gets the evidence.
+// signed by AMD or Intel, and verified by the verifier of the evidence.
 type imds struct {
 	base   string
 	client *http.Client

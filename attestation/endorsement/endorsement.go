@@ -3,7 +3,7 @@
 //
 // A verifier that must ask a vendor at each boot has that vendor's outage. So the
 // agent carries endorsements in its evidence, from where its platform keeps them,
-// and a verifier asks only for what was not carried. Whoever asks does so through
+// and a verifier asks only for what was not carried. Requests go through
 // the layers of this package:
 //
 //	[HTTP]   one request: bounded in size and time, strict about the host

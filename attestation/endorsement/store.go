@@ -26,7 +26,7 @@ import (
 //	body, chain
 //	SHA-256 of all of the above, which finds damage and proves nothing
 //
-// Whoever can write here can make documents stale or missing, and nothing else:
+// Someone who can write here can make documents stale or missing, and nothing else:
 // what is read is verified by those who use it.
 const (
 	magic     = "KAENDOR1"

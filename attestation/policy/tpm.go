@@ -61,7 +61,7 @@ func (t *TPMProfile) Check(c *Checker, pr *Profile, at Path) {
 	c.checkPCRs(t.PCRs, sha256.Size, at.To("pcrs"))
 }
 
-// checkGCE demands that whoever trusts Google's vTPMs says whose.
+// checkGCE demands that a profile that trusts Google's vTPMs says whose.
 func (t *TPMProfile) checkGCE(c *Checker, at Path) {
 	rented := slices.ContainsFunc(c.trust.TPM().AKRoots, func(r Root) bool {
 		return r.google() && slices.Contains(t.Trust, "ak-root:"+r.Name)

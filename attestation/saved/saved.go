@@ -3,7 +3,7 @@
 // without a network.
 //
 // A file holds its own challenge and therefore proves no freshness. It shows what
-// the machine would prove, and that it did so to whoever trusts how the file came
+// the machine would prove, and that it did so to anyone who trusts how the file came
 // about.
 package saved
 

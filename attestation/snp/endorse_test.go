@@ -214,7 +214,7 @@ func TestAnOldReportMustCarryItsCertificate(t *testing.T) {
 }
 
 // Evidence that was saved, or comes from a machine that has not asked for long,
-// carries a list that has ended. Whoever has the current one uses it.
+// carries a list that has ended. Anyone who has the current one uses it.
 func TestAListThatHasEndedIsAskedForAnew(t *testing.T) {
 	chip := newChip(t, "Milan")
 	kds := amd.NewKDS(chip)

@@ -6,7 +6,7 @@
 // One report whose data is the connection's binder, all 64 bytes of it, the
 // certificate of the key that signed it (VCEK, of one chip and one TCB, or VLEK,
 // of one cloud provider), and AMD's revocation list. Certificate and list come
-// from the machine's host or from AMD; whoever brings them, they are verified.
+// from the machine's host or from AMD; no matter who brings them, they are verified.
 //
 // # What the verifier never does
 //

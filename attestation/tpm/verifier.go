@@ -105,7 +105,7 @@ func (v *Verifier) Begin(_ context.Context, offer []byte) (attestation.Question,
 	return q, err
 }
 
-// newQuestion asks a TPM that has an EK, whoever vouches for that.
+// newQuestion asks a TPM that has an EK, no matter who vouches for that.
 func newQuestion(o offer, pcrs []uint32) (*question, error) {
 	q := &question{ak: o.ak, pcrs: pcrs, credential: make([]byte, credentialSize)}
 	rand.Read(q.credential)

@@ -63,7 +63,7 @@ func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
 	return hw, nil
 }
 
-// nameEK checks what an EK must be, whoever vouches for it.
+// nameEK checks what an EK must be, no matter who vouches for it.
 func nameEK(o offer) (hardware, error) {
 	a := o.ek.ObjectAttributes
 	if !a.FixedTPM || !a.FixedParent || !a.Restricted || !a.Decrypt || a.SignEncrypt {

@@ -84,7 +84,7 @@ question that the machine asked itself.
 
 Without --evidence the strongest kinds that the machine has are used, and the
 output says which and why. With --with-endorsements the vendors' certificates,
-revocation lists and TCB levels are put into the evidence, so that whoever
+revocation lists and TCB levels are put into the evidence, so that anyone who
 verifies it has to ask nobody.`,
 		Example: `  keyagent evidence
   keyagent evidence --file evidence.json --with-endorsements

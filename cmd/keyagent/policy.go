@@ -89,7 +89,7 @@ func (s policySummary) print(w io.Writer) {
 		fmt.Fprintln(w)
 	}
 	for _, p := range s.AnyTPM {
-		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; whoever has one to himself can imitate a machine (docs/LIMITATIONS.md)\n", p)
+		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; anyone with such a TPM of their own can imitate a machine (docs/LIMITATIONS.md)\n", p)
 	}
 	for _, a := range s.Allowed {
 		fmt.Fprintf(w, "NOTE: %s\n", a)

@@ -67,7 +67,7 @@ type Volumes struct {
 }
 
 // entry is what is known of one volume. Its fields are guarded by Volumes.mu,
-// and changed by whoever has its turn.
+// and changed by the holder of its turn.
 type entry struct {
 	turn chan struct{}
 

@@ -231,7 +231,7 @@ type public struct{ kms.KMS }
 func (public) Public() bool                                  { return true }
 func (p public) Current(ctx context.Context) (string, error) { return kms.Current(ctx, p.KMS) }
 
-// Case 41: under a public KEK, whoever writes the storage exchanges the MAC key
+// Case 41: under a public KEK, anyone who writes the storage exchanges the MAC key
 // and every record with it.
 func TestAPlantedMACKeyIsRefused(t *testing.T) {
 	k, s := public{clusterKMS(t, oldMaster)}, memfs.New()

@@ -253,7 +253,7 @@ func TestAnEventLogThatIsTooLargeIsRefusedCheaply(t *testing.T) {
 			t.Errorf("%d bytes are accepted", size)
 		}
 	}
-	// The issuer above is the honest one, which sends no such log. Whoever sends
+	// The issuer above is the honest one, which sends no such log. Anyone who sends
 	// the bytes anyway is cut off at the frame.
 	c, err := w.encrypted()
 	if err != nil {

@@ -192,7 +192,7 @@ type ask struct {
 	readOnly bool
 }
 
-// decide authorises a request, runs act, and records a refusal, whoever refused.
+// decide authorises a request, runs act, and records a refusal, no matter who refused.
 // act itself appends the entry of what it allows, at the moment that it chooses.
 func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) error {
 	select {

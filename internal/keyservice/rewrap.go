@@ -33,7 +33,7 @@ func rewrap(ctx context.Context, k kms.KMS, records *macstore.Store, now func() 
 		})
 		sum = sum.Plus(p)
 		refused = errors.Join(refused, err)
-		// An object that is no record of ours opens under no KEK: whoever writes
+		// An object that is no record of ours opens under no KEK: anyone who writes
 		// the storage must not hold up a change of the KEK by leaving one there.
 		if errors.Is(err, macstore.ErrIncomplete) {
 			return sum, forOperator(refused)

@@ -489,7 +489,7 @@ func (s *Server) close() error {
 	return err
 }
 
-// ignoreClosed lets a listener be closed by whoever comes first.
+// ignoreClosed lets a listener be closed twice.
 type ignoreClosed struct{ io.Closer }
 
 func (c ignoreClosed) Close() error {

@@ -69,7 +69,7 @@ func NewTransferIdentity() (identity *secret.Bytes, recipient []byte, err error)
 	return identity, recipient, err
 }
 
-// RecipientDigest names a recipient, by its SHA-256: whoever exchanges it on its way
+// RecipientDigest names a recipient, by its SHA-256: anyone who exchanges it on its way
 // gets every key.
 func RecipientDigest(recipient []byte) string {
 	sum := sha256.Sum256(recipient)

@@ -26,7 +26,7 @@ const (
 	expired   event = "the time is over for which the KEKs may be used"
 )
 
-// transitions is the machine. What is not in it leaves a state as it is. Whoever
+// transitions is the machine. What is not in it leaves a state as it is. Anyone who
 // enters Purged wipes the KEKs.
 var transitions = map[State]map[event]State{
 	Starting: {succeeded: Serving},

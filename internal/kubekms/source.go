@@ -12,7 +12,7 @@ import (
 type Source interface {
 	// Fetch returns the KEKs of this moment, or an error with a class of
 	// internal/failure. It is never called twice at a time, and returns soon after
-	// ctx ends. Whoever gets the keys closes them.
+	// ctx ends. The caller closes the keys.
 	Fetch(ctx context.Context) (*Keys, error)
 }
 

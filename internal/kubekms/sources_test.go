@@ -108,7 +108,7 @@ func TestAFileOfWrappedKEKsIsMadeRotatedAndShortened(t *testing.T) {
 	}
 }
 
-// TestAWrappedKEKOpensForItsVersionAlone: whoever writes the file cannot make an old
+// TestAWrappedKEKOpensForItsVersionAlone: anyone who writes the file cannot make an old
 // KEK the new one by another number.
 func TestAWrappedKEKOpensForItsVersionAlone(t *testing.T) {
 	k := &local{kek: secretOf(t, kekA)}

@@ -1,4 +1,4 @@
-// Package macstore keeps authenticated records in storage: whoever can write the
+// Package macstore keeps authenticated records in storage: anyone who can write the
 // storage can lose or repeat a record, but not change one, make one, or move one
 // to another name.
 //
@@ -211,7 +211,7 @@ func keyID(key *secret.Bytes) (id string, err error) {
 
 // CheckKey compares the MAC key with the one that is known: the ID that was kept
 // elsewhere, or "". Under a KEK with a public half (see [kms.PublicWrapper])
-// whoever writes the storage can exchange the MAC key with all records, so there a
+// anyone who writes the storage can exchange the MAC key with all records, so there a
 // key of which nothing is known is refused, unless this Open created it.
 func (m *Store) CheckKey(k kms.KMS, known string) error {
 	id, err := m.KeyID()

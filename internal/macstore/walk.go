@@ -42,7 +42,7 @@ const maxFailures = 20
 const parallel = 8
 
 // Walk looks at every record of a collection, changes those whose keys f changes, and
-// goes on behind those that fail. Whoever changes a record in the meantime wins,
+// goes on behind those that fail. Anyone who changes a record in the meantime wins,
 // and the record is looked at again. It ends early if ctx ends, or the KMS or
 // storage does not work: walking again carries on, since what was changed needs
 // no second change. The error says so by [ErrIncomplete]. report, if not nil, is called after each record, never twice

@@ -136,7 +136,7 @@ func (r *Record) Take(c *Caller, t Terms, id string, ends, now time.Time) error 
 	}
 	r.Lease = next
 	if r.State == Formatted && (old == nil || next.ID != old.ID) {
-		// Whoever began must not confirm any more, also if it is a copy of the caller.
+		// The node that began must not confirm any more, also if it is a copy of the caller.
 		r.Attempt = &Attempt{ID: id, Holder: c.Holder, Channel: c.Channel}
 	}
 	return nil

@@ -43,7 +43,7 @@ func (r *Record) NextKey() kms.Binding {
 	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: DEKLength}
 }
 
-// End takes the volume from whoever holds it. The holder learns of it when it renews.
+// End takes the volume from its holder, which learns of it when it renews.
 // It reports whether there was one.
 func (r *Record) End() (Holder, bool) {
 	switch {

@@ -31,7 +31,7 @@ func activeRecord() *Record {
 	}
 }
 
-// Whoever has the MAC key still writes only what means something.
+// Anyone who has the MAC key still writes only what means something.
 func TestARecordIsReadStrictly(t *testing.T) {
 	good, err := json.Marshal(activeRecord())
 	if err != nil {

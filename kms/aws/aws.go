@@ -10,7 +10,7 @@
 //	version  of the DEK, decimal
 //	length   of the DEK in bytes, decimal
 //
-// Whoever can write the storage must not choose the key. A wrapped key therefore
+// Anyone who can write the storage must not choose the key. A wrapped key therefore
 // opens only under [Options].Key or one of Options.OldKeys, and the call names
 // that key; the service is never left to find it in the ciphertext. A
 // multi-Region key is the same key in each of its Regions, and has one name in

@@ -6,12 +6,12 @@
 // of 32 bytes, and it is the content key that the vault wraps: by RSA-OAEP-256
 // under an RSA key, by A256KW under a symmetric key of a managed HSM.
 //
-// Under an RSA key, anybody can wrap: its public half is no secret, and whoever
+// Under an RSA key, anybody can wrap: its public half is no secret, and anyone who
 // can write the storage can plant a DEK of their own choice. Nothing in this
 // package can notice that. It is why the key service authenticates its records by
 // a MAC.
 //
-// Whoever can write the storage must not choose the key either. A wrapped key
+// Anyone who can write the storage must not choose the key either. A wrapped key
 // opens only by the configured key of the configured vault, by the version that
 // Wrapped.KEK names.
 //

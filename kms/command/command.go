@@ -254,7 +254,7 @@ func (k *KMS) use(ctx context.Context, want string, f func(kek *secret.Bytes, id
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	// Whoever had the turn before may have fetched what is wanted here.
+	// Anyone who had the turn before may have fetched what is wanted here.
 	if err := k.useCached(ctx, want, f); !errors.Is(err, errStale) {
 		return err
 	}

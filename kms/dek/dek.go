@@ -4,7 +4,7 @@
 // A key is made at the first call for its volume, and the same one comes back at
 // each later call, from any number of processes over the same storage. A KMS that
 // derives keys needs no storage. One that wraps them does: the wrapped key lies in
-// an object of its own, authenticated by a MAC, so that whoever can write the
+// an object of its own, authenticated by a MAC, so that anyone who can write the
 // storage can lose it but not exchange it. docs/spec/volume-record.md specifies
 // the object.
 //

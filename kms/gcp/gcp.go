@@ -5,7 +5,7 @@
 // along in both directions and are checked in both, as Google asks its clients to
 // do: a DEK that was damaged on the way would make a disk that never opens again.
 //
-// Whoever can write the storage must not choose the key. A wrapped key therefore
+// Anyone who can write the storage must not choose the key. A wrapped key therefore
 // opens only under the key of [Options] or one of Options.OldKeys. Its version is
 // found by the service; Wrapped.KEK says which one it was when the key was
 // wrapped, and the blob says so too, so that an old blob is not taken for one of

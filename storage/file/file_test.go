@@ -218,7 +218,7 @@ func TestWhatRootWritesBelongsToTheOwnerOfTheFolder(t *testing.T) {
 		}
 		return nil
 	}))
-	// Whoever owns the folder leads root nowhere else.
+	// Anyone who owns the folder leads root nowhere else.
 	elsewhere := t.TempDir()
 	must(t, os.RemoveAll(filepath.Join(dir, "volumes")))
 	must(t, os.Symlink(elsewhere, filepath.Join(dir, "volumes")))

@@ -33,7 +33,7 @@ type Shape struct {
 	// Throttle has the KMS refuse every call as one too many until stop is
 	// called.
 	Throttle func() (stop func())
-	// Deny takes the permission to wrap from whoever asks; Permission is what the
+	// Deny takes the permission to wrap from anyone who asks; Permission is what the
 	// cloud calls it.
 	Deny       func()
 	Permission string

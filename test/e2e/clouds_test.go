@@ -30,7 +30,7 @@ type cloudService struct {
 	log     string
 	process *exec.Cmd
 	client  *keyclient.Client
-	raw     setup.Objects // the storage in the hands of whoever can write it
+	raw     setup.Objects // the storage in the hands of anyone who can write it
 }
 
 func newCloudService(t *testing.T, shape cloud.Shape) *cloudService {

@@ -103,7 +103,7 @@ func TestTheDEKIsGone(t *testing.T) {
 	n.nowhereWritten(t, g, dek)
 }
 
-// dek is the key of the volume, which whoever has the master secret can derive.
+// dek is the key of the volume, which anyone who has the master secret can derive.
 func (n *node) dek(t *testing.T) []byte {
 	t.Helper()
 	master, err := cluster.LoadMasterSecret(n.service.MasterSecret())

@@ -47,7 +47,7 @@ func S3(t testing.TB) S3Server {
 	return s
 }
 
-// GCS starts fake-gcs-server in memory and returns its URL. Whoever asks is
+// GCS starts fake-gcs-server in memory and returns its URL. Anyone who asks is
 // allowed everything.
 func GCS(t testing.TB) string {
 	t.Helper()
@@ -120,7 +120,7 @@ func Etcd(t testing.TB) string {
 	})
 }
 
-// AWSKMS starts local-kms and returns its URL. Its region is eu-west-2. Whoever
+// AWSKMS starts local-kms and returns its URL. Its region is eu-west-2. Anyone who
 // asks is allowed everything.
 func AWSKMS(t testing.TB) string {
 	t.Helper()

@@ -137,7 +137,7 @@ func (f *findings) order(at string, r Resources, kinds []string) {
 			f.add(Advice, first, "identity comes first: these objects are written in plaintext")
 		}
 	case "aesgcm", "aescbc", "secretbox":
-		f.add(Danger, first, "the key that writes stands in this file: whoever reads the disk of the control plane reads etcd")
+		f.add(Danger, first, "the key that writes stands in this file: anyone who reads the disk of the control plane reads etcd")
 	}
 	for j, k := range kinds {
 		if k == "identity" && j > 0 {

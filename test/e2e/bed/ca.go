@@ -15,7 +15,7 @@ import (
 
 // CA is the maker of software TPMs: a root and, below it, the authority that
 // signs endorsement key certificates. Two CAs have nothing in common, so a TPM
-// of one is a stranger to whoever trusts the other.
+// of one is a stranger to anyone who trusts the other.
 type CA struct {
 	dir string
 }
