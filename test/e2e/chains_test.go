@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -34,6 +35,9 @@ type chain struct {
 
 // newest is the release whose stub and loaders may be newer than what is modelled.
 const newest = "testing"
+
+// chainTime is enough for a boot under Secure Boot beside another load.
+const chainTime = 10 * time.Minute
 
 var (
 	twoProfiles = []bed.Section{
@@ -96,7 +100,7 @@ func TestWhatABootMeasuresWasPredicted(t *testing.T) {
 			if unknown {
 				return // a release that is newer than this program, which says so
 			}
-			guest, err := bed.Boot(t.Context(), bed.Options{ESP: esp, TPM: machine, SecureBoot: c.secure})
+			guest, err := bed.Boot(t.Context(), bed.Options{ESP: esp, TPM: machine, SecureBoot: c.secure, Timeout: chainTime})
 			must(t, err)
 			defer guest.Close()
 			if status, err := guest.Wait(t.Context()); err != nil || status != 0 {
