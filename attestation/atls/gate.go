@@ -11,7 +11,7 @@ import (
 
 // The defaults of [GateLimits].
 const (
-	DefaultMaxAttested = 16_384
+	DefaultMaxAttested = 4096
 	DefaultMaxEach     = 32
 	defaultMemory      = 32 << 20
 )

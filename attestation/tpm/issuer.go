@@ -251,7 +251,7 @@ func (a *attempt) Evidence(ctx context.Context, ask []byte, binder attestation.B
 			return nil, fmt.Errorf("verifier asks for PCRs %v", q.GetPcrs())
 		}
 	}
-	if !a.taken {
+	if a.tpm == nil {
 		if err := a.retake(ctx); err != nil {
 			return nil, err
 		}

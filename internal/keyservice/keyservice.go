@@ -71,6 +71,7 @@ type Service struct {
 	now     func() time.Time
 	slots   chan struct{} // bounds the requests under way
 	forget  forgetting
+	renewal time.Duration // bounds one renewal of a verdict
 }
 
 // maxUnderWay bounds how many requests are worked on at once; more wait.
@@ -103,6 +104,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	return &Service{
 		policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
+		renewal: atls.DefaultTimeout,
 	}, nil
 }
 
@@ -138,7 +140,7 @@ var operations = map[keyservicev1.Operation]policy.Operation{
 
 // Reattest implements the service.
 func (s *Service) Reattest(stream keyservicev1.KeyService_ReattestServer) error {
-	ctx, cancel := context.WithTimeout(stream.Context(), atls.DefaultTimeout)
+	ctx, cancel := context.WithTimeout(stream.Context(), s.renewal)
 	defer cancel()
 	ch, ok := atls.FromContext(ctx)
 	if !ok {

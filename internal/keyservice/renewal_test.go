@@ -6,8 +6,11 @@ import (
 	"testing"
 	"time"
 
+	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
+	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/wire"
 )
 
 // Case 84: who needs a key for longer than the verdict holds has it renewed first.
@@ -39,4 +42,67 @@ func TestAVerdictIsRenewedForWhoNeedsItLonger(t *testing.T) {
 	if renewed := until(2 * time.Hour); !renewed.After(first) {
 		t.Errorf("not renewed: %s, before %s", renewed, first)
 	}
+}
+
+// Case 83: a renewal that is silent ends, and leaves the verdict as it is.
+func TestASilentRenewalEnds(t *testing.T) {
+	w := newWorld(t)
+	w.server.service.renewal = 200 * time.Millisecond
+	m := w.machine()
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	stream, err := m.Reattest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stream.Send(&attestv1.Frame{Body: &attestv1.Frame_Open{Open: &attestv1.Open{Version: 1, HasEvidence: true}}}); err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	if ctx.Err() != nil {
+		t.Error("it did not end")
+	}
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Errorf("the verdict ended: %v", err)
+	}
+}
+
+// Cases 80 and 83: what no honest machine sends is refused before it is decoded, and
+// ends the verdict.
+func TestARenewalOfEmptyPiecesEndsTheVerdict(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	if _, _, err := w.get(m, "data-1", formatOp); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	stream, err := m.Reattest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hello := &attestv1.Hello{Offers: make([]*attestv1.Item, wire.MaxFields)}
+	for i := range hello.Offers {
+		hello.Offers[i] = &attestv1.Item{}
+	}
+	for _, f := range []*attestv1.Frame{
+		{Body: &attestv1.Frame_Open{Open: &attestv1.Open{Version: 1, HasEvidence: true}}}, {Body: &attestv1.Frame_Hello{Hello: hello}},
+	} {
+		if err := stream.Send(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for err == nil {
+		_, err = stream.Recv()
+	}
+	if ctx.Err() != nil {
+		t.Error("it did not end")
+	}
+	_, _, err = w.get(m, "data-1", formatOp)
+	wantClass(t, err, failure.EvidenceRefused)
 }
