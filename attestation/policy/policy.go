@@ -153,6 +153,15 @@ func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
 	for _, part := range p.trust.raw() {
 		h.Write(part)
 	}
+	for _, pr := range p.profiles {
+		for _, s := range pr.parts {
+			if files, ok := s.section.(interface{ Raw() [][]byte }); ok {
+				for _, part := range files.Raw() {
+					h.Write(part)
+				}
+			}
+		}
+	}
 	p.hash = hex.EncodeToString(h.Sum(nil))
 	return p, nil
 }

@@ -1,9 +1,12 @@
 package policy
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/facts"
@@ -14,21 +17,26 @@ import (
 // not named must be unextended, and a weakness that Allow does not name is not
 // accepted.
 type TDXProfile struct {
-	Trust         []string `yaml:"trust"`      // "root:NAME"
-	TCBStatus     []string `yaml:"tcb_status"` // by Intel's names
-	MRTD          Values   `yaml:"mrtd"`
-	RTMRs         []RTMR   `yaml:"rtmrs"`
-	EventLog      string   `yaml:"event_log"` // required or optional
-	MRSEAM        Values   `yaml:"mr_seam"`
-	XFAM          []string `yaml:"xfam"`
-	MinSVN        *TDXSVN  `yaml:"min_svn"`
-	Platforms     []string `yaml:"platforms,omitempty"` // PIID or PPID
+	Trust     []string `yaml:"trust"`      // "root:NAME"
+	TCBStatus []string `yaml:"tcb_status"` // by Intel's names
+	MRTD      Values   `yaml:"mrtd"`
+	RTMRs     []RTMR   `yaml:"rtmrs"`
+	EventLog  string   `yaml:"event_log"` // required or optional
+	MRSEAM    Values   `yaml:"mr_seam"`
+	XFAM      []string `yaml:"xfam"`
+	MinSVN    *TDXSVN  `yaml:"min_svn"`
+	Platforms []string `yaml:"platforms,omitempty"` // PIID or PPID
+	// PlatformsFile is a registry of further ones, such as a cloud publishes: one a line,
+	// relative to the policy's folder.
+	PlatformsFile string   `yaml:"platforms_file,omitempty"`
 	AnyPlatform   bool     `yaml:"any_platform,omitempty"`
 	MRConfigID    []string `yaml:"mr_config_id,omitempty"`
 	MROwner       []string `yaml:"mr_owner,omitempty"`
 	MROwnerConfig []string `yaml:"mr_owner_config,omitempty"`
 	MRServiceTD   []string `yaml:"mr_service_td,omitempty"`
 	Allow         []string `yaml:"allow,omitempty"`
+
+	registered []string
 }
 
 // RTMR holds the reference values of one runtime register.
@@ -74,7 +82,8 @@ func (t *TDXProfile) Check(c *Checker, pr *Profile, at Path) {
 	t.checkRTMRs(c, at.To("rtmrs"))
 	c.Demand(len(t.XFAM) > 0, "empty: no value would be accepted", at.To("xfam")...)
 	c.Hexes(t.XFAM, 8, at.To("xfam"))
-	c.ListOrAny(t.Platforms, t.AnyPlatform, "any_platform", at.To("platforms"))
+	t.registry(c, at.To("platforms_file"))
+	c.ListOrAny(append(t.Platforms[:len(t.Platforms):len(t.Platforms)], t.registered...), t.AnyPlatform, "any_platform", at.To("platforms"))
 	c.Hexes(t.Platforms, 16, at.To("platforms"))
 	c.Hexes(t.MRConfigID, 48, at.To("mr_config_id"))
 	c.Hexes(t.MROwner, 48, at.To("mr_owner"))
@@ -123,11 +132,7 @@ func (t *TDXProfile) Compare(d *Differences, claims attestation.Claims) {
 	d.Text("tdx.mr_owner_config", facts.TDXMROwnerConfig, t.MROwnerConfig)
 	d.Text("tdx.mr_service_td", facts.TDXMRServiceTD, t.MRServiceTD)
 	if !t.AnyPlatform {
-		fact := facts.TDXPIID
-		if id, _ := fact.Of(claims); id == "" {
-			fact = facts.TDXPPID
-		}
-		d.Text("tdx.platform", fact, t.Platforms)
+		t.comparePlatform(d, claims)
 	}
 	t.compareSVNs(d)
 	d.Flag("tdx.debug", facts.Debug, false)
@@ -163,6 +168,64 @@ func (t *TDXProfile) compareRTMRs(d *Differences) {
 			d.Refuse("tdx."+register, []string{"unextended, since the profile does not name it"}, hex.EncodeToString(got.Value))
 		}
 	}
+}
+
+// maxRegistry bounds a registry of platforms in bytes: of some hundred thousand.
+const maxRegistry = 4 << 20
+
+// registry reads the file of platforms: one PIID or PPID a line, in hex of either case;
+// what follows a # is a comment.
+func (t *TDXProfile) registry(c *Checker, at Path) {
+	if t.PlatformsFile == "" {
+		return
+	}
+	data, err := c.read(t.PlatformsFile)
+	if err == nil && len(data) > maxRegistry {
+		err = fmt.Errorf("it has more than %d bytes", maxRegistry)
+	}
+	if err != nil {
+		c.Fail("%w", []any{err}, at...)
+		return
+	}
+	n := 0
+	for line := range strings.Lines(string(data)) {
+		n++
+		id, _, _ := strings.Cut(line, "#")
+		if id = strings.ToLower(strings.TrimSpace(id)); id == "" {
+			continue
+		}
+		if !isHex(id, 16) {
+			c.Fail("line %d: must be 32 hex digits", []any{n}, at...)
+			return
+		}
+		t.registered = append(t.registered, id)
+	}
+	c.Demand(len(t.registered) > 0, "the file names no platform", at...)
+}
+
+// Raw is what the registry says: it is part of the policy's hash.
+func (t *TDXProfile) Raw() [][]byte {
+	if len(t.registered) == 0 {
+		return nil
+	}
+	return [][]byte{[]byte(strings.Join(t.registered, "\n"))}
+}
+
+// comparePlatform demands a platform of the list, by the name of the machine (PIID) or
+// of its processor (PPID).
+func (t *TDXProfile) comparePlatform(d *Differences, claims attestation.Claims) {
+	piid, _ := facts.TDXPIID.Of(claims)
+	ppid, _ := facts.TDXPPID.Of(claims)
+	for _, id := range []string{piid, ppid} {
+		if id != "" && (slices.Contains(t.Platforms, id) || slices.Contains(t.registered, id)) {
+			return
+		}
+	}
+	expected := t.Platforms
+	if len(t.registered) > 0 {
+		expected = append(expected[:len(expected):len(expected)], fmt.Sprintf("one of %d in %s", len(t.registered), t.PlatformsFile))
+	}
+	d.Refuse("tdx.platform", expected, cmp.Or(piid, ppid, "nothing"))
 }
 
 func (t *TDXProfile) compareSVNs(d *Differences) {
