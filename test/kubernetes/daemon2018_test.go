@@ -11,8 +11,11 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"k8s.io/kms/apis/v1beta1"
 
 	"github.com/keyagent/keyagent/internal/kubekms"
@@ -90,9 +93,21 @@ func TestAControlPlaneMovesNodeByNode(t *testing.T) {
 		reload(i)
 	}
 	etcd := map[string][]byte{}
+	// answers waits until an API server has noticed that its plugin is another process:
+	// the first call on the old connection fails, and is asked again by its caller.
+	answers := func(n *apiServer) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+			_, err := n.secrets.TransformToStorage(t.Context(), []byte("?"), place)
+			if status.Code(err) != codes.Unavailable || time.Now().After(end) {
+				return
+			}
+		}
+	}
 	check := func(step string) {
 		t.Helper()
 		for i, n := range nodes {
+			answers(n)
 			name := step + ", node " + string(rune('1'+i))
 			etcd[name] = n.write(t, name)
 		}
