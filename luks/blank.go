@@ -66,6 +66,20 @@ func CheckBlank(ctx context.Context, device string) error {
 	return nil
 }
 
+// Fits refuses what no volume can be made on, a plain file or a device that is too small,
+// before anybody is told of an attempt to make one. It changes nothing.
+func Fits(ctx context.Context, device string) error {
+	d, err := openShared(ctx, device)
+	if err == nil {
+		defer d.Close()
+		err = cmp.Or(d.mustBeBlock(), d.checkSize())
+	}
+	if err != nil {
+		return fmt.Errorf("make a volume on %s: %w", device, err)
+	}
+	return nil
+}
+
 // DataUntouched says whether the data area of a formatted device, byte 16 MiB and
 // after, is as blank as it was: all that [CheckBlank] would read of it is zero. It
 // is for a device that was blank when it was formatted. Where another tenant's bytes

@@ -12,7 +12,6 @@ import (
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/mount"
-	"github.com/keyagent/keyagent/luks"
 )
 
 // errAbsent is of a disk that is not there now. It may come.
@@ -40,15 +39,6 @@ func (o *opening) await(ctx context.Context) error {
 			return err
 		}
 	}
-}
-
-// mustBeDevice refuses a plain file, which a volume cannot be made on.
-func mustBeDevice(path string) error {
-	st, err := os.Stat(path)
-	if err == nil && st.Mode().Type()&fs.ModeDevice == 0 {
-		err = fmt.Errorf("%w: %s", luks.ErrNotBlockDevice, path)
-	}
-	return err
 }
 
 func exists(path string) bool {

@@ -239,7 +239,7 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		key, err = o.Keys.GetKey(ctx, r)
 		if class := failure.Of(err).Class; err != nil && o.intent.Format && (class == failure.NotFound || class == failure.State) {
 			// Before the key service is told of an attempt to write to it.
-			if err = mustBeDevice(o.v.DevicePath()); err != nil {
+			if err = luks.Fits(ctx, o.v.DevicePath()); err != nil {
 				return err
 			}
 			r.Format = true

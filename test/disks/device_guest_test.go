@@ -3,6 +3,7 @@
 package disks
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -45,6 +46,14 @@ func TestDiskOddSizesAndReadOnlyDisks(t *testing.T) {
 	n.fails(t, 3, "disk or a partition", "unlock")
 	if strings.Trim(string(peek(t, plain, 0, 1<<20)), "\x00") != "" {
 		t.Error("a regular file was written to")
+	}
+	n.configure(t, fmt.Sprintf("{id: v-small, device: %s, format: true}", disk(t, 16<<20)))
+	n.fails(t, 3, "17 MiB", "unlock")
+	// Neither is known to the key service, as one that is being made.
+	for _, id := range []string{"v-file", "v-small"} {
+		if _, err := os.Stat(filepath.Join(n.world.dir, "records/volumes", id+".obj")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s has a record: %v", id, err)
+		}
 	}
 }
 
