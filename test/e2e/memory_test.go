@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/bits"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,12 +35,27 @@ echo "E2E findmnt $(findmnt -n -o SOURCE /data)"
 echo "written before the dump" >/data/hello
 keyagent status --output json
 base64 -d /bed/planted.b64 >/run/planted
+modprobe loop
+truncate -s 32M /run/scratch.img
+losetup /dev/loop0 /run/scratch.img
+keyagent unlock --standalone --config /bed/scratch.yaml
+echo "E2E scratch $(findmnt -n -o SOURCE /scratch)"
+await scratch
+keyagent close --standalone --config /bed/scratch.yaml scratch
 await open
 systemctl stop keyagent-agent.service
 echo "E2E stopped: $(systemctl is-active keyagent-agent.service) $(cat /data/hello)"
 await stopped
 journalctl -b --no-pager -o verbose | gzip >/run/journal.gz
 section journal /run/journal.gz
+`
+
+// scratchConfig is of a volume whose key the kernel makes.
+const scratchConfig = `servers:
+  - {address: "192.0.2.1:8443", name: nobody.example, ca: /etc/keyagent/ca.pem}
+state_dir: /run/scratch
+volumes:
+  - {id: scratch, kind: scratch, device: /dev/loop0, format: true, filesystem: ext4, no_mmp: true, mount: /scratch}
 `
 
 // Show 7: after the unlock the DEK is nowhere: not in the memory of the whole
@@ -50,10 +66,11 @@ func TestTheDEKIsGone(t *testing.T) {
 	n := newNode(t, commandLine("e2e"))
 	planted := make([]byte, 32)
 	rand.Read(planted)
-	root := n.root(t, memoryScript, bed.File{Path: "/bed/planted.b64", Data: []byte(base64.StdEncoding.EncodeToString(planted))})
+	root := n.root(t, memoryScript, bed.File{Path: "/bed/planted.b64", Data: []byte(base64.StdEncoding.EncodeToString(planted))},
+		bed.File{Path: "/bed/scratch.yaml", Data: []byte(scratchConfig), Mode: 0o600})
 	g := n.boot(t, n.path("expected.esp"), root)
 	dumps := map[string]string{}
-	for _, moment := range []string{"open", "stopped"} {
+	for _, moment := range []string{"scratch", "open", "stopped"} {
 		if _, err := g.WaitMark(t.Context(), moment); err != nil {
 			t.Fatal(err)
 		}
@@ -62,11 +79,13 @@ func TestTheDEKIsGone(t *testing.T) {
 		must(t, g.Continue())
 	}
 	wantStatus(t, g, 0)
-	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E stopped: inactive written before the dump")
+	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E scratch /dev/mapper/scratch", "E2E stopped: inactive written before the dump")
 	status := statusOf(t, g)
 
 	dek := n.dek(t)
 	volumeKey := n.volumeKey(t, dek)
+	t.Run("scratch", func(t *testing.T) { throwawayIsGone(t, dumps, volumeKey) })
+	delete(dumps, "scratch")
 	missing := append([]byte(nil), planted...)
 	missing[0] ^= 1
 	for moment, dump := range dumps {
@@ -101,6 +120,135 @@ func TestTheDEKIsGone(t *testing.T) {
 		})
 	}
 	n.nowhereWritten(t, g, dek)
+}
+
+// throwawayIsGone finds the keys of the scratch volume by what AES makes of them, since
+// nobody knows them: they are in memory while it is mapped, and nowhere afterwards.
+func throwawayIsGone(t *testing.T, dumps map[string]string, volumeKey []byte) {
+	var keys [][]byte
+	known := 0
+	for key := range aesKeys(t, dumps["scratch"]) {
+		if bytes.Contains(volumeKey, []byte(key)) {
+			known++ // of the volume data, which stays
+			continue
+		}
+		keys = append(keys, []byte(key))
+	}
+	t.Logf("%d keys of AES-256 are in memory besides those of the volume", len(keys))
+	if known != 2 || len(keys) < 2 {
+		t.Fatalf("%d halves of the volume's key and %d others were found", known, len(keys))
+	}
+	// Keys that others have, such as TLS connections, may stay; two of them are gone
+	// wherever they were, as schedules and as they are.
+	for _, moment := range []string{"open", "stopped"} {
+		gone := 0
+		still := aesKeys(t, dumps[moment])
+		for _, key := range keys {
+			if still[string(key)] || search(t, dumps[moment], key[:16])+search(t, dumps[moment], key[16:]) > 0 {
+				continue
+			}
+			gone++
+		}
+		if gone < 2 {
+			t.Errorf("%s: of %d keys %d are gone, not the two of the scratch volume", moment, len(keys), gone)
+		}
+		if gone < len(keys) {
+			t.Logf("%s: %d keys of others are still there", moment, len(keys)-gone)
+		}
+	}
+}
+
+// aesKeys are the keys of AES-256 in a dump: 32 bytes with the rest of their schedule
+// behind them, as every implementation keeps it (FIPS 197, section 5.2).
+func aesKeys(t *testing.T, path string) map[string]bool {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	must(t, err)
+	box := sBox()
+	found := map[string]bool{}
+	for at := 0; at+aesSchedule <= len(data); at += 4 {
+		// Most places are told by one byte.
+		if data[at+32] == data[at]^box[data[at+29]]^1 && isSchedule(data[at:at+aesSchedule], &box) {
+			found[string(data[at:at+32])] = true
+		}
+	}
+	return found
+}
+
+// aesSchedule is the size of a schedule of AES-256 in bytes: 15 round keys.
+const aesSchedule = 15 * 16
+
+func isSchedule(w []byte, box *[256]byte) bool {
+	rcon := byte(1)
+	for i := 32; i < aesSchedule; i += 4 {
+		x := [4]byte(w[i-4 : i])
+		switch i % 32 {
+		case 0:
+			x = [4]byte{box[x[1]] ^ rcon, box[x[2]], box[x[3]], box[x[0]]}
+			rcon <<= 1
+		case 16:
+			x = [4]byte{box[x[0]], box[x[1]], box[x[2]], box[x[3]]}
+		}
+		for j := range x {
+			if w[i+j] != w[i-32+j]^x[j] {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// sBox is the substitution of AES (FIPS 197, section 5.1.1): the inverse in GF(2^8), and
+// an affine map.
+func sBox() (box [256]byte) {
+	p, q := byte(1), byte(1)
+	for {
+		p ^= p<<1 ^ byte(int8(p)>>7)&0x1B // times 3
+		q ^= q << 1
+		q ^= q << 2
+		q ^= q << 4
+		q ^= byte(int8(q)>>7) & 0x09 // divided by 3
+		box[p] = q ^ bits.RotateLeft8(q, 1) ^ bits.RotateLeft8(q, 2) ^ bits.RotateLeft8(q, 3) ^ bits.RotateLeft8(q, 4) ^ 0x63
+		if p == 1 {
+			break
+		}
+	}
+	box[0] = 0x63
+	return box
+}
+
+// A schedule that is known, from FIPS 197, appendix A.3.
+func TestSchedulesOfAESAreRecognised(t *testing.T) {
+	key, err := hex.DecodeString("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+	must(t, err)
+	box := sBox()
+	w := append([]byte(nil), key...)
+	for rcon := byte(1); len(w) < aesSchedule; {
+		x := [4]byte(w[len(w)-4:])
+		switch len(w) % 32 {
+		case 0:
+			x = [4]byte{box[x[1]] ^ rcon, box[x[2]], box[x[3]], box[x[0]]}
+			rcon <<= 1
+		case 16:
+			x = [4]byte{box[x[0]], box[x[1]], box[x[2]], box[x[3]]}
+		}
+		for j := range x {
+			w = append(w, w[len(w)-32]^x[j])
+		}
+	}
+	if got := hex.EncodeToString(w[len(w)-16:]); got != "fe4890d1e6188d0b046df344706c631e" {
+		t.Errorf("the last round key is %s", got)
+	}
+	path := filepath.Join(t.TempDir(), "dump")
+	must(t, os.WriteFile(path, append(make([]byte, 444), w...), 0o600))
+	if found := aesKeys(t, path); len(found) != 1 || !found[string(key)] {
+		t.Errorf("%d keys were found", len(found))
+	}
+	w[100] ^= 1
+	must(t, os.WriteFile(path, w, 0o600))
+	if found := aesKeys(t, path); len(found) != 0 {
+		t.Errorf("%d keys were found in what is none", len(found))
+	}
 }
 
 // dek is the key of the volume, which anyone who has the master secret can derive.
