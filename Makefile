@@ -44,11 +44,11 @@ ALONE := ./test/apiserver ./test/disks ./test/e2e ./test/hardware ./test/uml
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/kubernetes && $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname -- ./...
-	$(TOOL) gotestsum --format pkgname -- -race -timeout 30m -p 1 $(ALONE)
+	$(TOOL) gotestsum --format pkgname -- -race -timeout 45m -p 1 $(ALONE)
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(ALONE:./%=-e /%$$))
 
 test-full: test ## test, and the matrices that it samples as a whole
-	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 180m -count 1 ./test/disks
+	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/disks
 	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run TestWhatABootMeasuresWasPredicted ./test/e2e
 	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/model
 

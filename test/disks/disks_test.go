@@ -78,7 +78,7 @@ exec /run/programs/disks.test -test.v -test.timeout 0 -test.run "$1"`, dir, matc
 }
 
 // Everything that can go wrong with a disk, in one guest.
-func TestVolumesOnRealDisks(t *testing.T) { boot(t, "^TestDisk", 15*time.Minute) }
+func TestVolumesOnRealDisks(t *testing.T) { boot(t, "^TestDisk", 25*time.Minute) }
 
 // Nodes that race for one disk, in another.
-func TestNodesThatRaceForOneDisk(t *testing.T) { boot(t, "^TestRace", 2*time.Hour) }
+func TestNodesThatRaceForOneDisk(t *testing.T) { boot(t, "^TestRace", 5*time.Hour) }
