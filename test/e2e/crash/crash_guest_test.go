@@ -261,16 +261,14 @@ func walk(t *testing.T, what string, share time.Duration, n int, visit func(poin
 	limit /= share
 	began, visited := time.Now(), 0
 	for _, point := range spread(n) {
-		if time.Since(began) > limit {
+		// A slow machine visits few points, and never fewer than these.
+		if visited >= min(n, 6) && time.Since(began) > limit {
 			break
 		}
 		visit(point)
 		visited++
 	}
 	t.Logf("CRASH %s: killed at %d of %d calls in %.0f s", what, visited, n, time.Since(began).Seconds())
-	if visited < min(n, 6) {
-		t.Errorf("only %d of %d points in %s", visited, n, limit)
-	}
 }
 
 // spread is an order of 1 to n whose every beginning is spread over the whole.
