@@ -33,7 +33,7 @@ func TestDiskVolumesThatNoFileNames(t *testing.T) {
 	n.configure(t)
 	a := n.start(t)
 	a.waitFor(t, "msg=ready")
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
 	defer cancel()
 	api := n.client(t)
 
