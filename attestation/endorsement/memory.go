@@ -66,6 +66,8 @@ func (m *Memory) Remember(authority *x509.Certificate, list *x509.RevocationList
 	if m.store == nil || len(known) == before {
 		return
 	}
+	// Another process may have this folder too, and have seen more.
+	maps.Copy(known, m.stored(name))
 	// A full disk costs what was seen now, after the next restart.
 	if body, err := json.Marshal(known); err == nil && len(body) <= MaxDocument {
 		_ = m.store.write(name, Document{Body: body})
@@ -84,19 +86,23 @@ func (m *Memory) known(name string) revocations {
 	if r, ok := m.revoked[name]; ok {
 		return r
 	}
-	r := revocations{}
-	if m.store != nil {
-		if d, ok := m.store.read(name); ok {
-			stored := revocations{}
-			if json.Unmarshal(d.Body, &stored) == nil {
-				maps.Copy(r, stored)
-			}
-		}
-	}
+	r := m.stored(name)
 	if m.revoked == nil {
 		m.revoked = map[string]revocations{}
 	}
 	m.revoked[name] = r
+	return r
+}
+
+// stored is what the folder has of an authority.
+func (m *Memory) stored(name string) revocations {
+	r := revocations{}
+	if m.store == nil {
+		return r
+	}
+	if d, ok := m.store.read(name); ok && json.Unmarshal(d.Body, &r) != nil || r == nil {
+		return revocations{}
+	}
 	return r
 }
 
@@ -117,14 +123,17 @@ func (m *Memory) Newest(name string, number uint64, d Document) (Document, bool)
 	defer m.mu.Unlock()
 	name = "newest-" + name
 	best, ok := m.newest[name]
-	if !ok && m.store != nil {
-		best, ok = m.store.read(name)
+	// Before anything is written, what another process left in this folder counts too.
+	if m.store != nil && (!ok || numberOf(best) < number) {
+		if d, there := m.store.read(name); there && numberOf(d) >= numberOf(best) {
+			best, ok = d, true
+		}
 	}
-	if ok && len(best.Body) > 8 && binary.BigEndian.Uint64(best.Body) > number {
+	if ok && len(best.Body) > 8 && numberOf(best) > number {
 		m.keep(name, best)
 		return Document{Body: best.Body[8:], Chain: best.Chain}, false
 	}
-	if !ok || len(best.Body) <= 8 || binary.BigEndian.Uint64(best.Body) < number {
+	if !ok || len(best.Body) <= 8 || numberOf(best) < number {
 		best = Document{Body: append(binary.BigEndian.AppendUint64(nil, number), d.Body...), Chain: bytes.Clone(d.Chain)}
 		if m.store != nil && len(best.Body) <= MaxDocument && checkName(name) == nil {
 			_ = m.store.write(name, best)
@@ -132,6 +141,14 @@ func (m *Memory) Newest(name string, number uint64, d Document) (Document, bool)
 	}
 	m.keep(name, best)
 	return d, true
+}
+
+// numberOf is what stands before the body of a document in memory.
+func numberOf(d Document) uint64 {
+	if len(d.Body) <= 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(d.Body)
 }
 
 func (m *Memory) keep(name string, d Document) {

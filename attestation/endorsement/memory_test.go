@@ -74,6 +74,39 @@ func TestMemoryKeepsWhatWasSeen(t *testing.T) {
 	}
 }
 
+// Two processes have one folder, as an agent and a key service on one machine: neither
+// writes over what the other one saw.
+func TestTwoProcessesShareAMemory(t *testing.T) {
+	dir := t.TempDir()
+	ca := &x509.Certificate{RawSubject: []byte("one")}
+	open := func() *Memory {
+		m, err := OpenMemory(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = m.Close() })
+		return m
+	}
+	a, b := open(), open()
+	for n, m := range []*Memory{a, b, a, b} {
+		m.Remember(ca, &x509.RevocationList{RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(int64(n)), RevocationTime: time.Now()}}})
+	}
+	a.Newest("tcb", 5, Document{Body: []byte("five")})
+	b.Newest("tcb", 9, Document{Body: []byte("nine")})
+	if d, same := a.Newest("tcb", 7, Document{Body: []byte("seven")}); same || string(d.Body) != "nine" {
+		t.Errorf("beside a process that saw number 9, number 7 gives %q", d.Body)
+	}
+	later := open()
+	for n := range int64(4) {
+		if _, ok := later.Revoked(ca, big.NewInt(n)); !ok {
+			t.Errorf("%d is forgotten", n)
+		}
+	}
+	if d, _ := later.Newest("tcb", 1, Document{Body: []byte("one")}); string(d.Body) != "nine" {
+		t.Errorf("afterwards it is %q", d.Body)
+	}
+}
+
 // What somebody damaged on the disk is as if it had not been seen, and no more.
 func TestADamagedMemoryIsAnEmptyOne(t *testing.T) {
 	dir := t.TempDir()

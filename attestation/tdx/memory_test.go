@@ -3,6 +3,7 @@ package tdx
 import (
 	"errors"
 	"testing"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -68,6 +69,33 @@ func TestCollateralIsNotTakenBack(t *testing.T) {
 	for name, v := range map[string]*Verifier{"the same": v, "another": with(again)} {
 		if _, err := verifyWith(v, before); !errors.Is(err, ErrRevoked) {
 			t.Errorf("with an older list, %s verifier says %v", name, err)
+		}
+	}
+}
+
+// Intel has two evaluation numbers beside each other. A verifier that has seen the higher one,
+// from a stranger even, goes by it while it is valid, and is not locked out of
+// the lower one for ever.
+func TestAHigherNumberCountsWhileItIsValid(t *testing.T) {
+	s := newScene(t)
+	v := must[*Verifier](t)(NewVerifier(VerifierOptions{Trust: func() Trust { return s.trust }, Now: s.verifier().now}))
+	lower := proto.CloneOf(s.ev)
+	s.tcbInfo(func(o intel.Object) {
+		o["tcbEvaluationDataNumber"] = 99
+		o["nextUpdate"] = s.now.Add(time.Hour).UTC().Format(time.RFC3339)
+		for _, l := range o["tcbLevels"].([]intel.Object) {
+			l["tcbStatus"] = "OutOfDate"
+		}
+	})
+	for _, step := range []struct {
+		ev   *attestv1.TDXEvidence
+		in   time.Duration
+		want string
+	}{{lower, 0, "UpToDate"}, {s.ev, 0, "OutOfDate"}, {lower, 0, "OutOfDate"}, {lower, 2 * time.Hour, "UpToDate"}} {
+		s.now = s.now.Add(step.in)
+		c, err := verifyWith(v, step.ev)
+		if err != nil || c.Facts["tcb_status"] != step.want {
+			t.Errorf("after %s: %v, %v, want %s", step.in, c.Facts["tcb_status"], err, step.want)
 		}
 	}
 }

@@ -221,8 +221,11 @@ func (v *Verifier) endorse(ctx context.Context, root *x509.Certificate, p *pck, 
 	}
 	if refused == nil {
 		e, err := v.verifyDocuments(root, p, docs, now)
+		if err == nil {
+			return v.newest(root, p, docs, e, now)
+		}
 		if !errors.Is(err, ErrCollateralExpired) {
-			return e, err
+			return nil, err
 		}
 		refused = err
 	}
@@ -233,7 +236,11 @@ func (v *Verifier) endorse(ctx context.Context, root *x509.Certificate, p *pck, 
 	if err != nil {
 		return nil, fmt.Errorf("%w, and Intel's service was asked in vain: %w", refused, err)
 	}
-	return v.verifyDocuments(root, p, docs, now)
+	e, err := v.verifyDocuments(root, p, docs, now)
+	if err != nil {
+		return nil, err
+	}
+	return v.newest(root, p, docs, e, now)
 }
 
 func (v *Verifier) verifyDocuments(root *x509.Certificate, p *pck, docs []endorsement.Document, now time.Time) (*endorsed, error) {
@@ -242,19 +249,20 @@ func (v *Verifier) verifyDocuments(root *x509.Certificate, p *pck, docs []endors
 		parts = append(parts, d.Body, d.Chain)
 	}
 	key := keyOf(parts...)
-	e, ok := v.collateral.get(key, now)
-	if !ok {
-		var err error
-		if e, err = verifyCollateral(v.memory, root, p, docs, now); err != nil {
-			return nil, err
-		}
+	if e, ok := v.collateral.get(key, now); ok {
+		return e, nil
+	}
+	e, err := verifyCollateral(v.memory, root, p, docs, now)
+	if err == nil {
 		v.collateral.add(key, e, e.valid)
 	}
-	return v.newest(root, p, docs, e, now)
+	return e, err
 }
 
 // newest takes the TCB levels with the highest evaluation number that were seen for this
-// platform in place of older ones that came along.
+// platform in place of older ones that came along, as long as those it takes are valid.
+// Intel publishes two numbers beside each other for months: what is valid longer than
+// the higher one was issued after it, and takes nothing back.
 func (v *Verifier) newest(root *x509.Certificate, p *pck, docs []endorsement.Document, e *endorsed, now time.Time) (*endorsed, error) {
 	better, all := slices.Clone(docs), true
 	for doc, number := range map[int]int{docTCBInfo: e.tcb.TcbEvaluationDataNumber, docQEIdentity: e.qe.TcbEvaluationDataNumber} {
@@ -265,7 +273,11 @@ func (v *Verifier) newest(root *x509.Certificate, p *pck, docs []endorsement.Doc
 	if all {
 		return e, nil
 	}
-	return verifyCollateral(v.memory, root, p, better, now)
+	newer, err := v.verifyDocuments(root, p, better, now)
+	if errors.Is(err, ErrCollateralExpired) {
+		return e, nil
+	}
+	return newer, err
 }
 
 // attestationKey returns the key that signs quotes, which a report of the quoting
