@@ -86,7 +86,7 @@ func (l *EventLog) Replay(pcr uint32) ([]byte, []attestation.Event, error) {
 	return state, events, nil
 }
 
-// Userspace returns what systemd's own log has of a PCR.
+// Userspace returns the entries of systemd's own log for a PCR.
 func (l *EventLog) Userspace(pcr uint32) []attestation.Event {
 	var out []attestation.Event
 	for _, u := range l.user {

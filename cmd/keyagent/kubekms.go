@@ -76,7 +76,7 @@ that systemd hands over. Ciphertexts of the daemon of 2018 are read always.`,
 	fl.DurationVar(&f.refresh.Timeout, "timeout", kubekms.DefaultTimeout, "how long a KEK is used without a refresh; at least "+kubekms.MinTimeout.String())
 	fl.StringVar(&f.mode, "mode", string(kubekms.AESGCM), "format of new ciphertexts: aesgcm, or aescbc, which is that of 2018 and not authenticated")
 	fl.IntVar(&f.refresh.Observations, "observations", kubekms.DefaultObservations, "fetches in a row that must give another KEK before it encrypts")
-	fl.DurationVar(&f.refresh.KeepOld, "keep-old", kubekms.DefaultKeepOld, "how long a KEK decrypts that the source gives no more")
+	fl.DurationVar(&f.refresh.KeepOld, "keep-old", kubekms.DefaultKeepOld, "how long to keep decrypting with a KEK the source no longer returns")
 	fl.StringVar(&f.outage, "outage", string(kubekms.Fail), "after five failures in a row: fail, or coast, which goes on for --coast-for and says that it is not healthy")
 	fl.DurationVar(&f.refresh.CoastFor, "coast-for", 0, "how long to coast; goes with --outage coast")
 	fl.StringVar(&f.socket.mode, "socket-mode", "0600", "mode of the socket, in octal")

@@ -39,7 +39,7 @@ const (
 	Coast Outage = "coast" // use them for a stated time more, and say so
 )
 
-// KeepNone keeps no KEK that the source gives no more.
+// KeepNone drops a KEK as soon as the source no longer returns it.
 const KeepNone = time.Duration(math.MinInt64)
 
 // Typed is what flags say, where zero is a word of its own and not the default.
@@ -62,7 +62,7 @@ type Options struct {
 	Mode         Mode          // default AESGCM
 	Timeout      time.Duration // how long a KEK is used without a refresh
 	Observations int           // of another KEK in a row, until it encrypts
-	KeepOld      time.Duration // how long a KEK decrypts that the source gives no more; or KeepNone
+	KeepOld      time.Duration // how long to keep decrypting with a KEK the source no longer returns; or KeepNone
 	Outage       Outage        // default Fail
 	CoastFor     time.Duration // goes with Coast, which needs it
 	Log          *slog.Logger  // default none

@@ -265,7 +265,7 @@ func TestRequestsFailWithTheLastErrorsClass(t *testing.T) {
 	})
 }
 
-// TestOldKEKsAreWipedByTheirLease: what the source gives no more decrypts for a while.
+// TestOldKEKsAreWipedByTheirLease: a KEK that the source no longer returns decrypts for a while.
 func TestOldKEKsAreWipedByTheirLease(t *testing.T) {
 	var old []byte
 	play(t, Options{KeepOld: 3 * interval}, &script{answers: []string{kekA, kekB}}, func(n int, r *Ring) bool {

@@ -12,7 +12,7 @@ import (
 type Timing struct {
 	Refresh      time.Duration // how often they ask their source
 	Observations int           // of another KEK, until it encrypts
-	KeepOld      time.Duration // how long they decrypt with a KEK that the source gives no more
+	KeepOld      time.Duration // how long they keep decrypting with a KEK the source no longer returns
 }
 
 // Step is one of a rotation.
@@ -60,7 +60,7 @@ func rotation(r Resources, t Timing) Rotation {
 	step("Back etcd up, and make sure that every control-plane node is healthy and has the KEK in force.",
 		"kubectl get --raw /readyz/kms-providers", 0, "a rotation repairs nothing")
 	step("Keep the KEK in force readable beyond this rotation: it stays in the wrapped file, or its command becomes an --old-command of every plugin, which is then restarted, one node after the other.",
-		"", 0, fmt.Sprintf("a plugin keeps a KEK that its source gives no more for %s, and loses it when it restarts", t.KeepOld))
+		"", 0, fmt.Sprintf("a plugin keeps a KEK that its source no longer returns for %s, and loses it when it restarts", t.KeepOld))
 	step("Change the KEK at its source, for every node.",
 		"keyagent kubekms rotate --kms URI --wrapped-kek FILE   # or what --command reads", t.Refresh+time.Minute,
 		fmt.Sprintf("every plugin fetches within %s, and can then decrypt with the new KEK whatever another node writes", t.Refresh))
