@@ -13,7 +13,7 @@ func VerifyEnclave(trust Trust, data []byte, now time.Time) (module string, err 
 	if err != nil {
 		return "", err
 	}
-	if _, err := chain(trust, cert, d.Bundle, now); err != nil {
+	if _, _, err := chain(trust, cert, d.Bundle, now); err != nil {
 		return "", err
 	}
 	if !s.verify(key) {

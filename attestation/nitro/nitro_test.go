@@ -237,6 +237,9 @@ func TestAPayloadOfIndefiniteLengthIsRead(t *testing.T) {
 	}
 	document := must[[]byte](t)(a.Sign(append(outer, 0xFF)))
 	got, err := verify(t, newVerifier(t, a.Trust(), now), document)
+	if !want.Until.After(now) || want.Until.After(a.Root.NotAfter) {
+		t.Errorf("the claims rest until %s", want.Until)
+	}
 	if err != nil || got.Identity != want.Identity || len(got.Measurements) != len(want.Measurements) || len(got.Measurements) == 0 {
 		t.Errorf("%+v, %v", got, err)
 	}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
@@ -91,6 +92,7 @@ func (q question) Verify(_ context.Context, evidence []byte, binder attestation.
 type verified struct {
 	document *document
 	trust    string
+	until    time.Time
 }
 
 func verify(trust Trust, data []byte, now time.Time) (verified, error) {
@@ -102,29 +104,29 @@ func verify(trust Trust, data []byte, now time.Time) (verified, error) {
 	if err != nil {
 		return verified{}, err
 	}
-	name, err := chain(trust, cert, d.Bundle, now)
+	name, until, err := chain(trust, cert, d.Bundle, now)
 	if err != nil {
 		return verified{}, err
 	}
 	if !s.verify(key) {
 		return verified{}, ErrSignature
 	}
-	return verified{d, "root:" + name}, nil
+	return verified{d, "root:" + name, until}, nil
 }
 
 // chain verifies a certificate against each root by itself, so that the result
-// names the root that vouched. The bundle begins with a root as well, which is
-// not believed.
-func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) (string, error) {
+// names the root that vouched, and until when the whole chain is valid. The bundle
+// begins with a root as well, which is not believed.
+func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) (name string, until time.Time, err error) {
 	middles := x509.NewCertPool()
 	for _, der := range bundle {
 		c, err := parseCertificate(der)
 		if err != nil {
-			return "", err
+			return "", until, err
 		}
 		// All of AWS's keys are. Another one could be only work for a verifier.
 		if key, ok := c.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P384() && key.Curve != elliptic.P256() {
-			return "", fmt.Errorf("%w: %q in the bundle has no key on P-256 or P-384", ErrCertificate, c.Subject.CommonName)
+			return "", until, fmt.Errorf("%w: %q in the bundle has no key on P-256 or P-384", ErrCertificate, c.Subject.CommonName)
 		}
 		middles.AddCert(c)
 	}
@@ -132,11 +134,11 @@ func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) 
 	for _, root := range trust.Roots {
 		one := x509.NewCertPool()
 		one.AddCert(root.Certificate)
-		_, err := cert.Verify(x509.VerifyOptions{
+		chains, err := cert.Verify(x509.VerifyOptions{
 			Roots: one, Intermediates: middles, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 		})
 		if err == nil {
-			return root.Name, nil
+			return root.Name, earliest(chains[0]), nil
 		}
 		var invalid x509.CertificateInvalidError
 		if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
@@ -144,7 +146,12 @@ func chain(trust Trust, cert *x509.Certificate, bundle [][]byte, now time.Time) 
 				invalid.Cert.NotBefore.Format(time.RFC3339), invalid.Cert.NotAfter.Format(time.RFC3339), now.Format(time.RFC3339))
 		}
 	}
-	return "", reason
+	return "", until, reason
+}
+
+// earliest is when the first certificate of a chain ends.
+func earliest(chain []*x509.Certificate) time.Time {
+	return slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) }).NotAfter
 }
 
 func (v verified) claims() attestation.Claims {
@@ -153,6 +160,7 @@ func (v verified) claims() attestation.Claims {
 		Kind:         attestation.Nitro,
 		Identity:     d.instance(),
 		Trust:        v.trust,
+		Until:        v.until,
 		Measurements: make(map[string]attestation.Measurement, len(d.PCRs)),
 		Facts:        map[string]any{},
 	}

@@ -80,7 +80,7 @@ func (v *Verifier) vouchAK(trust Trust, o offer) (hardware, error) {
 	case !samePublicKey(*o.ak.public, leaf):
 		return hardware{}, fmt.Errorf("%w: it is another key's", ErrAKCertificate)
 	}
-	root, err := v.chain(trust.AKRoots, leaf, o.akIntermediates, akChainErrors)
+	root, until, err := v.chain(trust.AKRoots, leaf, o.akIntermediates, akChainErrors)
 	if err != nil {
 		return hardware{}, err
 	}
@@ -88,7 +88,7 @@ func (v *Verifier) vouchAK(trust Trust, o offer) (hardware, error) {
 	if err != nil {
 		return hardware{}, fmt.Errorf("%w: %w", ErrMalformed, err)
 	}
-	hw := hardware{identity: digest, trust: "ak-root:" + root, facts: map[string]any{}}
+	hw := hardware{identity: digest, trust: "ak-root:" + root, until: until, facts: map[string]any{}}
 	facts.TPMAK.Put(hw.facts, digest)
 	facts.TPMAKIssuer.Put(hw.facts, leaf.Issuer.String())
 	return hw, instanceFacts(leaf, hw.facts)

@@ -325,6 +325,7 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 		Kind:           attestation.TPM,
 		Identity:       q.hw.identity,
 		Trust:          q.hw.trust,
+		Until:          q.hw.until,
 		Measurements:   quoted.Measurements,
 		Epoch:          quoted.Epoch,
 		Facts:          quoted.Facts,

@@ -21,8 +21,9 @@ import (
 
 // hardware is a TPM that somebody vouches for.
 type hardware struct {
-	identity string // digest of its EK, or of its AK if that is what is certified
-	trust    string // "root:NAME", "enrolled:NAME" or "ak-root:NAME"
+	identity string    // digest of its EK, or of its AK if that is what is certified
+	trust    string    // "root:NAME", "enrolled:NAME" or "ak-root:NAME"
+	until    time.Time // of the chain; zero if an operator vouches
 	facts    map[string]any
 }
 
@@ -54,11 +55,11 @@ func (v *Verifier) vouch(trust Trust, o offer) (hardware, error) {
 	if !samePublicKey(*o.ek, leaf) {
 		return hardware{}, fmt.Errorf("%w: its certificate is another key's", ErrEKCertificate)
 	}
-	root, err := v.chain(trust.Roots, leaf, o.intermediates, ekChainErrors)
+	root, until, err := v.chain(trust.Roots, leaf, o.intermediates, ekChainErrors)
 	if err != nil {
 		return hardware{}, err
 	}
-	hw.trust = "root:" + root
+	hw.trust, hw.until = "root:"+root, until
 	facts.TPMEKIssuer.Put(hw.facts, leaf.Issuer.String())
 	return hw, nil
 }
@@ -132,23 +133,23 @@ func hasDirectoryName(c *x509.Certificate) bool {
 }
 
 // chain verifies leaf against each root by itself, so that the result names the
-// root that vouched.
-func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, errs chainErrors) (string, error) {
+// root that vouched, and until when the whole chain is valid.
+func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][]byte, errs chainErrors) (name string, until time.Time, err error) {
 	carried := x509.NewCertPool()
 	var known []*x509.Certificate
 	if len(intermediates) > maxIntermediates {
-		return "", fmt.Errorf("%w: %d intermediate certificates", ErrMalformed, len(intermediates))
+		return "", until, fmt.Errorf("%w: %d intermediate certificates", ErrMalformed, len(intermediates))
 	}
 	for _, der := range intermediates {
 		if len(der) > maxCertificate {
-			return "", fmt.Errorf("%w: intermediate certificate of %d bytes", ErrMalformed, len(der))
+			return "", until, fmt.Errorf("%w: intermediate certificate of %d bytes", ErrMalformed, len(der))
 		}
 		c, err := certificate.Parse(der)
 		if err != nil {
-			return "", fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
+			return "", until, fmt.Errorf("%w: intermediate certificate: %w", ErrMalformed, err)
 		}
 		if err := checkCarried(c); err != nil {
-			return "", err
+			return "", until, err
 		}
 		carried.AddCert(c)
 		known = append(known, c)
@@ -157,8 +158,8 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 	var reason error
 	for _, root := range roots {
 		key := chainKey(root, leaf, intermediates)
-		if v.chains.holds(key, now) {
-			return root.Name, nil
+		if until, ok := v.chains.holds(key, now); ok {
+			return root.Name, until, nil
 		}
 		one, pool := x509.NewCertPool(), carried.Clone()
 		one.AddCert(root.Certificate)
@@ -175,8 +176,7 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 				reason = err
 				continue
 			}
-			v.chains.add(key, chains[0])
-			return root.Name, nil
+			return root.Name, v.chains.add(key, chains[0]), nil
 		}
 		var invalid x509.CertificateInvalidError
 		if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
@@ -185,9 +185,9 @@ func (v *Verifier) chain(roots []Root, leaf *x509.Certificate, intermediates [][
 		}
 	}
 	if reason != nil {
-		return "", reason
+		return "", until, reason
 	}
-	return "", fmt.Errorf("%w: its certificate does not chain to a configured root: %s", errs.untrusted, missing(leaf, known))
+	return "", until, fmt.Errorf("%w: its certificate does not chain to a configured root: %s", errs.untrusted, missing(leaf, known))
 }
 
 // chainErrors are what is said of a certificate that no root vouches for: an EK's and
@@ -267,14 +267,14 @@ func chainKey(root Root, leaf *x509.Certificate, intermediates [][]byte) (key [s
 	return key
 }
 
-func (c *chainCache) holds(key [sha256.Size]byte, now time.Time) bool {
+func (c *chainCache) holds(key [sha256.Size]byte, now time.Time) (until time.Time, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	v, ok := c.known[key]
-	return ok && !now.Before(v.from) && !now.After(v.to)
+	return v.to, ok && !now.Before(v.from) && !now.After(v.to)
 }
 
-func (c *chainCache) add(key [sha256.Size]byte, chain []*x509.Certificate) {
+func (c *chainCache) add(key [sha256.Size]byte, chain []*x509.Certificate) (until time.Time) {
 	v := validity{chain[0].NotBefore, chain[0].NotAfter}
 	for _, cert := range chain[1:] {
 		if cert.NotBefore.After(v.from) {
@@ -290,4 +290,5 @@ func (c *chainCache) add(key [sha256.Size]byte, chain []*x509.Certificate) {
 		c.known = map[[sha256.Size]byte]validity{}
 	}
 	c.known[key] = v
+	return v.to
 }
