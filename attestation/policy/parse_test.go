@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -167,6 +168,21 @@ func TestNamesAreUnique(t *testing.T) {
 		_, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(whole, block, block+block, 1)))
 		if !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), "used twice") {
 			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A section of a kind that is not known here is an error, of profiles and of trust.
+func TestAnUnknownKindIsNamed(t *testing.T) {
+	for from, want := range map[string]string{"    tpm:\n      trust": `unknown field "sgx"`, "  tpm:\n    ": `"sgx" is not a kind of evidence`} {
+		at := strings.Index(whole, from)
+		if at < 0 {
+			t.Fatalf("%q is not in the test's policy", from)
+		}
+		indent := from[:len(from)-len(strings.TrimLeft(from, " "))]
+		text := whole[:at] + indent + "sgx: {}\n" + whole[at:]
+		if _, err := Parse(Builtin(), "policy.yaml", []byte(text)); !errors.Is(err, config.ErrInvalid) || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), fmt.Sprintf("line %d", strings.Count(whole[:at], "\n")+1)) {
+			t.Errorf("%q: %v", from, err)
 		}
 	}
 }

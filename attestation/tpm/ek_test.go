@@ -191,6 +191,15 @@ func TestARevokedEKIsRefusedWhereAListIsGiven(t *testing.T) {
 			RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(serial), RevocationTime: time.Now()}}}, &signer, by.key))
 		return must[*x509.RevocationList](t)(x509.ParseRevocationList(der))
 	}
+	// A policy that is reloaded brings another list to a verifier that remembers the chain.
+	inForce := Trust{Roots: []Root{{Name: "maker", Certificate: root.cert, Intermediates: []*x509.Certificate{office.cert}, CRLs: []*x509.RevocationList{list(office, 98)}}}, PCRs: []uint32{0}}
+	reloaded := must[*Verifier](t)(NewVerifier(VerifierOptions{Trust: func() Trust { return inForce }}))
+	if _, err := (exchange{}).run(t, newIssuer(t, p, IssuerOptions{EK: EKRSA2048}), reloaded); err != nil {
+		t.Fatal(err)
+	}
+	inForce.Roots[0].CRLs = []*x509.RevocationList{list(office, 99)}
+	_, err := exchange{}.run(t, newIssuer(t, p, IssuerOptions{EK: EKRSA2048}), reloaded)
+	wantErr(t, err, ErrEKRevoked)
 	for name, tc := range map[string]struct {
 		crls []*x509.RevocationList
 		want error
