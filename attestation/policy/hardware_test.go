@@ -4,16 +4,12 @@ import (
 	"bytes"
 	"crypto/x509"
 	"errors"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/attestation/facts"
 	"github.com/keyagent/keyagent/test/amd"
 	"github.com/keyagent/keyagent/test/intel"
 )
@@ -334,84 +330,6 @@ func TestAWeaknessIsAcceptedWhereItIsNamed(t *testing.T) {
 	}
 }
 
-// What a profile of SNP may demand beyond what it must.
-func TestWhatASNPProfileDemands(t *testing.T) {
-	text := strings.Replace(plain(hardware), "      chips:", "      min_version: 1.55.29\n      min_guest_svn: 2\n      mitigations: {launch: 0x3, current: 0x5}\n      demand: [platform_iommu_write_safe]\n      chips:", 1)
-	good := func() attestation.Claims {
-		c := snpClaims()
-		facts.SNPVersionCurrent.Put(c.Facts, "1.55.61")
-		facts.SNPVersionCommitted.Put(c.Facts, "1.55.29")
-		facts.SNPGuestSVN.Put(c.Facts, 2)
-		facts.SNPLaunchMitigations.Put(c.Facts, 0x3f)
-		facts.SNPCurrentMitigations.Put(c.Facts, 0x5)
-		facts.SNPPlatformIOMMUWriteSafe.Put(c.Facts, true)
-		return c
-	}
-	if a, err := parse(t, text).Appraise(verified(t, good())); err != nil || a.Profile != "snp" {
-		t.Fatalf("%+v, %v", a, err)
-	}
-	for field, change := range map[string]func(set map[string]any){
-		"snp.version.current":           func(set map[string]any) { facts.SNPVersionCurrent.Put(set, "1.55.28") },
-		"snp.version.committed":         func(set map[string]any) { facts.SNPVersionCommitted.Put(set, "0.255.255") },
-		"snp.guest_svn":                 func(set map[string]any) { facts.SNPGuestSVN.Put(set, 1) },
-		"snp.mitigations.launch":        func(set map[string]any) { facts.SNPLaunchMitigations.Put(set, 0x2) },
-		"snp.mitigations.current":       func(set map[string]any) { delete(set, string(facts.SNPCurrentMitigations)) },
-		"snp.platform_iommu_write_safe": func(set map[string]any) { facts.SNPPlatformIOMMUWriteSafe.Put(set, false) },
-	} {
-		c := good()
-		change(c.Facts)
-		var m *MismatchError
-		if _, err := parse(t, text).Appraise(verified(t, c)); !errors.As(err, &m) || len(m.Mismatches) != 1 || m.Mismatches[0].Field != field {
-			t.Errorf("%s: %v", field, err)
-		}
-	}
-	for from, to := range map[string]string{"1.55.29": "1.55", "launch: 0x3, current: 0x5": "", "[platform_iommu_write_safe]": "[platform_tio]"} {
-		if _, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(text, from, to, 1))); err == nil {
-			t.Errorf("%q in place of %q is accepted", to, from)
-		}
-	}
-}
-
-// A registry of platforms is a file beside the policy, and part of what it says.
-func TestPlatformsStandInARegistry(t *testing.T) {
-	dir := t.TempDir()
-	ppid := hexOf("bb", 16)
-	write := func(text string) (*Policy, error) {
-		t.Helper()
-		if err := os.WriteFile(filepath.Join(dir, "hosts.txt"), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		text = plain(hardware)
-		start := strings.Index(text, "  - name: tdx")
-		at := start + strings.Index(text[start:], "      platforms:")
-		end := at + strings.Index(text[at:], "\n")
-		return Parse(Builtin(), filepath.Join(dir, "policy.yaml"), []byte(text[:at]+"      platforms_file: hosts.txt"+text[end:]))
-	}
-	good, err := write("# of the cloud\n" + strings.ToUpper(ppid) + " # host 7\n\n" + hexOf("01", 16) + "\n")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if a, err := good.Appraise(verified(t, tdxClaims())); err != nil || a.Profile != "tdx" {
-		t.Errorf("%+v, %v", a, err)
-	}
-	other, err := write(hexOf("02", 16))
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := slices.IndexFunc(other.profiles, func(pr Profile) bool { return pr.Name == "tdx" })
-	if hard, _ := other.profiles[n].compare(verified(t, tdxClaims())); len(hard) != 1 || hard[0].Field != "tdx.platform" || !strings.Contains(hard[0].String(), "hosts.txt") {
-		t.Errorf("%v", hard)
-	}
-	if good.Hash() == other.Hash() {
-		t.Error("two registries, and one hash")
-	}
-	for _, text := range []string{"", "# nothing\n", "zz\n", hexOf("01", 15)} {
-		if _, err := write(text); err == nil {
-			t.Errorf("%q is a registry", text)
-		}
-	}
-}
-
 // Case 20: what is not set is an error of the file, or refuses.
 func TestHardwareProfilesAreReadStrictly(t *testing.T) {
 	good := plain(hardware)
@@ -498,83 +416,6 @@ func TestAMachineIsAskedForWhatAProfileDemands(t *testing.T) {
 			t.Errorf("of %v: asks %v, %v", tt.offered, ask, err)
 		}
 	}
-}
-
-// A machine that brings evidence which its profile does not demand says nothing with it.
-func TestAnExpressionSeesWhatTheProfileDemands(t *testing.T) {
-	for name, when := range map[string]string{
-		"identity": `!(identity in ["chip"])`, "trust": `trust == "enrolled:rack-7"`, "kinds": `"tpm" in kinds`,
-		"facts": `"ek" in tpm`, "identity of the kind": `snp.identity != "chip"`, "trust of the kind": `"trust" in tpm`,
-	} {
-		p := parse(t, strings.Replace(plain(hardware), "operations: [open]}", `operations: [open], when: '`+when+`'}`, 1))
-		more := attestation.Claims{Kind: attestation.TPM, Identity: "another", Trust: "enrolled:rack-7", Facts: map[string]any{"ek": "another"}}
-		for _, all := range [][]attestation.Claims{{snpClaims()}, {snpClaims(), more}, {more, snpClaims()}} {
-			a, err := p.Appraise(verified(t, all...))
-			if err != nil || a.Profile != "snp" {
-				t.Fatalf("%+v, %v", a, err)
-			}
-			if _, err := p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)}); !errors.Is(err, ErrDenied) {
-				t.Errorf("%s, with %d claims: %v", name, len(all), err)
-			}
-		}
-	}
-}
-
-// Projects of a cloud are compared whatever vouches for the TPM, and its root is the same
-// one however the policy names it.
-func TestProjectsCountWhateverVouches(t *testing.T) {
-	google := "-----BEGIN CERTIFICATE-----"
-	if text, err := os.ReadFile("../tpm/google/ek-ak-ca-root.pem"); err != nil {
-		t.Fatal(err)
-	} else {
-		google = strings.ReplaceAll(strings.TrimSpace(string(text)), "\n", "\\n")
-	}
-	for section, prefix := range map[string]string{"ak_roots": "ak-root:", "roots": "root:"} {
-		text := strings.Replace(plain(hardware), "{name: google, builtin: google}", `{name: google, pem: "`+google+`\n"}`, 1)
-		text = strings.Replace(strings.Replace(text, "ak_roots:", section+":", 1), "ak-root:google", prefix+"google", 1)
-		without := strings.Replace(text, "      gce: {projects: [lab], zones: [z1], instances: [node]}\n", "", 1)
-		if _, err := Parse(Builtin(), "policy.yaml", []byte(without)); err == nil || !strings.Contains(err.Error(), "must name its projects") {
-			t.Errorf("%s, without projects: %v", section, err)
-		}
-		p := parse(t, text)
-		c := googleClaims()
-		c[0].Trust = prefix + "google"
-		n := slices.IndexFunc(p.profiles, func(pr Profile) bool { return pr.Name == "google" })
-		differs := func() int {
-			hard, _ := p.profiles[n].compare(verified(t, c...))
-			return len(hard)
-		}
-		if d := differs(); d != 0 {
-			t.Errorf("%s: %d differences", section, d)
-		}
-		facts.GCEProjectID.Put(c[0].Facts, "other")
-		if d := differs(); d != 1 {
-			t.Errorf("%s, of another project: %d differences", section, d)
-		}
-		delete(c[0].Facts, string(facts.GCEProjectID))
-		if d := differs(); d == 0 {
-			t.Errorf("%s, of no project: no difference", section)
-		}
-	}
-}
-
-// Expressions see the facts of every kind.
-func TestExpressionsSeeHardware(t *testing.T) {
-	text := strings.Replace(plain(hardware), "operations: [open]}", `operations: [open], when: 'kinds == ["snp"] && snp.tcb_reported_snp >= uint(8) && !("vm_id" in azure) && trust == "root:amd"'}`, 1)
-	p := parse(t, text)
-	a, err := p.Appraise(verified(t, snpClaims()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)}); err != nil {
-		t.Error(err)
-	}
-	a, err = p.Appraise(verified(t, azureClaims()...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = p.Authorize(a, Request{Volume: "v", Operation: Open, Now: time.Unix(0, 0)})
-	wantErr(t, err, ErrDenied)
 }
 
 // An authority that could vouch for nothing is an error of the file, and not of
