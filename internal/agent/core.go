@@ -58,12 +58,30 @@ type Options struct {
 }
 
 // Volumes is the core of the node: it opens, keeps and closes volumes, whatever
-// names them. Work on one volume waits for other work on the same volume alone.
+// names them. Work on one volume waits for other work on the same volume, and a first
+// format for some of the other first formats as well.
 type Volumes struct {
 	Options
 
 	mu      sync.Mutex
 	entries map[string]*entry
+	formats chan struct{} // one for each that may write a header
+}
+
+// maxFormats bounds the headers that are written beside each other: 16 MiB each, to its
+// end, often to disks that are parts of one. Hundreds at once would each take longer than
+// a disk may take to answer.
+const maxFormats = 8
+
+// formatTurn waits until a header may be written. A disk that hangs keeps its turn no
+// longer than DeviceWait.
+func (c *Volumes) formatTurn(ctx context.Context) (release func(), err error) {
+	select {
+	case c.formats <- struct{}{}:
+		return func() { <-c.formats }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for other volumes that are being created: %w", ctx.Err())
+	}
 }
 
 // entry is what is known of one volume. Its fields are guarded by Volumes.mu,
@@ -96,7 +114,7 @@ func NewVolumes(o Options) *Volumes {
 	if o.AppearWait == 0 {
 		o.AppearWait = time.Minute
 	}
-	return &Volumes{Options: o, entries: map[string]*entry{}}
+	return &Volumes{Options: o, entries: map[string]*entry{}, formats: make(chan struct{}, maxFormats)}
 }
 
 // entryOf returns the entry of a volume, which it makes if there is none.

@@ -57,6 +57,12 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 
 // writeHeader puts a header on a blank disk, between the record's two words.
 func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
+	// Before the key service limits the time in which the header has to be written.
+	release, err := o.formatTurn(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
 	id := identity(key)
 	h, err := luks.NewHeader(ctx, id, key.DEK)
 	if err != nil {
