@@ -206,7 +206,14 @@ type machine struct {
 	name, dir string
 	tpm       *swtpm.TPM
 	more      string // lines of the configuration
+	patient   bool   // with the program's own limits in place of short ones
 }
+
+// short are limits that a test need not wait long for.
+const short = `retry: {budget: 20s, first: 50ms, max: 500ms}
+watch: 1s
+device_timeout: 5s
+`
 
 func (w *world) node(t testing.TB, name string) *machine {
 	t.Helper()
@@ -219,17 +226,18 @@ func (w *world) node(t testing.TB, name string) *machine {
 // configure writes the node's configuration. Each volume is a line of YAML.
 func (m *machine) configure(t testing.TB, volumes ...string) {
 	t.Helper()
+	limits := short
+	if m.patient {
+		limits = ""
+	}
 	text := fmt.Sprintf(`servers: [{address: "127.0.0.1:%s", ca: %s/ca.pem}]
 tpm: {device: "%s", event_log: /nonexistent}
 state_dir: %s/state
 socket: %s/agent.sock
 callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, backup-header, restore-header], volumes: ["*"]}]
-retry: {budget: 20s, first: 50ms, max: 500ms}
-watch: 1s
-device_timeout: 5s
-%s
+%s%s
 volumes:
-`, m.port, m.world.dir, m.tpm.Device, m.dir, m.dir, m.more)
+`, m.port, m.world.dir, m.tpm.Device, m.dir, m.dir, limits, m.more)
 	if len(volumes) == 0 {
 		text = strings.TrimSuffix(text, "volumes:\n")
 	}
