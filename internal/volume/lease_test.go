@@ -162,6 +162,34 @@ func TestARenewalIsRememberedOrWritten(t *testing.T) {
 	}
 }
 
+// Case 48: the service starts again, and a grant has a shorter term since. A renewal
+// whose answer is lost must not shorten what the holder was told before the restart.
+func TestAShorterTermAfterARestartTakesNothingBack(t *testing.T) {
+	w := newWorld(t)
+	holder, other := caller("node-1", ""), caller("node-2", "")
+	r := w.active(holder, one)
+	w.clock.move(time.Hour)
+	holder = holder.with(r.Lease.ID)
+	if _, _, err := w.Renew(t.Context(), "data-1", holder, one); err != nil {
+		t.Fatal(err)
+	}
+	w.Store = newStore(t, w.disk, w.clock.now, true) // knows nothing of the renewal
+	short := one
+	short.Term = 30 * time.Second
+	if _, _, err := w.Renew(t.Context(), "data-1", holder, short); err != nil {
+		t.Fatal(err)
+	}
+	w.clock.move(one.Term - time.Second)
+	_, err := w.takes(other, one)
+	is(t, "the holder may write", err, ErrHeld)
+	w.Store = newStore(t, w.disk, w.clock.now, true)
+	_, err = w.takes(other, one)
+	is(t, "after one more restart", err, ErrHeld)
+	w.clock.move(time.Minute)
+	_, err = w.takes(other, one)
+	is(t, "its time is up", err, nil)
+}
+
 // Case 48: after a restart nobody knows of the renewals before it.
 func TestAfterARestartALeaseLivesForAnotherTerm(t *testing.T) {
 	w := newWorld(t)

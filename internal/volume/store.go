@@ -89,30 +89,34 @@ func (s *Store) Volumes() []string {
 
 // Ends returns when the lease of a record ends, as far as this key service can tell.
 func (s *Store) Ends(r *Record) time.Time {
-	l := r.Lease
-	if l == nil {
+	if r.Lease == nil {
 		return time.Time{}
 	}
-	ends := l.Until
-	later := func(t time.Time) {
-		if t.After(ends) {
-			ends = t
-		}
-	}
-	s.mu.Lock()
-	mine, known := s.lives[l.ID]
-	s.mu.Unlock()
-	switch {
-	case known:
-		later(mine)
-	case s.alone:
-		// It was granted before this process began, which does not know of its renewals.
-		later(s.started.Add(l.Term()))
-	}
+	ends := s.until(r.Lease)
 	if !s.alone {
-		later(l.Until.Add(Skew))
+		ends = later(ends, r.Lease.Until.Add(Skew))
 	}
 	return ends
+}
+
+// until is when a lease ends by the clock of this process: what the record says, or
+// the renewals that were not written.
+func (s *Store) until(l *Lease) time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	mine, known := s.lives[l.ID]
+	if !known && s.alone {
+		// It was granted before this process began, which does not know of its renewals.
+		mine = s.started.Add(l.Term())
+	}
+	return later(l.Until, mine)
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 // Get returns the record of a volume. A volume that was seen and has no record now, or
@@ -234,7 +238,7 @@ func (s *Store) update(ctx context.Context, volume string, get getter, f func(*R
 		r.Revision, r.Updated = max(before, r.Revision)+1, s.now().UTC()
 		err = s.put(ctx, r, version)
 		if err == nil && r.Lease != nil && *r.Lease != lease {
-			s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
+			s.remember(r.Lease)
 		}
 		if !errors.Is(err, storage.ErrConflict) {
 			return r, err
@@ -314,7 +318,7 @@ func (s *Store) Renew(ctx context.Context, volume string, c *Caller, t Terms) (r
 		same := *r.Lease
 		same.Until = old.Until
 		if s.alone && same == *old {
-			s.remember(r.Lease.ID, s.now().Add(r.Lease.Term()))
+			s.remember(r.Lease)
 			return remembered
 		}
 		return nil
@@ -326,12 +330,11 @@ func (s *Store) Renew(ctx context.Context, volume string, c *Caller, t Terms) (r
 }
 
 // remember remembers the end of a lease, and forgets those that ended long ago.
-func (s *Store) remember(id string, until time.Time) {
+func (s *Store) remember(l *Lease) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if until.After(s.lives[id]) {
-		s.lives[id] = until
-	}
+	until := l.Until
+	s.lives[l.ID] = later(s.lives[l.ID], until)
 	if len(s.lives) > 4096 && len(s.lives)&(len(s.lives)-1) == 0 {
 		for other, end := range s.lives {
 			if until.Sub(end) > 48*time.Hour {
@@ -368,15 +371,11 @@ func (s *Store) Accept(ctx context.Context, volume string) (r *Record, seen uint
 }
 
 // recall puts the renewals that were not written into a record that may be written
-// now: after a restart the record is all that is known of them.
+// now: after a restart the record is all that is known of them, and a renewal for a
+// shorter term says nothing of what its holder was told before.
 func (s *Store) recall(r *Record) {
-	if r.Lease == nil {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if until := s.lives[r.Lease.ID]; until.After(r.Lease.Until) {
-		r.Lease.Until = until.UTC()
+	if r.Lease != nil {
+		r.Lease.Until = s.until(r.Lease).UTC()
 	}
 }
 
