@@ -47,6 +47,10 @@ type Options struct {
 	// Node is what people call this machine. It decides nothing.
 	Node     string
 	Progress Progress
+	// FloorFile keeps the earliest time that it can be over a restart of this process.
+	// It is in memory, as /run is: what it says counts since the machine's start. Empty
+	// keeps nothing.
+	FloorFile string
 	// Timeout bounds one handshake with its attestation. Default
 	// atls.DefaultTimeout.
 	Timeout time.Duration
@@ -64,7 +68,7 @@ func New(opts Options) (*Client, error) {
 		opts.Retry = DefaultRetry
 	}
 	c := &Client{retry: opts.Retry, log: opts.Log, progress: opts.Progress, wait: wait, node: opts.Node[:min(len(opts.Node), 64)]}
-	earliest := newFloor()
+	earliest := newFloor(opts.FloorFile, opts.Log)
 	for _, l := range []**link{&c.keys, &c.leases} {
 		id, err := atls.NewIdentity()
 		if err != nil {

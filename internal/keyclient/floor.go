@@ -1,9 +1,17 @@
 package keyclient
 
 import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"runtime/debug"
 	"sync"
 	"time"
+
+	"github.com/keyagent/keyagent/internal/config"
 )
 
 // floor is the earliest that it can be: a machine's clock is its host's, which could
@@ -14,15 +22,18 @@ import (
 type floor struct {
 	wall func() time.Time
 	boot func() time.Duration
+	file string // keeps it over a restart of this process; may be empty
+	log  *slog.Logger
 
 	mu    sync.Mutex
 	at    time.Time
 	since time.Duration
 }
 
-// newFloor begins with the time of this program's source.
-func newFloor() *floor {
-	f := &floor{wall: time.Now, boot: bootTime}
+// newFloor begins with the time of this program's source, or what the file keeps.
+func newFloor(file string, log *slog.Logger) *floor {
+	f := &floor{wall: time.Now, boot: bootTime, file: file, log: log}
+	f.recall()
 	if info, ok := debug.ReadBuildInfo(); ok {
 		f.saw(written(info))
 	}
@@ -46,7 +57,50 @@ func (f *floor) saw(t time.Time) {
 	defer f.mu.Unlock()
 	if t.After(f.now()) {
 		f.at, f.since = t, f.boot()
+		if err := f.remember(); err != nil && f.log != nil {
+			f.log.Warn("could not keep the floor under time", "error", err)
+		}
 	}
+}
+
+// kept is the file: a time, and for how long this machine had been up at that time.
+type kept struct {
+	At   time.Time     `json:"at"`
+	Boot time.Duration `json:"boot"` // in nanoseconds
+}
+
+// remember keeps the floor for the next process. The lock is held.
+func (f *floor) remember() error {
+	if f.file == "" || f.at.IsZero() {
+		return nil
+	}
+	data, err := json.Marshal(kept{f.at.UTC(), f.since})
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(f.file), 0o700)
+	}
+	if err != nil {
+		return err
+	}
+	// Two processes may write at once.
+	tmp := fmt.Sprintf("%s.%d.tmp", f.file, os.Getpid())
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	return os.Rename(tmp, f.file)
+}
+
+// recall takes up what a process before this one kept, since this machine's start. A
+// file that cannot be read, or is of another start, was never there.
+func (f *floor) recall() {
+	if f.file == "" {
+		return
+	}
+	data, err := config.ReadPublicFile(f.file, 256)
+	var k kept
+	if err != nil || json.Unmarshal(data, &k) != nil || k.Boot <= 0 || k.Boot > f.boot() {
+		return
+	}
+	f.at, f.since = k.At, k.Boot
 }
 
 // now is the floor. The lock is held.

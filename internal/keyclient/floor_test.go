@@ -1,7 +1,10 @@
 package keyclient
 
 import (
+	"os"
+	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"testing"
 	"time"
 )
@@ -31,6 +34,45 @@ func TestTimeHasAFloor(t *testing.T) {
 	want("after something newer", day(9))
 	wall = day(20)
 	want("with a clock that is right again", day(20))
+}
+
+// A process that starts again goes on from the floor of the one before; a machine that
+// starts again does not.
+func TestTheFloorOutlivesItsProcess(t *testing.T) {
+	day := func(n int) time.Time { return time.Date(2100, 1, n, 0, 0, 0, 0, time.UTC) }
+	file := filepath.Join(t.TempDir(), "state", "time-floor")
+	boot := time.Hour
+	start := func() *floor {
+		f := &floor{wall: func() time.Time { return day(1) }, boot: func() time.Duration { return boot }, file: file}
+		f.recall()
+		return f
+	}
+	first := start()
+	first.saw(day(5))
+	boot += 24 * time.Hour
+	if got := start().Now(); !got.Equal(day(6)) {
+		t.Errorf("the next process says %s", got)
+	}
+	for name, text := range map[string]string{
+		"of an earlier start": `{"at":"2100-01-09T00:00:00Z","boot":99999999999999999}`,
+		"without a start":     `{"at":"2100-01-09T00:00:00Z"}`,
+		"cut off":             `{"at":"2100-01-09T`,
+		"too long":            `{"at":"2100-01-09T00:00:00Z","boot":1}` + strings.Repeat(" ", 256),
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := start().Now(); !got.Equal(day(1)) {
+			t.Errorf("a file %s: %s", name, got)
+		}
+	}
+	// A folder that cannot be written costs the memory, not the session.
+	f := start()
+	f.file = filepath.Join(file, "not-a-folder", "x")
+	f.saw(day(7))
+	if got := f.Now(); !got.Equal(day(7)) {
+		t.Error(got)
+	}
 }
 
 func TestAProgramKnowsWhenItWasWritten(t *testing.T) {
