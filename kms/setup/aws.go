@@ -44,6 +44,9 @@ func awsStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	if opts.CreateBucket, err = flag(u, "createBucket"); err != nil {
 		return nil, err
 	}
+	if opts.Tags, err = tags(u); err != nil {
+		return nil, err
+	}
 	if opts.Credentials, err = awsCredentials(u); err != nil {
 		return nil, err
 	}

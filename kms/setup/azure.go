@@ -50,6 +50,9 @@ func azureStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	if opts.CreateContainer, err = flag(u, "createContainer"); err != nil {
 		return nil, err
 	}
+	if opts.Tags, err = tags(u); err != nil {
+		return nil, err
+	}
 	if opts.RootCAs, err = roots(u.Optional("caFile")); err != nil {
 		return nil, err
 	}

@@ -51,6 +51,9 @@ func gcpStorage(ctx context.Context, u *kms.URI) (Objects, error) {
 	if opts.CreateBucket, err = flag(u, "createBucket"); err != nil {
 		return nil, err
 	}
+	if opts.Tags, err = tags(u); err != nil {
+		return nil, err
+	}
 	if opts.Credentials, err = googleCredentials(u, scopeStorage); err != nil {
 		return nil, err
 	}

@@ -210,6 +210,25 @@ func list(u *kms.URI, name string) []string {
 	return strings.Split(v, ",")
 }
 
+// tags takes the tags of objects: NAME:VALUE with commas between, or left out.
+func tags(u *kms.URI) (storage.Tags, error) {
+	var all storage.Tags
+	for _, one := range list(u, "tags") {
+		name, value, ok := strings.Cut(one, ":")
+		if _, twice := all[name]; !ok || twice {
+			return nil, fmt.Errorf("%w: the parameter \"tags\" is of the form NAME:VALUE,NAME:VALUE with each name once", kms.ErrURI)
+		}
+		if all == nil {
+			all = storage.Tags{}
+		}
+		all[name] = value
+	}
+	if err := all.Check(); err != nil {
+		return nil, fmt.Errorf("%w: the parameter \"tags\": %w", kms.ErrURI, err)
+	}
+	return all, nil
+}
+
 // flag takes a parameter that is true, false or left out.
 func flag(u *kms.URI, name string) (bool, error) {
 	switch u.Optional(name) {

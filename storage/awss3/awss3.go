@@ -16,7 +16,7 @@
 //
 // The permissions that are needed: s3:GetObject, s3:PutObject, s3:ListBucket
 // (without it, S3 does not say whether an object is absent), s3:DeleteObject to
-// delete, and s3:CreateBucket if the bucket is to be made.
+// delete, s3:PutObjectTagging for tags, and s3:CreateBucket if the bucket is to be made.
 package awss3
 
 import (
@@ -74,6 +74,8 @@ type Options struct {
 	Encryption string
 	// KMSKey is the key of aws:kms; default the account's.
 	KMSKey string
+	// Tags are put on each object that is written.
+	Tags storage.Tags
 	// Timeout bounds one call with all its retries; default 30s.
 	Timeout time.Duration
 	// Attempts bounds how often one call is tried; default 4. The SDK's
@@ -173,6 +175,8 @@ func (o *Options) check() error {
 		return errors.New("the prefix must be made of letters, digits, dots, dashes, underscores and slashes")
 	case o.Encryption != "" && o.Encryption != string(types.ServerSideEncryptionAes256) && o.Encryption != string(types.ServerSideEncryptionAwsKms):
 		return errors.New("the encryption is AES256 or aws:kms, or left out")
+	case o.Tags.Check() != nil:
+		return o.Tags.Check()
 	case o.KMSKey != "" && o.Encryption != string(types.ServerSideEncryptionAwsKms):
 		return errors.New("a KMS key needs the encryption aws:kms")
 	}

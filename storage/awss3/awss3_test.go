@@ -81,6 +81,9 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 				return storagetest.Bed{Open: func() storage.Storage {
 					opts := s.options()
 					opts.Prefix = prefix
+					if prefix != "" {
+						opts.Tags = storage.Tags{"team": "disks"}
+					}
 					st, err := New(t.Context(), opts)
 					if err != nil {
 						t.Fatal(err)
@@ -320,6 +323,7 @@ func TestTheServiceIsToldHowToEncrypt(t *testing.T) {
 	s := newService(t)
 	opts := s.options()
 	opts.Encryption, opts.KMSKey, opts.BucketOwner = "aws:kms", "alias/records", "123456789012"
+	opts.Tags = storage.Tags{"team": "disks", "cost-center": "a/b = 1"}
 	st, err := New(t.Context(), opts)
 	if err != nil {
 		t.Fatal(err)
@@ -335,6 +339,7 @@ func TestTheServiceIsToldHowToEncrypt(t *testing.T) {
 	for k, want := range map[string]string{
 		"X-Amz-Server-Side-Encryption": "aws:kms", "X-Amz-Server-Side-Encryption-Aws-Kms-Key-Id": "alias/records",
 		"X-Amz-Expected-Bucket-Owner": "123456789012", "If-None-Match": "*",
+		"X-Amz-Tagging": "cost-center=a%2Fb+%3D+1&team=disks",
 	} {
 		if seen.Get(k) != want {
 			t.Errorf("%s is %q", k, seen.Get(k))
@@ -370,6 +375,7 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 		"an access point's ARN":             func(o *Options) { o.Bucket = "arn:aws:s3:::x" },
 		"a directory bucket":                func(o *Options) { o.Bucket = "x--euc1-az1--x-s3" },
 		"a prefix with dots":                func(o *Options) { o.Prefix = "../x" },
+		"a tag with a line break":           func(o *Options) { o.Tags = storage.Tags{"a": "b\nc"} },
 		"another encryption":                func(o *Options) { o.Encryption = "rot13" },
 		"a key without its encryption":      func(o *Options) { o.KMSKey = "k" },
 		"http to another machine":           func(o *Options) { o.Endpoint = "http://192.0.2.1" },

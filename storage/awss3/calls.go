@@ -59,6 +59,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 		Bucket: &s.opts.Bucket, Key: s.key(name), Body: bytes.NewReader(body), ExpectedBucketOwner: s.owner(),
 		ContentType:          aws.String("application/octet-stream"),
 		ServerSideEncryption: types.ServerSideEncryption(s.opts.Encryption), SSEKMSKeyId: optional(s.opts.KMSKey),
+		Tagging: optional(s.opts.Tags.Encode()),
 	}
 	if expect == storage.Absent {
 		in.IfNoneMatch = aws.String("*")
@@ -74,7 +75,11 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	case err == nil: // written, but what to expect next time is not known
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without an ETag"))
 	}
-	err = s.explain("write "+name+" in", err, "s3:PutObject")
+	permission := "s3:PutObject"
+	if len(s.opts.Tags) > 0 {
+		permission += " and s3:PutObjectTagging"
+	}
+	err = s.explain("write "+name+" in", err, permission)
 	switch {
 	case errors.Is(err, storage.ErrNotFound): // it was to be there
 		return s.mine(ctx, name, token, storage.ErrConflict)

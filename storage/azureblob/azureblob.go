@@ -65,6 +65,8 @@ type Options struct {
 	CreateContainer bool
 	// EncryptionScope encrypts what is written; default the container's.
 	EncryptionScope string
+	// Tags are put on each blob that is written.
+	Tags storage.Tags
 	// RootCAs vouch for the service; nil is the system's.
 	RootCAs *x509.CertPool
 	// Timeout bounds one call with all its retries; default 30s.
@@ -149,6 +151,8 @@ func (o *Options) check() (plain bool, err error) {
 		return false, errors.New("the container must be named by 3 to 63 lower-case letters, digits and single dashes")
 	case o.Prefix != "" && storage.CheckName(o.Prefix) != nil:
 		return false, errors.New("the prefix must be made of letters, digits, dots, dashes, underscores and slashes")
+	case o.Tags.Check() != nil:
+		return false, o.Tags.Check()
 	case o.Credential == nil:
 		return false, errors.New("a credential is needed")
 	case o.Endpoint != "" && o.Cloud != "":

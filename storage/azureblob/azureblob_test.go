@@ -93,6 +93,9 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 				container := fmt.Sprintf("records-%d", containers.Add(1))
 				proxy, opts := service.behind(t, container)
 				opts.Prefix = prefix
+				if prefix != "" {
+					opts.Tags = storage.Tags{"team": "disks"}
+				}
 				service.call(t, http.MethodPut, container+"?restype=container", nil)
 				return storagetest.Bed{
 					Names:      2500, // the emulator takes 5 ms for each
@@ -346,6 +349,7 @@ func TestAServiceThatDoesNotAnswerIsGivenUp(t *testing.T) {
 func TestTheServiceIsToldWhoAsksAndHowToEncrypt(t *testing.T) {
 	p, opts := service(t)
 	opts.EncryptionScope = "records-scope"
+	opts.Tags = storage.Tags{"team": "disks", "cost-center": "a/b = 1"}
 	s := open(t, opts)
 	seen := make(chan *http.Request, 1)
 	p.Answer(func(w http.ResponseWriter, r *http.Request) bool {
@@ -361,7 +365,7 @@ func TestTheServiceIsToldWhoAsksAndHowToEncrypt(t *testing.T) {
 		r := <-seen
 		want := map[string]string{
 			"Authorization": "Bearer hunter2", "X-Ms-Encryption-Scope": "records-scope", "X-Ms-Blob-Type": "BlockBlob",
-			"X-Ms-Version": apiVersion, "If-None-Match": "*", "If-Match": "",
+			"X-Ms-Version": apiVersion, "If-None-Match": "*", "If-Match": "", "X-Ms-Tags": "cost-center=a%2Fb+%3D+1&team=disks",
 		}
 		if expect != storage.Absent {
 			want["If-None-Match"], want["If-Match"] = "", `"e"`
@@ -435,6 +439,7 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 		"a container with a slash":          func(o *Options) { o.Container = "abc/def" },
 		"a container with a long name":      func(o *Options) { o.Container = strings.Repeat("a", 64) },
 		"a prefix with dots":                func(o *Options) { o.Prefix = "../x" },
+		"a tag with a line break":           func(o *Options) { o.Tags = storage.Tags{"a": "b\nc"} },
 		"no credential":                     func(o *Options) { o.Credential = nil },
 		"another cloud":                     func(o *Options) { o.Cloud = "germany" },
 		"a cloud and an endpoint":           func(o *Options) { o.Cloud, o.Endpoint = "public", "https://example.com" },

@@ -101,6 +101,11 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	if s.opts.EncryptionScope != "" {
 		header.Set("X-Ms-Encryption-Scope", s.opts.EncryptionScope)
 	}
+	permission := actions + "blobs/write"
+	if tags := s.opts.Tags.Encode(); tags != "" {
+		header.Set("X-Ms-Tags", tags)
+		permission += " and " + actions + "blobs/tags/write"
+	}
 	if expect == storage.Absent {
 		header.Set("If-None-Match", "*")
 	} else if _, etag, ok := storage.SplitVersion(expect); ok {
@@ -117,7 +122,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 		// Written, but what to expect next time is not known.
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without an ETag"))
 	}
-	err = s.explain("write "+name+" in", err, actions+"blobs/write")
+	err = s.explain("write "+name+" in", err, permission)
 	switch {
 	case errors.Is(err, storage.ErrNotFound): // it was to be there
 		return s.mine(ctx, name, token, storage.ErrConflict)

@@ -102,7 +102,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	body, token := storage.Frame(data)
 	var out *api.Object
 	err := s.try(ctx, func() (err error) {
-		object := &api.Object{Name: s.prefix + name, ContentType: contentType, Crc32c: encodeSum(crc32.Checksum(body, castagnoli))}
+		object := &api.Object{Name: s.prefix + name, ContentType: contentType, Crc32c: encodeSum(crc32.Checksum(body, castagnoli)), Metadata: s.opts.Tags}
 		call := s.service.Objects.Insert(s.opts.Bucket, object).IfGenerationMatch(generation).Context(ctx).
 			// One chunk, so that it is one request.
 			Media(bytes.NewReader(body), googleapi.ContentType(contentType), googleapi.ChunkSize(googleapi.MinUploadChunkSize))

@@ -59,6 +59,8 @@ type Options struct {
 	// KMSKey encrypts what is written: projects/P/locations/L/keyRings/R/cryptoKeys/K;
 	// default the bucket's.
 	KMSKey string
+	// Tags are put on each object that is written, as its metadata.
+	Tags storage.Tags
 	// Endpoint is the URL of another service than Google's. It is https, or
 	// http on a loopback address; the latter is not told who asks unless
 	// Credentials are set.
@@ -152,6 +154,8 @@ func (o *Options) check() (anonymous bool, err error) {
 		return false, errors.New("the bucket must be named, without slashes and colons")
 	case o.Prefix != "" && storage.CheckName(o.Prefix) != nil:
 		return false, errors.New("the prefix must be made of letters, digits, dots, dashes, underscores and slashes")
+	case o.Tags.Check() != nil:
+		return false, o.Tags.Check()
 	case o.CreateBucket && o.Project == "":
 		return false, errors.New("a bucket can only be made in a project that is named")
 	case o.KMSKey != "" && (!strings.HasPrefix(o.KMSKey, "projects/") || strings.Contains(o.KMSKey, "/cryptoKeyVersions/")):

@@ -83,6 +83,9 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 				proxy.Answer(asGoogleDoes)
 				bucket := fmt.Sprintf("records-%d", buckets.Add(1))
 				opts := Options{Bucket: bucket, Prefix: prefix, Endpoint: proxy.URL}
+				if prefix != "" {
+					opts.Tags = storage.Tags{"team": "disks"}
+				}
 				call(t, http.MethodPost, service+"/storage/v1/b?project=p", `{"name":"`+bucket+`"}`)
 				key := func(name string) string { return strings.TrimPrefix(prefix+"/"+name, "/") }
 				return storagetest.Bed{
@@ -291,6 +294,7 @@ func TestTheServiceIsToldWhoAsksAndHowToEncrypt(t *testing.T) {
 	})
 	opts := options(p)
 	opts.KMSKey = "projects/p/locations/l/keyRings/r/cryptoKeys/k"
+	opts.Tags = storage.Tags{"team": "disks"}
 	opts.Credentials = auth.NewCredentials(&auth.CredentialsOptions{TokenProvider: tokens(func() (*auth.Token, error) {
 		return &auth.Token{Value: "hunter2", Expiry: time.Now().Add(time.Hour)}, nil
 	})})
@@ -306,6 +310,7 @@ func TestTheServiceIsToldWhoAsksAndHowToEncrypt(t *testing.T) {
 		"one request":   r.URL.Query().Get("uploadType") == "multipart",
 		"the name":      strings.Contains(sent, `"name":"a/b/x"`),
 		"the CRC32C":    strings.Contains(sent, `"crc32c":"`),
+		"the tags":      strings.Contains(sent, `"metadata":{"team":"disks"}`),
 	} {
 		if !ok {
 			t.Errorf("%s is missing: %s %v\n%s", what, r.URL, r.Header, sent)
@@ -453,6 +458,7 @@ func TestOptionsThatMakeNoSenseAreRefused(t *testing.T) {
 		"no bucket":                         func(o *Options) { o.Bucket = "" },
 		"a bucket with a slash":             func(o *Options) { o.Bucket = "a/b" },
 		"a prefix with dots":                func(o *Options) { o.Prefix = "../x" },
+		"a tag with a line break":           func(o *Options) { o.Tags = storage.Tags{"a": "b\nc"} },
 		"a bucket in no project":            func(o *Options) { o.CreateBucket = true },
 		"a key of another form":             func(o *Options) { o.KMSKey = "k" },
 		"a version of a key":                func(o *Options) { o.KMSKey = "projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1" },
