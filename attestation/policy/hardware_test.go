@@ -249,6 +249,11 @@ func TestEachFieldOfHardwareThatDiffersIsNamed(t *testing.T) {
 			{measure("rtmr2", hexOf("12", 48)), "tdx.rtmr2"}, {measure("rtmr3", hexOf("13", 48)), "tdx.rtmr3"},
 			{func(c *attestation.Claims) { delete(c.Measurements, "rtmr1") }, "tdx.rtmr1"},
 			{fact("event_log", false), "tdx.event_log"},
+			{func(c *attestation.Claims) {
+				m := c.Measurements["rtmr0"]
+				m.Unexplained = "the log leads elsewhere"
+				c.Measurements["rtmr0"] = m
+			}, "tdx.rtmr0.event_log"},
 			{fact("mr_seam", hexOf("5f", 48)), "tdx.mr_seam"}, {fact("mr_signer_seam", hexOf("01", 48)), "tdx.mr_signer_seam"},
 			{fact("seam_attributes", "0100000000000000"), "tdx.seam_attributes"},
 			{fact("td_attributes", "0001001000000000"), "tdx.td_attributes"}, {none("td_attributes"), "tdx.td_attributes"},

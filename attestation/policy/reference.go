@@ -142,7 +142,9 @@ func tdxReference(c attestation.Claims, source string) (Section, error) {
 	for n := range uint32(4) {
 		m, ok := c.Measurements[fmt.Sprintf("rtmr%d", n)]
 		if value := hex.EncodeToString(m.Value); ok && !unextended(value) {
-			t.RTMRs = append(t.RTMRs, RTMR{RTMR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)})
+			ref := RTMR{RTMR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)}
+			ref.EventLog, ref.Source = unexplained(m, source)
+			t.RTMRs = append(t.RTMRs, ref)
 		}
 	}
 	return t, nil
@@ -162,13 +164,20 @@ func pcrReferences(c attestation.Claims, source string) []PCR {
 		m, ok := c.Measurements[fmt.Sprintf("pcr%d", n)]
 		if value := hex.EncodeToString(m.Value); ok && !unextended(value) {
 			ref := PCR{PCR: &n, Accept: []string{value}, Source: source, Events: timeless(m.Events)}
-			if m.Unexplained != "" {
-				ref.EventLog, ref.Source = "optional", source+", whose event log does not lead to it: "+cut(m.Unexplained, 200)
-			}
+			ref.EventLog, ref.Source = unexplained(m, source)
 			out = append(out, ref)
 		}
 	}
 	return out
+}
+
+// unexplained is what a profile says of a register's log, and of where its value is
+// from.
+func unexplained(m attestation.Measurement, source string) (eventLog, from string) {
+	if m.Unexplained == "" {
+		return "", source
+	}
+	return "optional", source + ", whose event log does not lead to it: " + cut(m.Unexplained, 200)
 }
 
 // timeless leaves out an event's place in one log.

@@ -44,8 +44,9 @@ type RTMR struct {
 	RTMR     *uint32             `yaml:"rtmr"`
 	Accept   []string            `yaml:"accept"` // hex
 	WarnOnly bool                `yaml:"warn_only,omitempty"`
-	Source   string              `yaml:"source,omitempty"` // for people
-	Events   []attestation.Event `yaml:"events,omitempty"` // explain a mismatch, decide nothing
+	EventLog string              `yaml:"event_log,omitempty"` // required or optional; default the profile's
+	Source   string              `yaml:"source,omitempty"`    // for people
+	Events   []attestation.Event `yaml:"events,omitempty"`    // explain a mismatch, decide nothing
 }
 
 // TDXSVN is the least security version of each part.
@@ -109,6 +110,7 @@ func (t *TDXProfile) checkRTMRs(c *Checker, at Path) {
 		}
 		c.Demand(!seen[*r.RTMR], "is named twice", at.To(n, "rtmr")...)
 		seen[*r.RTMR] = true
+		c.Demand(r.EventLog == "" || r.EventLog == "required" || r.EventLog == "optional", "must be required or optional", at.To(n, "event_log")...)
 		(&Values{Accept: r.Accept}).check(c, 48, at.To(n))
 	}
 }
@@ -122,9 +124,7 @@ func (t *TDXProfile) Compare(d *Differences, claims attestation.Claims) {
 	// Intel's own module has neither a signer nor attributes.
 	d.Text("tdx.mr_signer_seam", facts.TDXMRSignerSEAM, nil)
 	d.Text("tdx.seam_attributes", facts.TDXSEAMAttributes, nil)
-	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
-		d.Refuse("tdx.event_log", []string{"an event log"}, "none")
-	}
+	t.compareLog(d, claims)
 	t.compareRTMRs(d)
 	d.Text("tdx.xfam", facts.TDXXFAM, t.XFAM)
 	d.Text("tdx.mr_config_id", facts.TDXMRConfigID, t.MRConfigID)
@@ -138,6 +138,17 @@ func (t *TDXProfile) Compare(d *Differences, claims attestation.Claims) {
 	d.Flag("tdx.debug", facts.Debug, false)
 	t.compareAttributes(d)
 	d.Weaknesses("tdx", tdxWeaknesses, t.Allow)
+}
+
+// compareLog demands that the log leads to each register that needs it.
+func (t *TDXProfile) compareLog(d *Differences, claims attestation.Claims) {
+	if hasLog, _ := facts.EventLog.Of(claims); t.EventLog == "required" && !hasLog {
+		d.Refuse("tdx.event_log", []string{"an event log"}, cmp.Or(text(claims, facts.EventLogError), "none"))
+		return
+	}
+	for _, r := range t.RTMRs {
+		d.explained("tdx.", fmt.Sprintf("rtmr%d", *r.RTMR), r.EventLog, t.EventLog, r.WarnOnly)
+	}
 }
 
 // knownAttributes are the bits of a TD's attributes that have a fact of their own:

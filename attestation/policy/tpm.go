@@ -149,21 +149,26 @@ func (t *TPMProfile) compareLog(d *Differences, claims attestation.Claims) {
 		return
 	}
 	for _, ref := range t.PCRs {
-		register := fmt.Sprintf("pcr%d", *ref.PCR)
-		got, ok := claims.Measurements[register]
-		why := got.Unexplained
-		if ref.EventLog == "required" && why == "" && len(got.Events) == 0 {
-			why = "no events"
-		}
-		if !ok || why == "" || cmp.Or(ref.EventLog, t.EventLog) != "required" {
-			continue
-		}
-		m := Mismatch{Profile: d.profile, Field: register + ".event_log", Expected: []string{"events that lead to its value"}, Found: why}
-		if ref.WarnOnly {
-			d.soft = append(d.soft, m)
-		} else {
-			d.hard = append(d.hard, m)
-		}
+		d.explained("", fmt.Sprintf("pcr%d", *ref.PCR), ref.EventLog, t.EventLog, ref.WarnOnly)
+	}
+}
+
+// explained demands that the log leads to a register. own is what the profile says of
+// the register, whole of all: required, or optional; own may be empty.
+func (d *Differences) explained(prefix, register, own, whole string, warnOnly bool) {
+	got, ok := d.claims.Measurements[register]
+	why := got.Unexplained
+	if own == "required" && why == "" && len(got.Events) == 0 {
+		why = "no events"
+	}
+	if !ok || why == "" || cmp.Or(own, whole) != "required" {
+		return
+	}
+	m := Mismatch{Profile: d.profile, Field: prefix + register + ".event_log", Expected: []string{"events that lead to its value"}, Found: why}
+	if warnOnly {
+		d.soft = append(d.soft, m)
+	} else {
+		d.hard = append(d.hard, m)
 	}
 }
 

@@ -5,11 +5,13 @@ import (
 	"crypto/sha512"
 	"encoding/binary"
 	"fmt"
+	"strings"
 
 	"github.com/google/go-eventlog/tcg"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/eventlog"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // EventLog is a parsed confidential-computing event log (CCEL): the events of a
@@ -64,8 +66,8 @@ func (l *EventLog) Explain(rtmr int, value []byte) ([]attestation.Event, error) 
 	}
 	if !bytes.Equal(state, value) {
 		first, last := events[0], events[len(events)-1]
-		return nil, fmt.Errorf("%w: %s: its %d events, #%d %s (%s) to #%d %s (%s), replay to %x, the quote says %x", ErrEventLog,
-			Register(rtmr), len(events), first.Seq, first.Type, first.Name, last.Seq, last.Type, last.Name, state, value)
+		return nil, fmt.Errorf("%w: its %d events, #%d %s (%s) to #%d %s (%s), replay to %x, the quote says %x", ErrEventLog,
+			len(events), first.Seq, first.Type, first.Name, last.Seq, last.Type, last.Name, state, value)
 	}
 	return events, nil
 }
@@ -98,27 +100,47 @@ func (l *EventLog) label(i int) string {
 	return fmt.Sprintf("event #%d (register %d, %s, %s)", e.Seq, l.events[i].Index, e.Type, e.Name)
 }
 
-// explain attaches to each RTMR the events that replay to it.
+// explain attaches to each RTMR the events that replay to it, or why there are none. A
+// log that explains nothing changes no value, and what must be explained is the
+// policy's to say.
 func explain(q *Quote, log []byte) (map[string]attestation.Measurement, error) {
 	out := q.Claims().Measurements
-	if len(log) == 0 {
+	switch {
+	case len(log) == 0:
 		return out, nil
+	case len(log) > MaxEventLog:
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), MaxEventLog)
 	}
 	parsed, err := ParseEventLog(log)
-	if err != nil {
-		return nil, err
-	}
 	for i, v := range q.body.rtmr {
-		events, err := parsed.Explain(i, v)
-		if err != nil {
-			return nil, err
+		m := attestation.Measurement{Value: v}
+		why := err
+		if why == nil {
+			m.Events, why = parsed.Explain(i, v)
 		}
-		if i <= lastFirmwareRTMR && len(events) == 0 && !zero(v) {
-			return nil, fmt.Errorf("%w: %s: the quote says %x, the log has no event of it", ErrEventLog, Register(i), v)
+		if why == nil && i <= lastFirmwareRTMR && len(m.Events) == 0 && !zero(v) {
+			why = fmt.Errorf("the quote says %x, the log has no event of it", v)
 		}
-		out[Register(i)] = attestation.Measurement{Value: v, Events: events}
+		if why != nil {
+			m.Unexplained = reason(why)
+		}
+		out[Register(i)] = m
 	}
 	return out, nil
+}
+
+// reason is an error of a log without the words that evidence is refused for it.
+func reason(err error) string { return strings.TrimPrefix(err.Error(), ErrEventLog.Error()+": ") }
+
+// logFacts say of a log whether there is one, and whether it can be read.
+func logFacts(log []byte, set map[string]any) {
+	facts.EventLog.Put(set, len(log) > 0)
+	if len(log) > 0 {
+		if _, err := ParseEventLog(log); err != nil {
+			facts.EventLog.Put(set, false)
+			facts.EventLogError.Put(set, reason(err))
+		}
+	}
 }
 
 // trimEventLog cuts the firmware's buffer of a fixed size behind its last event.

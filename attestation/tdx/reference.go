@@ -13,7 +13,7 @@ import (
 
 // UnverifiedClaims reads all that evidence says, for reference values of a machine
 // that is trusted for another reason: the quote, the certificate in it, the event
-// log, which has to replay, and what carried collateral says of the platform.
+// log, as far as it replays, and what carried collateral says of the platform.
 func UnverifiedClaims(ev *attestv1.TDXEvidence) (attestation.Claims, error) {
 	q, err := Parse(ev.GetQuote())
 	if err != nil {
@@ -30,7 +30,7 @@ func UnverifiedClaims(ev *attestv1.TDXEvidence) (attestation.Claims, error) {
 	c.Identity = p.identity()
 	p.addFacts(c.Facts)
 	facts.TDXQESVN.Put(c.Facts, uint64(q.qe.svn))
-	facts.EventLog.Put(c.Facts, len(ev.GetEventLog()) > 0)
+	logFacts(ev.GetEventLog(), c.Facts)
 	if len(ev.GetCollateral().GetTcbInfo()) == 0 || len(ev.GetCollateral().GetQeIdentity()) == 0 {
 		return c, nil
 	}

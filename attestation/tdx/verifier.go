@@ -119,9 +119,6 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	if err != nil {
 		return none, err
 	}
-	if len(ev.GetEventLog()) > MaxEventLog {
-		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(ev.GetEventLog()), MaxEventLog)
-	}
 	q, err := Parse(ev.GetQuote())
 	if err != nil {
 		return none, err
@@ -158,7 +155,7 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	p.addFacts(c.Facts)
 	s.addFacts(c.Facts)
 	facts.TDXQESVN.Put(c.Facts, uint64(q.qe.svn))
-	facts.EventLog.Put(c.Facts, len(ev.GetEventLog()) > 0)
+	logFacts(ev.GetEventLog(), c.Facts)
 	return c, nil
 }
 
