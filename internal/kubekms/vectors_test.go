@@ -117,6 +117,26 @@ func TestTheVectorsOf2018Open(t *testing.T) {
 	}
 }
 
+// TestWhatTheDaemonsOf2018WroteOpens opens their own ciphertexts.
+func TestWhatTheDaemonsOf2018WroteOpens(t *testing.T) {
+	rows := vectors(t, 4)
+	if len(rows) != 12 {
+		t.Fatalf("%d vectors were found", len(rows))
+	}
+	for _, row := range rows {
+		n, _ := strconv.Atoi(row[0])
+		kek := make([]byte, n)
+		for i := range kek {
+			kek[i] = byte(i)
+		}
+		r := ringOf(t, AESCBC, string(kek))
+		plain, err := r.decrypt(purposeV1, unhex(t, row[3]), "")
+		if err != nil || string(plain) != row[2] {
+			t.Errorf("%v: %q, %v", row[:3], plain, err)
+		}
+	}
+}
+
 func TestAKeyIDSaysNothingAndIsUnique(t *testing.T) {
 	seen := map[string]bool{}
 	for _, n := range []int{16, 24, 32} {
