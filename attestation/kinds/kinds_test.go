@@ -3,6 +3,7 @@ package kinds
 import (
 	"context"
 	"crypto/tls"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -304,13 +305,24 @@ func TestReportsOfOtherToolsAreImported(t *testing.T) {
 	world := must[*intel.World](t)(intel.New(time.Now()))
 	td := must[*intel.Machine](t)(world.Machine(intel.DefaultPlatform()))
 	quote := must[[]byte](t)(td.Quote(intel.DefaultFields()))
-	for name, data := range map[string][]byte{"as it is": quote, "padded": append(slices.Clone(quote), make([]byte, 3000)...)} {
+	text := hex.EncodeToString(quote)
+	for name, data := range map[string][]byte{
+		"as it is": quote, "padded": append(slices.Clone(quote), make([]byte, 3000)...),
+		"in hex": []byte(text), "in hex with 0x": []byte("0x" + text + "\n"), "in hex and lines": []byte(text[:64] + "\r\n" + text[64:]),
+	} {
 		s, err := Import(data)
 		if err != nil || s.Items[0].Kind != "tdx" {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for name, data := range map[string][]byte{"with something behind it": append(slices.Clone(quote), 1), "nothing": nil, "text": []byte("quote")} {
+	hcl := func(of string) []byte { return must[[]byte](t)(os.ReadFile("../azure/testdata/hcl-report-" + of + ".bin")) }
+	if s, err := Import(hcl("snp")); err != nil || s.Items[0].Kind != "snp" {
+		t.Errorf("an SNP report in a report of Azure's HCL: %v", err)
+	}
+	for name, data := range map[string][]byte{
+		"with something behind it": append(slices.Clone(quote), 1), "nothing": nil, "text": []byte("quote"), "0x": []byte("0x"), "half a digit": []byte(text + "0"),
+		"a TD report": hcl("tdx"), "the beginning of a report of Azure's HCL": hcl("snp")[:900],
+	} {
 		if _, err := Import(data); err == nil {
 			t.Errorf("%s is imported", name)
 		}

@@ -31,9 +31,9 @@ func newVerify() *cobra.Command {
 		Long: `Appraise saved evidence against a policy and explain each mismatch.
 
 FILE is what "keyagent evidence --file" wrote, or an SNP report or a TDX quote as
-other tools save them. Signatures, certificate chains and reference values are
-checked as the key service checks them. Freshness is not: a file holds its own
-challenge.
+other tools save them, in bytes or hex. Signatures, certificate chains and reference
+values are checked as the key service checks them. Freshness is not: a file holds its
+own challenge.
 
 Endorsements that the file does not carry are taken from --cache. Nobody is asked
 for them unless --fetch says so.`,
@@ -97,7 +97,7 @@ func readEvidence(path string) (*attestv1.Saved, error) {
 	}
 	s, err := kinds.Import(data)
 	if err != nil {
-		return nil, failure.New(failure.Usage, fmt.Errorf("%s is neither a file of evidence nor an SNP report or a TDX quote: %w", path, err),
+		return nil, failure.New(failure.Usage, fmt.Errorf("%s is neither a file of evidence nor an SNP report or a TDX quote, in bytes or hex: %w", path, err),
 			"keyagent evidence --file FILE makes one")
 	}
 	return s, nil
