@@ -18,7 +18,7 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() { os.Exit(run(asGenerator(os.Args[0], os.Args[1:]), os.Stdout, os.Stderr)) }
 
 // run is main for tests: it returns the exit code.
 func run(args []string, stdout, stderr io.Writer) int {
@@ -83,7 +83,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newKubeKMS())
+	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newKubeKMS())
 	add("service", newServe(), newVolume(), newAudit(), newKMS())
 	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())

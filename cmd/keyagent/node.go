@@ -71,6 +71,9 @@ func (l *local) openAll(ctx context.Context) ([]opened, error) {
 	wait()
 	var out []opened
 	for _, v := range l.cfg.Volumes {
+		if v.OnRequest {
+			continue
+		}
 		o := opened{id: v.ID, optional: v.Optional, err: l.v.LastError(v.ID)}
 		one, statusErr := l.v.Status(ctx, v.ID)
 		if o.err == nil {
@@ -153,7 +156,7 @@ func (r remote) openAll(ctx context.Context) ([]opened, error) {
 	slices.SortStableFunc(all, func(a, b *nodev1.Volume) int { return len(a.GetMountPoint()) - len(b.GetMountPoint()) })
 	var out []opened
 	for _, one := range all {
-		if one.GetDynamic() {
+		if one.GetDynamic() || one.GetOnRequest() {
 			continue
 		}
 		o := opened{id: one.GetId(), optional: one.GetOptional()}

@@ -264,7 +264,7 @@ func Message(v Volume) *nodev1.Volume {
 	return &nodev1.Volume{
 		Id: v.ID, Device: v.Device, Mapped: v.Mapped, MountPoint: v.Mount, State: string(v.State),
 		LuksUuid: v.UUID, Generation: v.Generation, LastError: v.LastError, CorrelationId: v.CorrelationID, Optional: v.Optional,
-		Bytes: uint64(v.Bytes), ReadOnly: v.ReadOnly, Lease: v.Lease, Warnings: v.Warnings, KeyVersion: v.KeyVersion, Dynamic: v.Dynamic,
+		Bytes: uint64(v.Bytes), ReadOnly: v.ReadOnly, Lease: v.Lease, Warnings: v.Warnings, KeyVersion: v.KeyVersion, Dynamic: v.Dynamic, OnRequest: v.OnRequest,
 	}
 }
 

@@ -34,6 +34,9 @@ func (c *Volumes) OpenAll(ctx context.Context, all []node.Volume) (wait func(), 
 	}
 	var required, optional sync.WaitGroup
 	for _, v := range all {
+		if v.OnRequest {
+			continue
+		}
 		group := &required
 		if v.Optional {
 			group = &optional

@@ -30,6 +30,7 @@ type Volume struct {
 	Lease         string // none, held, bound or lost
 	Warnings      []string
 	Dynamic       bool
+	OnRequest     bool
 	Created       bool // by the call that returned it
 }
 
@@ -154,7 +155,7 @@ func (c *Volumes) view(e *entry) Volume {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	v := Volume{
-		ID: e.spec.ID, Device: e.spec.DevicePath(), State: e.condition.state, Optional: e.spec.Optional, Dynamic: e.dynamic,
+		ID: e.spec.ID, Device: e.spec.DevicePath(), State: e.condition.state, Optional: e.spec.Optional, OnRequest: e.spec.OnRequest, Dynamic: e.dynamic,
 		CorrelationID: e.lastID, Lease: e.leaseText(), Created: e.created,
 		Warnings: slices.Sorted(maps.Values(e.warnings)),
 	}

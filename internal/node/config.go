@@ -36,6 +36,9 @@ type Config struct {
 	Dynamic      []Dynamic               `yaml:"dynamic,omitempty"`
 	Retry        RetryConfig             `yaml:"retry,omitempty"`
 	Volumes      []Volume                `yaml:"volumes,omitempty"`
+	// Crypttab is a file of crypttab(5), whose lines with the option keyagent are
+	// volumes too. Empty: none.
+	Crypttab string `yaml:"crypttab,omitempty"`
 	// Watch is how often the headers of open volumes are compared with their disks.
 	// Default 5m, off for never.
 	Watch string `yaml:"watch,omitempty"`
@@ -156,7 +159,19 @@ func (c *Config) checkVolumes(doc *config.Document) error {
 			return doc.Errorf(place("volumes", i, err), "%w", bare(err))
 		}
 	}
-	if i, err := CheckVolumes(c.Volumes); err != nil {
+	named := len(c.Volumes)
+	if c.Crypttab != "" {
+		if !filepath.IsAbs(c.Crypttab) {
+			return doc.Errorf([]any{"crypttab"}, "must be an absolute path")
+		}
+		if err := c.addCrypttab(c.Crypttab); err != nil {
+			return doc.Errorf([]any{"crypttab"}, "%w", err)
+		}
+	}
+	switch i, err := CheckVolumes(c.Volumes); {
+	case err != nil && i >= named:
+		return doc.Errorf([]any{"crypttab"}, "%s, %q: %w", c.Crypttab, c.Volumes[i].ID, err)
+	case err != nil:
 		return doc.Errorf(place("volumes", i, err), "%w", bare(err))
 	}
 	return nil

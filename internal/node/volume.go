@@ -38,6 +38,8 @@ type Volume struct {
 	ReadOnly bool `yaml:"read_only,omitempty"`
 	Discards bool `yaml:"discards,omitempty"` // pass TRIM on, which tells the host what is unused
 	Optional bool `yaml:"optional,omitempty"` // the node is ready without it
+	// OnRequest leaves the volume closed until somebody asks for it.
+	OnRequest bool `yaml:"on_request,omitempty"`
 	// NoMMP leaves out ext4's protection against a second mount when the filesystem is
 	// made. With it an opening after a crash takes eleven seconds or more; the lease
 	// protects without it, too, and so does a disk's reservation.
@@ -255,7 +257,8 @@ func (v *Volume) checkReadOnly() error {
 func (v *Volume) Throwaway() bool { return v.Kind == Swap || v.Kind == Scratch }
 
 // CheckVolumes checks what volumes are to each other: nothing is named twice, no
-// volume waits for itself, and what they come after exists. The error names the
+// volume waits for itself or for one that comes on request alone, and what they come
+// after exists. The error names the
 // volume by its place.
 func CheckVolumes(all []Volume) (int, error) {
 	type use struct{ field, value string }
@@ -273,6 +276,14 @@ func CheckVolumes(all []Volume) (int, error) {
 		for n, id := range all[i].After {
 			if !slices.ContainsFunc(all, func(v Volume) bool { return v.ID == id }) {
 				return i, &FieldError{"after", n, fmt.Errorf("there is no volume %q", id)}
+			}
+		}
+	}
+	for i := range all {
+		for _, id := range Needs(all, &all[i]) {
+			n := slices.IndexFunc(all, func(v Volume) bool { return v.ID == id })
+			if all[n].OnRequest && !all[i].OnRequest {
+				return i, &FieldError{"on_request", -1, fmt.Errorf("it needs volume %q, which is opened on request alone", id)}
 			}
 		}
 	}

@@ -42,7 +42,8 @@ type Volume struct {
 	Lease         string   `protobuf:"bytes,13,opt,name=lease,proto3" json:"lease,omitempty"`       // none, held, bound, lost
 	Warnings      []string `protobuf:"bytes,14,rep,name=warnings,proto3" json:"warnings,omitempty"` // what an administrator has to look at: a damaged header, an unclean filesystem
 	KeyVersion    uint32   `protobuf:"varint,15,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
-	Dynamic       bool     `protobuf:"varint,16,opt,name=dynamic,proto3" json:"dynamic,omitempty"` // the configuration does not name it
+	Dynamic       bool     `protobuf:"varint,16,opt,name=dynamic,proto3" json:"dynamic,omitempty"`                      // the configuration does not name it
+	OnRequest     bool     `protobuf:"varint,17,opt,name=on_request,json=onRequest,proto3" json:"on_request,omitempty"` // it stays closed until somebody asks for it by its ID
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -185,6 +186,13 @@ func (x *Volume) GetKeyVersion() uint32 {
 func (x *Volume) GetDynamic() bool {
 	if x != nil {
 		return x.Dynamic
+	}
+	return false
+}
+
+func (x *Volume) GetOnRequest() bool {
+	if x != nil {
+		return x.OnRequest
 	}
 	return false
 }
@@ -1143,7 +1151,7 @@ var File_keyagent_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\xbe\x03\n" +
+	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\xdd\x03\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x16\n" +
@@ -1166,7 +1174,9 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\bwarnings\x18\x0e \x03(\tR\bwarnings\x12\x1f\n" +
 	"\vkey_version\x18\x0f \x01(\rR\n" +
 	"keyVersion\x12\x18\n" +
-	"\adynamic\x18\x10 \x01(\bR\adynamic\"\xf5\x01\n" +
+	"\adynamic\x18\x10 \x01(\bR\adynamic\x12\x1d\n" +
+	"\n" +
+	"on_request\x18\x11 \x01(\bR\tonRequest\"\xf5\x01\n" +
 	"\vOpenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\bR\x06format\x12\x16\n" +

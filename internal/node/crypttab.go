@@ -1,0 +1,105 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/crypttab"
+)
+
+// ofLine returns the volume that a line of crypttab describes.
+func ofLine(l *crypttab.Line) (Volume, error) {
+	v := Volume{ID: l.ID(), Name: l.Name, Device: l.Device}
+	if err := checkLine(l); err != nil {
+		return v, err
+	}
+	seen := map[string]bool{}
+	for _, o := range l.Options {
+		if seen[o.Name] && !strings.HasPrefix(o.Name, "x-") {
+			return v, fmt.Errorf("the option %.40q stands in it twice", o.Name)
+		}
+		seen[o.Name] = true
+		if err := v.apply(o); err != nil {
+			return v, err
+		}
+	}
+	return v, v.Validate()
+}
+
+func checkLine(l *crypttab.Line) error {
+	switch {
+	case l.More:
+		return errors.New("it has more than four fields")
+	case l.Key != "-" && l.Key != "none":
+		return errors.New("the third field must be none: the key comes from the key service")
+	case !l.Has("_netdev"):
+		return errors.New("it needs the option _netdev: the key comes over the network, which is there later than local disks")
+	}
+	return nil
+}
+
+// apply does to the volume what an option of crypttab says.
+func (v *Volume) apply(o crypttab.Option) error {
+	flag := true // options that have no value
+	if (o.Name == "swap" || o.Name == "tmp") && v.Kind != "" {
+		return errors.New("swap and tmp exclude each other")
+	}
+	switch o.Name {
+	case "keyagent":
+		if o.HasValue && o.Value == "" {
+			return errors.New("keyagent= names no volume")
+		}
+		flag = false
+	case "keyagent-format":
+		v.Format, v.Filesystem, flag = true, o.Value, false
+		if o.HasValue && o.Value == "" {
+			return errors.New("keyagent-format= names no filesystem")
+		}
+	case "readonly", "read-only":
+		v.ReadOnly = true
+	case "discard", "allow-discards":
+		v.Discards = true
+	case "swap":
+		v.Kind, v.Format = Swap, true
+	case "tmp":
+		v.Kind, v.Format, v.Filesystem, flag = Scratch, true, "ext4", false
+		if o.Value != "" {
+			v.Filesystem = o.Value
+		}
+	case "nofail":
+		v.Optional = true
+	case "noauto":
+		v.OnRequest = true
+	case "_netdev", "luks", "auto", "fail":
+	case "headless", "timeout", "tries", "x-initrd.attach":
+		flag = false // they are about a passphrase, which nobody asks for, or about the initrd
+	default:
+		if !strings.HasPrefix(o.Name, "x-") {
+			return fmt.Errorf("the option %.40q is not one that keyagent knows", o.Name)
+		}
+		flag = false
+	}
+	if flag && o.HasValue {
+		return fmt.Errorf("the option %.40q takes no value", o.Name)
+	}
+	return nil
+}
+
+// addCrypttab adds the volumes that lines of crypttab describe. The first line that is
+// wrong is an error: the machine would come up without its volume, or in another order.
+func (c *Config) addCrypttab(path string) error {
+	data, err := config.ReadPublicFile(path, crypttab.MaxFile)
+	if err != nil {
+		return err
+	}
+	for _, l := range crypttab.Parse(data) {
+		v, err := ofLine(&l)
+		if err != nil {
+			return fmt.Errorf("%s, line %d, %.80q: %w", path, l.Number, l.Name, err)
+		}
+		c.Volumes = append(c.Volumes, v)
+	}
+	return nil
+}
