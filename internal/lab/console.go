@@ -6,12 +6,13 @@ import (
 	"encoding/base64"
 	"fmt"
 	"io"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 	"unicode"
+
+	"github.com/keyagent/keyagent/internal/pattern"
 )
 
 // Line is one line of a guest's serial console.
@@ -31,7 +32,7 @@ type Mark struct {
 const maxLine = 64 << 10
 
 // escape matches the terminal control sequences that firmware prints.
-var escape = regexp.MustCompile(`\x1b(\[[0-9;?=]*[a-zA-Z]|[()][0-9A-Z]|[=>cDEHMNOZ78])`)
+var escape = pattern.New(`\x1b(\[[0-9;?=]*[a-zA-Z]|[()][0-9A-Z]|[=>cDEHMNOZ78])`)
 
 // console keeps the lines of a guest and wakes those who wait for one.
 type console struct {

@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -228,6 +229,33 @@ func TestNoExpressionIsCompiledAtStart(t *testing.T) {
 			})
 		}
 	})
+}
+
+// TestTheProgramLinksNoTests: neither package testing, which brings flags and a
+// runner, nor anything below test/, with whatever tags the Makefile builds it.
+func TestTheProgramLinksNoTests(t *testing.T) {
+	makefile := read(t, "Makefile")
+	builds := regexp.MustCompile(`(?m)^(?:export GOFLAGS := -tags=|NODE_TAGS := )(\S+)$`).FindAllStringSubmatch(makefile, -1)
+	if n := strings.Count(makefile, " ./cmd/keyagent\n"); n != 2 || len(builds) != 2 {
+		t.Fatalf("the Makefile builds the program %d times, with tags %q", n, builds)
+	}
+	for _, b := range builds {
+		cmd := exec.Command("go", "list", "-deps", "-tags", b[1], "./cmd/keyagent")
+		cmd.Dir = "../../.."
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		linked := strings.Fields(string(out))
+		if !slices.Contains(linked, module+"cmd/keyagent") {
+			t.Fatalf("with %s the program is not in its own list", b[1])
+		}
+		for _, pkg := range linked {
+			if pkg == "testing" || below(pkg, "testing") || below(pkg, module+"test") {
+				t.Errorf("with %s the program links %s", b[1], pkg)
+			}
+		}
+	}
 }
 
 // TestTheKubernetesPluginNeedsNoDisk: it gets keys by the same client as the node
