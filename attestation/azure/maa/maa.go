@@ -27,7 +27,7 @@ import (
 )
 
 // ErrHardware says that this client knows VMs on SEV-SNP alone.
-var ErrHardware = errors.New("Microsoft Attestation is asked for VMs on SEV-SNP only")
+var ErrHardware = errors.New("tokens of Microsoft Attestation are for VMs on SEV-SNP alone")
 
 const (
 	// requestTimeout bounds one request.

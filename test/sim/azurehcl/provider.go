@@ -278,6 +278,7 @@ func (p *Provider) encrypt(token string, to *rsa.PublicKey) (string, error) {
 		return "", err
 	}
 	text := gcm.Seal(nil, iv, []byte(token), []byte("Transport Key"))
+	//lint:ignore SA1019 it is how the provider encrypts
 	inner, err := rsa.EncryptPKCS1v15(rand.Reader, to, key)
 	if err != nil {
 		return "", err
