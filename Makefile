@@ -32,32 +32,31 @@ demo: build ## the whole main job on this machine
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/hardware ./test/disks ./test/e2e/crash
-	$(GO) vet -tags grpcnotrace,keyagent_nomaa ./attestation/azure/maa ./attestation/kinds
+	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/suite/hardware ./test/suite/disks ./test/suite/e2e/crash
 	$(GO) vet -tags grpcnotrace,cloud ./kms/... ./storage/...
 	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(TOOL) staticcheck ./...
-	cd test/kubernetes && $(GO) vet ./...
+	cd test/suite/kubernetes && $(GO) vet ./...
 
 # What fills the machine by itself, and would make others' deadlines pass beside it.
-ALONE := ./test/apiserver ./test/disks ./test/e2e ./test/hardware ./test/uml
+ALONE := $(addprefix ./test/suite/,apiserver disks e2e hardware luks) ./test/sim/uml
 
 test: deps lint ## everything, with real kernels in guests; needs root
-	cd test/kubernetes && $(GO) tool -modfile=../../tools/go.mod gotestsum --format pkgname -- ./...
+	cd test/suite/kubernetes && $(GO) tool -modfile=../../../tools/go.mod gotestsum --format pkgname -- ./...
 	$(TOOL) gotestsum --format pkgname -- -race -timeout 45m -p 1 $(ALONE)
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(ALONE:./%=-e /%$$))
 
 test-full: test ## test, and the matrices that it samples as a whole
-	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/disks
-	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run TestWhatABootMeasuresWasPredicted ./test/e2e
-	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/model
+	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
+	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run TestWhatABootMeasuresWasPredicted ./test/suite/e2e
+	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
-	@./test/cloud/run $(TOOL) gotestsum --format pkgname --
+	@./test/suite/cloud/run $(TOOL) gotestsum --format pkgname --
 
 bench: deps ## figures and ratios, see docs/BENCHMARKS.md
 	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret ./internal/kubekms
-	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/uml
+	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/suite/luks
 
 FUZZTIME ?= 30s
 fuzz: deps ## each fuzz target for FUZZTIME

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// openerEnv names the helper program of the benchmark, test/uml/opener.
+// openerEnv names the helper program of the benchmark, test/suite/luks/opener.
 const openerEnv = "KEYAGENT_TEST_OPENER"
 
 // TestBenchmarkOpen compares opening a volume by this package with cryptsetup
@@ -22,7 +22,7 @@ const openerEnv = "KEYAGENT_TEST_OPENER"
 func TestBenchmarkOpen(t *testing.T) {
 	opener := os.Getenv(openerEnv)
 	if opener == "" {
-		t.Fatalf("%s is not set: this test is run by test/uml", openerEnv)
+		t.Fatalf("%s is not set: this test is run by test/suite/luks", openerEnv)
 	}
 	keys := filepath.Join(t.TempDir(), "key")
 	dek := make([]byte, 32)

@@ -3,7 +3,7 @@
 package luks
 
 // These tests need a kernel with dm-crypt, and run as root in a guest that is
-// thrown away: test/uml builds them and boots it.
+// thrown away: test/suite/luks builds them and boots it.
 
 import (
 	"context"

@@ -10,7 +10,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 )
 
 func TestAnHonestClientIsAttested(t *testing.T) {

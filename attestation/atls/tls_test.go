@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 )
 
 // Case 19.

@@ -8,7 +8,7 @@ import (
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // withTPM puts a real issuer and verifier in the place of the fake ones.

@@ -16,7 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -15,8 +15,8 @@ import (
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/test/amd"
-	synthetic "github.com/keyagent/keyagent/test/azure"
+	"github.com/keyagent/keyagent/test/sim/amd"
+	synthetic "github.com/keyagent/keyagent/test/sim/azurehcl"
 )
 
 // TestHalvesOfTwoMachinesAreRefused: attack 29. Both are genuine, on the same kind

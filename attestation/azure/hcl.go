@@ -42,6 +42,8 @@ type Report struct {
 	// ReportData is what the hardware's report must cover: the digest of the
 	// runtime data, then zeros.
 	ReportData [64]byte
+	// RuntimeData is that data, in JSON.
+	RuntimeData []byte
 	// AK is the vTPM's attestation key by the runtime data.
 	AK *rsa.PublicKey
 
@@ -109,6 +111,7 @@ func Parse(report []byte) (*Report, error) {
 	default:
 		return nil, fmt.Errorf("%w: hardware report of type %d", ErrMalformed, kind)
 	}
+	r.RuntimeData = runtime
 	if err := r.digest(u32(request+12), runtime); err != nil {
 		return nil, err
 	}

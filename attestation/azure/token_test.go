@@ -13,7 +13,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
-	synthetic "github.com/keyagent/keyagent/test/azure"
+	synthetic "github.com/keyagent/keyagent/test/sim/azurehcl"
 )
 
 const provider = "https://shared.example.attest.azure.net"

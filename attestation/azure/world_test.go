@@ -17,10 +17,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tdx"
-	"github.com/keyagent/keyagent/test/amd"
-	synthetic "github.com/keyagent/keyagent/test/azure"
-	"github.com/keyagent/keyagent/test/intel"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/amd"
+	synthetic "github.com/keyagent/keyagent/test/sim/azurehcl"
+	"github.com/keyagent/keyagent/test/sim/intel"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 func must[T any](t testing.TB) func(T, error) T {

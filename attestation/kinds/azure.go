@@ -29,7 +29,7 @@ func azureKind() Kind {
 			opts := o.azure()
 			if o.Attestation != "" {
 				var err error
-				if opts.Token, err = maa.New(maa.Options{URL: o.Attestation}); err != nil {
+				if opts.Token, err = maa.New(maa.Options{URL: o.Attestation, Device: o.TPM.Device, EventLog: o.TPM.EventLog, IMDS: o.Metadata}); err != nil {
 					return nil, err
 				}
 			}

@@ -25,10 +25,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/test/amd"
-	"github.com/keyagent/keyagent/test/intel"
-	"github.com/keyagent/keyagent/test/pki"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/internal/lab/pki"
+	"github.com/keyagent/keyagent/test/sim/amd"
+	"github.com/keyagent/keyagent/test/sim/intel"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 func must[T any](t testing.TB) func(T, error) T {

@@ -16,7 +16,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/saved"
-	"github.com/keyagent/keyagent/test/toy"
+	"github.com/keyagent/keyagent/test/sim/toy"
 )
 
 func ok[T any](t testing.TB) func(T, error) T {

@@ -16,7 +16,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/nitro"
-	aws "github.com/keyagent/keyagent/test/nitro"
+	aws "github.com/keyagent/keyagent/test/sim/nitro"
 )
 
 func issuer(t *testing.T, tpm *aws.TPM) *nitro.Issuer {

@@ -22,7 +22,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/nitro"
-	aws "github.com/keyagent/keyagent/test/nitro"
+	aws "github.com/keyagent/keyagent/test/sim/nitro"
 )
 
 var testBinder = attestation.Binder{1, 2, 3, 63: 4}

@@ -10,8 +10,8 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/amd"
-	"github.com/keyagent/keyagent/test/intel"
+	"github.com/keyagent/keyagent/test/sim/amd"
+	"github.com/keyagent/keyagent/test/sim/intel"
 )
 
 // hexOf is size bytes of the same digit pair in hex.

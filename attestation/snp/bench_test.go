@@ -8,7 +8,7 @@ import (
 	"github.com/google/go-sev-guest/abi"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/sim/amd"
 )
 
 func BenchmarkVerifyWarm(b *testing.B) {

@@ -15,7 +15,7 @@ import (
 	"github.com/google/go-sev-guest/verify/trust"
 
 	"github.com/keyagent/keyagent/attestation/snp"
-	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/sim/amd"
 )
 
 // byLibrary is what go-sev-guest says of the same evidence, with every option of

@@ -15,7 +15,7 @@ import (
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/snp"
-	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/sim/amd"
 )
 
 // exchange runs issuer and verifier against each other.

@@ -6,7 +6,7 @@ import (
 
 	"github.com/keyagent/keyagent/attestation/endorsement"
 	"github.com/keyagent/keyagent/attestation/snp"
-	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/sim/amd"
 )
 
 // A machine whose key was taken back carries the list of the time before, or that of

@@ -18,7 +18,7 @@ import (
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/snp"
-	"github.com/keyagent/keyagent/test/amd"
+	"github.com/keyagent/keyagent/test/sim/amd"
 )
 
 // clone is evidence with a change.

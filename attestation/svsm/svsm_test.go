@@ -13,8 +13,8 @@ import (
 	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/test/amd"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/amd"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 func must[T any](t testing.TB) func(T, error) T {

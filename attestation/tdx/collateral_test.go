@@ -18,7 +18,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
-	"github.com/keyagent/keyagent/test/intel"
+	"github.com/keyagent/keyagent/test/sim/intel"
 )
 
 // TestAStaleTCBLevelHasItsNameInTheFacts: attack 22. Every status but Revoked is

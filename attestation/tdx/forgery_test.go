@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/intel"
+	"github.com/keyagent/keyagent/test/sim/intel"
 )
 
 // region is a part of a quote and what its change is refused as.

@@ -17,7 +17,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
-	"github.com/keyagent/keyagent/test/intel"
+	"github.com/keyagent/keyagent/test/sim/intel"
 )
 
 // refusedOr fails unless err is a refusal: hostile bytes are never a fault of

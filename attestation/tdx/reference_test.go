@@ -4,7 +4,7 @@ import (
 	"errors"
 	"testing"
 
-	"github.com/keyagent/keyagent/test/intel"
+	"github.com/keyagent/keyagent/test/sim/intel"
 )
 
 // A file of evidence is anybody's: what is not verified has the form that the rest

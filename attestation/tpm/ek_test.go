@@ -14,7 +14,7 @@ import (
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation/certificate"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 const rsaIndex, p384Index = 0x01c00002, 0x01c00016

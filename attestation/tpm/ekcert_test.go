@@ -16,7 +16,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // maker is a certificate authority of this test, who certifies anything.

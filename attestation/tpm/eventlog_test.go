@@ -21,7 +21,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/eventlog"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // genuineLog is the log of one boot of a unified kernel image under OVMF, with

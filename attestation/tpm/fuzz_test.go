@@ -19,7 +19,7 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/certificate"
 	"github.com/keyagent/keyagent/attestation/saved"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 var update = flag.Bool("update", false, "make testdata/saved.bin and testdata/root.der anew, with a new TPM")

@@ -12,7 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // Case 25: keys that a TPM makes for anybody, and that sign what their owner

@@ -3,7 +3,7 @@ package tpm
 import (
 	"testing"
 
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // A machine whose power fails again and again, each time after it has attested and

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // answer lets v ask a, and returns what it says.

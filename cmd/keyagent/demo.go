@@ -8,7 +8,6 @@ import (
 
 	"github.com/keyagent/keyagent/internal/demo"
 	"github.com/keyagent/keyagent/internal/failure"
-	"github.com/keyagent/keyagent/test/e2e/bed"
 )
 
 func newDemo() *cobra.Command {
@@ -30,7 +29,7 @@ refused. "make demo" installs what this needs and runs it.`,
 				return err
 			}
 			err = demo.Run(cmd.Context(), opts)
-			if errors.Is(err, bed.ErrMissingTool) {
+			if errors.Is(err, demo.ErrMissingTool) {
 				return failure.New(failure.Configuration, err, "make deps installs it")
 			}
 			return err

@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/internal/failure"
-	"github.com/keyagent/keyagent/test/cloud"
+	"github.com/keyagent/keyagent/test/sim/cloud"
 )
 
 // keyagent kms check finds nothing to say on a cloud where everything is allowed,

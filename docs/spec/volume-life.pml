@@ -1,7 +1,7 @@
 /*
  * The life of a volume (volume-record.md): two nodes, one disk, one record. A node
  * may freeze or crash at any step, an answer may be lost, a write of the record may
- * conflict. test/model runs it through spin, exhaustively.
+ * conflict. test/suite/model runs it through spin, exhaustively.
  *
  * What is claimed:
  *   - no node writes a data block unless the record names it as the holder;

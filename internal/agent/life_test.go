@@ -5,7 +5,7 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/keyagent/keyagent/test/seed"
+	"github.com/keyagent/keyagent/test/sim/seed"
 )
 
 // model is what a volume is, in other terms than the table's: whether there is a

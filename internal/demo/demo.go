@@ -18,7 +18,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/keyagent/keyagent/test/e2e/bed"
+	"github.com/keyagent/keyagent/internal/lab"
 )
 
 // Options configure [Run].
@@ -32,6 +32,9 @@ type Options struct {
 // ErrStory: the demo did not end as it should.
 var ErrStory = errors.New("the demo did not go as it should")
 
+// ErrMissingTool: this machine lacks a program or file that the demo needs.
+var ErrMissingTool = lab.ErrMissingTool
+
 // diskSize of the guest's data disk in bytes.
 const diskSize = 64 << 20
 
@@ -39,7 +42,7 @@ type story struct {
 	Options
 	dir     string
 	start   time.Time
-	tpm     *bed.TPM
+	tpm     *lab.TPM
 	service *Service
 	disk    string
 	images  images
@@ -48,7 +51,7 @@ type story struct {
 
 // Run tells the story. It needs the programs of test/deps/packages.
 func Run(ctx context.Context, opts Options) (err error) {
-	if err := bed.Check(); err != nil {
+	if err := lab.Check(); err != nil {
 		return err
 	}
 	dir, err := os.MkdirTemp("", "keyagent-demo-")
@@ -95,7 +98,7 @@ func (s *story) stop() error {
 }
 
 func (s *story) prepare(ctx context.Context) error {
-	cache, err := bed.OpenCache("")
+	cache, err := lab.OpenCache("")
 	if err != nil {
 		return err
 	}
@@ -104,11 +107,11 @@ func (s *story) prepare(ctx context.Context) error {
 	}
 	s.images.dir = s.dir
 	s.say("kernel %s", s.images.kernel.Release)
-	ca, err := bed.NewCA(s.path("tpm-maker"), "demo")
+	ca, err := lab.NewCA(s.path("tpm-maker"), "demo")
 	if err != nil {
 		return err
 	}
-	if s.tpm, err = ca.NewTPM(ctx, s.path("tpm"), bed.TPMOptions{}); err != nil {
+	if s.tpm, err = ca.NewTPM(ctx, s.path("tpm"), lab.TPMOptions{}); err != nil {
 		return err
 	}
 	s.say("TPM made, its endorsement key certified by %s", "demo EK CA")
@@ -133,7 +136,7 @@ func copyTo(from, to string) error {
 const command = "demo"
 
 func (s *story) measure(ctx context.Context) error {
-	uki, _, err := s.images.build(ctx, "guest", script, bed.CommandLine(command), s.Program, s.service.CA())
+	uki, _, err := s.images.build(ctx, "guest", script, lab.CommandLine(command), s.Program, s.service.CA())
 	if err != nil {
 		return err
 	}
@@ -176,11 +179,11 @@ func size(path string) string {
 }
 
 // boot runs the guest to its end and returns its console.
-func (s *story) boot(ctx context.Context, name, esp string) (status int, lines []bed.Line, err error) {
-	g, err := bed.Boot(ctx, bed.Options{
+func (s *story) boot(ctx context.Context, name, esp string) (status int, lines []lab.Line, err error) {
+	g, err := lab.Boot(ctx, lab.Options{
 		ESP: esp, TPM: s.tpm, Data: s.disk,
-		Forward: []bed.Forward{{Guest: KeyServiceAddress, Host: s.service.Address}},
-		Console: func(l bed.Line) {
+		Forward: []lab.Forward{{Guest: KeyServiceAddress, Host: s.service.Address}},
+		Console: func(l lab.Line) {
 			if s.Verbose || strings.HasPrefix(l.Text, "DEMO ") || strings.HasPrefix(l.Text, "keyagent: ") ||
 				strings.HasPrefix(l.Text, "hint: ") || strings.HasPrefix(l.Text, "correlation id") {
 				s.say("  guest: %s", l.Text)
@@ -200,7 +203,7 @@ func (s *story) boot(ctx context.Context, name, esp string) (status int, lines [
 	return status, lines, errors.Join(err, os.WriteFile(filepath.Join(s.Out, name+".console"), []byte(text.String()), 0o644))
 }
 
-func has(lines []bed.Line, text string) bool {
+func has(lines []lab.Line, text string) bool {
 	for _, l := range lines {
 		if strings.Contains(l.Text, text) {
 			return true
@@ -232,7 +235,7 @@ func (s *story) second(ctx context.Context) error {
 // third changes one word and expects a refusal that both sides can explain,
 // each as far as it may.
 func (s *story) third(ctx context.Context) error {
-	_, esp, err := s.images.build(ctx, "changed", script, bed.CommandLine(command, "init.debug"), s.Program, s.service.CA())
+	_, esp, err := s.images.build(ctx, "changed", script, lab.CommandLine(command, "init.debug"), s.Program, s.service.CA())
 	if err != nil {
 		return err
 	}

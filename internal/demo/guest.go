@@ -6,7 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/keyagent/keyagent/test/e2e/bed"
+	"github.com/keyagent/keyagent/internal/lab"
 )
 
 // KeyServiceAddress is where a guest of the bed finds the key service.
@@ -71,18 +71,18 @@ const referenceScript = "eventlog\n"
 // images are what the guests start from.
 type images struct {
 	dir    string
-	kernel *bed.Kernel
+	kernel *lab.Kernel
 }
 
 // AgentFiles are the agent's files in a guest, whatever init it has.
-func AgentFiles(ca string) ([]bed.File, error) { return agentFiles(ca, agentConfig) }
+func AgentFiles(ca string) ([]lab.File, error) { return agentFiles(ca, agentConfig) }
 
-func agentFiles(ca, config string) ([]bed.File, error) {
+func agentFiles(ca, config string) ([]lab.File, error) {
 	text, err := os.ReadFile(ca)
 	if err != nil {
 		return nil, err
 	}
-	return []bed.File{
+	return []lab.File{
 		{Path: "/etc/keyagent/agent.yaml", Data: []byte(config), Mode: 0o600},
 		{Path: "/etc/keyagent/ca.pem", Data: text},
 	}, nil
@@ -92,9 +92,9 @@ func agentFiles(ca, config string) ([]bed.File, error) {
 // it as well.
 func (im images) build(ctx context.Context, name, script, command, program, ca string) (uki, esp string, err error) {
 	path := func(suffix string) string { return filepath.Join(im.dir, name+suffix) }
-	initramfs := bed.Initramfs{Kernel: im.kernel, Script: script}
+	initramfs := lab.Initramfs{Kernel: im.kernel, Script: script}
 	if program != "" {
-		initramfs.Programs = []bed.File{{Path: "/sbin/keyagent", Source: program}}
+		initramfs.Programs = []lab.File{{Path: "/sbin/keyagent", Source: program}}
 		if initramfs.Files, err = agentFiles(ca, demoConfig); err != nil {
 			return "", "", err
 		}
@@ -102,17 +102,17 @@ func (im images) build(ctx context.Context, name, script, command, program, ca s
 	if err := initramfs.Build(ctx, path(".initrd")); err != nil {
 		return "", "", err
 	}
-	if err := (bed.UKI{Kernel: im.kernel, Initrd: path(".initrd"), Command: command}).Build(ctx, path(".efi")); err != nil {
+	if err := (lab.UKI{Kernel: im.kernel, Initrd: path(".initrd"), Command: command}).Build(ctx, path(".efi")); err != nil {
 		return "", "", err
 	}
-	return path(".efi"), path(".esp"), bed.BuildESP(ctx, path(".efi"), path(".esp"))
+	return path(".efi"), path(".esp"), lab.BuildESP(ctx, path(".efi"), path(".esp"))
 }
 
 // Reference boots the firmware once with an image that is not the product's,
 // and returns its event log: the trusted boot for everything that the image
 // itself does not decide.
-func Reference(ctx context.Context, dir string, kernel *bed.Kernel, tpm *bed.TPM) ([]byte, error) {
-	_, esp, err := images{dir, kernel}.build(ctx, "reference", referenceScript, bed.CommandLine(), "", "")
+func Reference(ctx context.Context, dir string, kernel *lab.Kernel, tpm *lab.TPM) ([]byte, error) {
+	_, esp, err := images{dir, kernel}.build(ctx, "reference", referenceScript, lab.CommandLine(), "", "")
 	if err != nil {
 		return nil, err
 	}
@@ -120,7 +120,7 @@ func Reference(ctx context.Context, dir string, kernel *bed.Kernel, tpm *bed.TPM
 	if err := os.WriteFile(data, make([]byte, 1<<20), 0o600); err != nil {
 		return nil, err
 	}
-	g, err := bed.Boot(ctx, bed.Options{ESP: esp, TPM: tpm, Data: data})
+	g, err := lab.Boot(ctx, lab.Options{ESP: esp, TPM: tpm, Data: data})
 	if err != nil {
 		return nil, err
 	}

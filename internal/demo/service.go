@@ -14,7 +14,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 )
 
 // Service is a key service of the demo: the real command, in a process of its

@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/keyagent/keyagent/test/e2e/bed"
+	"github.com/keyagent/keyagent/internal/lab"
 )
 
 // Moment is one point of a boot.
@@ -29,7 +29,7 @@ type Timeline struct {
 var wanted = []string{"userspace", "attested", "key", "formatted", "mapped", "filesystem", "confirmed", "mounted"}
 
 // readTimeline finds the moments in a guest's console.
-func readTimeline(title string, lines []bed.Line) Timeline {
+func readTimeline(title string, lines []lab.Line) Timeline {
 	t := Timeline{Title: title, Moments: []Moment{{Name: "power on"}}}
 	var started, mounted time.Duration
 	found := map[string]Moment{}

@@ -10,7 +10,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/internal/policysource"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // Case 82. Strangers who demand the service's evidence and then say nothing keep

@@ -22,8 +22,8 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
-	"github.com/keyagent/keyagent/test/cloud/awskms"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/cloud/awskms"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 const (

@@ -9,7 +9,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/internal/secret"
-	"github.com/keyagent/keyagent/test/cloud/awskms"
+	"github.com/keyagent/keyagent/test/sim/cloud/awskms"
 )
 
 // plain is what the vectors of testdata hold.

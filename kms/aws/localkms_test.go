@@ -9,8 +9,8 @@ import (
 
 	keyagentkms "github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
-	"github.com/keyagent/keyagent/test/emulator"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/emulator"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 // TestTheSuiteHoldsOnLocalKMS runs against a service that others wrote: it knows

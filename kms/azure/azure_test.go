@@ -25,9 +25,9 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
-	"github.com/keyagent/keyagent/test/cloud/azurevault"
-	"github.com/keyagent/keyagent/test/cloud/entra"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/cloud/azurevault"
+	"github.com/keyagent/keyagent/test/sim/cloud/entra"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 const token = "hunter2-token"

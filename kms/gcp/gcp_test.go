@@ -19,8 +19,8 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
-	"github.com/keyagent/keyagent/test/cloud/gcpkms"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/cloud/gcpkms"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 var binding = kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 3, Length: 32}

@@ -13,8 +13,8 @@ import (
 
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/kms/dek/dektest"
-	"github.com/keyagent/keyagent/test/cloud"
-	"github.com/keyagent/keyagent/test/emulator"
+	"github.com/keyagent/keyagent/test/sim/cloud"
+	"github.com/keyagent/keyagent/test/sim/emulator"
 )
 
 // pairs runs the suite of dek over one KMS and storage by their URIs.

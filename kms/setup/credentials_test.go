@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/kms"
-	"github.com/keyagent/keyagent/test/cloud"
+	"github.com/keyagent/keyagent/test/sim/cloud"
 )
 
 // Each secret can be a systemd credential as well as a file.

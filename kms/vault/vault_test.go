@@ -20,7 +20,7 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 // transit is a server of the transit engine's two calls that does the real

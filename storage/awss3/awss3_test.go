@@ -21,8 +21,8 @@ import (
 
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
-	"github.com/keyagent/keyagent/test/emulator"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/emulator"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 // trick sees each request before the service does, and says whether it has

@@ -17,8 +17,8 @@ import (
 
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
-	"github.com/keyagent/keyagent/test/emulator"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/emulator"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 // token is a credential that is what it says, unless it is empty.

@@ -24,11 +24,11 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
+	"github.com/keyagent/keyagent/internal/lab/pki"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
-	"github.com/keyagent/keyagent/test/emulator"
-	"github.com/keyagent/keyagent/test/faultproxy"
-	"github.com/keyagent/keyagent/test/pki"
+	"github.com/keyagent/keyagent/test/sim/emulator"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 func open(t *testing.T, opts Options) *Storage {

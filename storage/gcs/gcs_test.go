@@ -19,8 +19,8 @@ import (
 
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/storagetest"
-	"github.com/keyagent/keyagent/test/emulator"
-	"github.com/keyagent/keyagent/test/faultproxy"
+	"github.com/keyagent/keyagent/test/sim/emulator"
+	"github.com/keyagent/keyagent/test/sim/faultproxy"
 )
 
 func open(t *testing.T, opts Options) *Storage {

@@ -23,9 +23,9 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 	"github.com/keyagent/keyagent/kms/cluster"
-	"github.com/keyagent/keyagent/test/pki"
-	"github.com/keyagent/keyagent/test/swtpm"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 // scene is a key service's folder and a machine with a TPM.

@@ -34,7 +34,7 @@ import (
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/kmstest"
 	"github.com/keyagent/keyagent/kms/setup"
-	clouds "github.com/keyagent/keyagent/test/cloud"
+	clouds "github.com/keyagent/keyagent/test/sim/cloud"
 )
 
 const benchPrefix, benchVolume = "bench", "pvc-1"

@@ -1,0 +1,212 @@
+//go:build linux && amd64
+
+package e2e
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/keyagent/keyagent/internal/demo"
+	"github.com/keyagent/keyagent/internal/lab"
+	"github.com/keyagent/keyagent/systemd"
+)
+
+// node is a machine that is booted again and again: its TPM, its disk, and the
+// key service that it asks. Its root file system is Debian with our unit.
+type node struct {
+	dir     string
+	cache   *lab.Cache
+	kernel  *lab.Kernel
+	initrd  string
+	tpm     *lab.TPM
+	service *demo.Service
+	disk    string
+}
+
+const diskSize = 64 << 20
+
+// newNode makes a machine and a key service whose policy expects it to boot with
+// that kernel command line. The service runs.
+func newNode(t *testing.T, command string) *node {
+	t.Helper()
+	n := &node{dir: t.TempDir()}
+	n.disk, n.initrd = n.path("disk.img"), n.path("initrd")
+	var err error
+	n.cache, n.kernel = debian(t)
+	ca, err := lab.NewCA(n.path("tpm-maker"), "e2e")
+	must(t, err)
+	n.tpm, err = ca.NewTPM(t.Context(), n.path("tpm"), lab.TPMOptions{})
+	must(t, err)
+	n.service, err = demo.NewService(n.path("service"), program)
+	must(t, err)
+	maker, err := os.ReadFile(ca.IssuerCert())
+	must(t, err)
+	must(t, os.WriteFile(n.path("service/tpm-maker.pem"), maker, 0o644))
+	must(t, os.WriteFile(n.path("service/trusted.log"), trustedLog(t), 0o600))
+	must(t, os.WriteFile(n.disk, nil, 0o600))
+	must(t, os.Truncate(n.disk, diskSize))
+	must(t, lab.BuildRootInitrd(t.Context(), n.kernel, n.initrd))
+
+	uki, _ := n.image(t, "expected", command)
+	profile, err := n.service.Run(t.Context(), "measure", "--name", "guest", "--trust", "root:demo", "--uki", uki,
+		"--phase", "sysinit", "--phase", "sysinit:ready", "--event-log", "trusted.log", "--pcrs", "0,1,2,3,4,5,6,7,11")
+	must(t, err)
+	must(t, n.service.WritePolicy("tpm-maker.pem", profile))
+	// Not the test's context: it ends before the clean-up stops the service.
+	must(t, n.service.Start(context.WithoutCancel(t.Context())))
+	t.Cleanup(func() {
+		if err := n.service.Stop(); err != nil {
+			t.Errorf("the key service: %v", err)
+		}
+	})
+	return n
+}
+
+func (n *node) path(name string) string { return filepath.Join(n.dir, name) }
+
+// image makes what the machine starts from.
+func (n *node) image(t *testing.T, name, command string) (uki, esp string) {
+	t.Helper()
+	uki, esp = n.path(name+".efi"), n.path(name+".esp")
+	must(t, lab.UKI{Kernel: n.kernel, Initrd: n.initrd, Command: command}.Build(t.Context(), uki))
+	must(t, lab.BuildESP(t.Context(), uki, esp))
+	return uki, esp
+}
+
+// unitFolder is where a package puts units.
+const unitFolder = "/usr/lib/systemd/system/"
+
+// root makes the root file system, which is not measured, with one script.
+func (n *node) root(t *testing.T, script string, more ...lab.File) string {
+	t.Helper()
+	files, err := demo.AgentFiles(n.service.CA())
+	must(t, err)
+	files = append(files,
+		lab.File{Path: "/usr/bin/keyagent", Source: program, Mode: 0o755},
+		lab.File{Path: "/etc/systemd/system/multi-user.target.wants/keyagent-agent.service", Link: unitFolder + "keyagent-agent.service"})
+	for _, unit := range []string{"keyagent-agent.service", "keyagent-serve.service"} {
+		files = append(files, lab.File{Path: unitFolder + unit, Data: unitFile(t, unit)})
+	}
+	out := n.path("root.img")
+	must(t, n.cache.Rootfs(t.Context(), lab.Rootfs{Kernel: n.kernel, Files: append(files, more...), Script: script}, out))
+	return out
+}
+
+func unitFile(t *testing.T, name string) []byte {
+	t.Helper()
+	data, err := systemd.Units.ReadFile("units/" + name)
+	must(t, err)
+	return data
+}
+
+// boot switches the machine on.
+func (n *node) boot(t *testing.T, esp, root string) *lab.Guest {
+	t.Helper()
+	g, err := lab.Boot(t.Context(), lab.Options{
+		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk,
+		Forward: []lab.Forward{{Guest: demo.KeyServiceAddress, Host: n.service.Address}},
+		Console: func(l lab.Line) {
+			if !strings.Contains(l.Text, "KEYAGENT-DATA") {
+				t.Logf("%7.3fs %s", l.At.Seconds(), l.Text)
+			}
+		},
+	})
+	must(t, err)
+	t.Cleanup(func() { g.Close() })
+	return g
+}
+
+// commandLine is the kernel's, as the policy expects it.
+func commandLine(more ...string) string {
+	return lab.CommandLine(append([]string{"systemd.show_status=0"}, more...)...)
+}
+
+// wantLines fails for each text that no line of the console contains.
+func wantLines(t *testing.T, g *lab.Guest, texts ...string) {
+	t.Helper()
+	for _, text := range texts {
+		if !hasLine(g, text) {
+			t.Errorf("the guest did not print %q", text)
+		}
+	}
+}
+
+func hasLine(g *lab.Guest, text string) bool {
+	for _, l := range g.Lines() {
+		if strings.Contains(l.Text, text) {
+			return true
+		}
+	}
+	return false
+}
+
+func wantStatus(t *testing.T, g *lab.Guest, want int) {
+	t.Helper()
+	if got, err := g.Wait(t.Context()); err != nil || got != want {
+		t.Fatalf("the guest ended with %d, %v; want %d", got, err, want)
+	}
+}
+
+// debian returns the cache and the kernel, which all guests share.
+func debian(t *testing.T) (*lab.Cache, *lab.Kernel) {
+	t.Helper()
+	cache, err := lab.OpenCache("")
+	must(t, err)
+	kernel, err := cache.Kernel(t.Context())
+	must(t, err)
+	return cache, kernel
+}
+
+var (
+	trustedOnce sync.Once
+	trusted     []byte
+	errTrusted  error
+)
+
+// trustedLog is the event log of a boot that is trusted, with another image and
+// another TPM: what the firmware does depends on neither.
+func trustedLog(t *testing.T) []byte {
+	t.Helper()
+	_, kernel := debian(t)
+	trustedOnce.Do(func() { trusted, errTrusted = referenceBoot(t.Context(), t.TempDir(), kernel) })
+	must(t, errTrusted)
+	return trusted
+}
+
+func referenceBoot(ctx context.Context, dir string, kernel *lab.Kernel) ([]byte, error) {
+	ca, err := lab.NewCA(filepath.Join(dir, "ca"), "reference")
+	if err != nil {
+		return nil, err
+	}
+	tpm, err := ca.NewTPM(ctx, filepath.Join(dir, "tpm"), lab.TPMOptions{})
+	if err != nil {
+		return nil, err
+	}
+	return demo.Reference(ctx, dir, kernel, tpm)
+}
+
+// digest is the SHA-256 of a file.
+func digest(t *testing.T, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	h := sha256.New()
+	_, err = io.Copy(h, f)
+	must(t, err)
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
