@@ -10,7 +10,7 @@ VERSION := $(shell git describe --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 TOOL    := $(GO) tool -modfile=tools/go.mod
 
-.PHONY: all deps build node demo test test-full test-cloud lint bench fuzz generate clean
+.PHONY: all deps build node deb demo test test-full test-cloud lint bench fuzz generate clean
 
 all: build
 
@@ -25,6 +25,9 @@ NODE_TAGS := grpcnotrace,keyagent_noaws,keyagent_noazure,keyagent_nogcp,keyagent
 
 node: deps ## the program for confidential VMs, half as large
 	$(GO) build -trimpath -tags $(NODE_TAGS) -ldflags "$(LDFLAGS)" -o bin/keyagent-node ./cmd/keyagent
+
+deb: build ## the Debian package, in dist/
+	./deploy/debian/build bin/keyagent $(VERSION) dist
 
 demo: build ## the whole main job on this machine
 	./bin/keyagent demo --out demo-out
@@ -70,4 +73,4 @@ generate: ## Go code of the protocols
 	./api/generate.sh
 
 clean:
-	rm -rf bin demo-out
+	rm -rf bin demo-out dist

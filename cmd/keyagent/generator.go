@@ -40,6 +40,7 @@ A line has four fields: the name of the mapping, the device, none, and options:
 
   keyagent[=ID]         the key service knows the volume by ID; default the name
   keyagent-format[=FS]  create the volume if it does not exist, with that filesystem
+  keyagent-no-mmp       and, if it is ext4, without its multiple mount protection
   _netdev               must be there: the key comes over the network
   nofail, noauto        not needed for the boot; opened on request alone
   readonly, discard     as in crypttab(5)

@@ -57,6 +57,8 @@ func (v *Volume) apply(o crypttab.Option) error {
 		if o.HasValue && o.Value == "" {
 			return errors.New("keyagent-format= names no filesystem")
 		}
+	case "keyagent-no-mmp":
+		v.NoMMP = true
 	case "readonly", "read-only":
 		v.ReadOnly = true
 	case "discard", "allow-discards":

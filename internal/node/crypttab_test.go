@@ -32,6 +32,8 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 			ID: "node-1.data", Kind: Data, Name: "data", Device: "UUID=1-2", Filesystem: "xfs", Format: true, Optional: true, Discards: true},
 		"data /dev/vdb none keyagent,keyagent-format,_netdev,noauto": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Format: true, OnRequest: true},
+		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-no-mmp,_netdev": {
+			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, NoMMP: true},
 		"data /dev/vdb none _netdev,keyagent,read-only": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", ReadOnly: true},
 		"sw /dev/vdb none keyagent,swap,_netdev":        {ID: "sw", Kind: Swap, Name: "sw", Device: "/dev/vdb", Filesystem: "none", Format: true},
 		"tmp /dev/vdb none keyagent,tmp,_netdev":        {ID: "tmp", Kind: Scratch, Name: "tmp", Device: "/dev/vdb", Filesystem: "ext4", Format: true},
