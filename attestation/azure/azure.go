@@ -65,7 +65,7 @@ var (
 	ErrToken     = refusal("token of Microsoft Attestation is refused")
 )
 
-// ErrConfiguration says that an issuer or verifier lacks a part: unset means
+// ErrConfiguration means that an issuer or verifier lacks a part: unset means
 // refused.
 var ErrConfiguration = errors.New("azure attestation is not configured")
 

@@ -12,9 +12,9 @@ import (
 )
 
 var (
-	// ErrMalformed: the bytes are no event log.
+	// ErrMalformed means that the bytes are no event log.
 	ErrMalformed = errors.New("malformed")
-	// ErrBank: the log has no digests of the hash that is asked for.
+	// ErrBank means that the log has no digests of the hash that is asked for.
 	ErrBank = errors.New("the log has no digests of this bank")
 )
 

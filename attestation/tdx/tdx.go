@@ -68,7 +68,7 @@ var (
 	ErrEventLog           = refusal("event log is refused")
 )
 
-// ErrConfiguration says that a verifier was asked to work without a trust root:
+// ErrConfiguration means that a verifier was asked to work without a trust root:
 // unset means refused.
 var ErrConfiguration = errors.New("tdx verifier is not configured")
 

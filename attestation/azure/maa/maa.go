@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// ErrUnsupported says that this program was built without the library.
+// ErrUnsupported means that this program was built without the library.
 var ErrUnsupported = errors.New("this program was built without Microsoft Attestation (hint: build it without the tag keyagent_nomaa)")
 
 // requestTimeout bounds one request.

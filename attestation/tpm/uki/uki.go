@@ -29,9 +29,9 @@ import (
 )
 
 var (
-	// ErrNotUKI: the file is not a unified kernel image.
+	// ErrNotUKI means that the file is not a unified kernel image.
 	ErrNotUKI = errors.New("not a unified kernel image")
-	// ErrNotModelled: what the file measures is not known here.
+	// ErrNotModelled means that what the file measures is not known here.
 	ErrNotModelled = errors.New("what it measures is not known")
 )
 
