@@ -53,7 +53,7 @@ func NewIssuer(opts IssuerOptions) (*Issuer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Issuer{opts, tpm.Platform{Device: opts.Device, AK: AKHandle, EventLog: opts.EventLog}, service}, nil
+	return &Issuer{opts, tpm.Platform{Device: opts.Device, AK: akHandle, EventLog: opts.EventLog}, service}, nil
 }
 
 // Detect says which hardware is below: attestation.SNP or attestation.TDX. A
@@ -76,12 +76,12 @@ func (*Issuer) Kind() attestation.Kind { return attestation.Azure }
 
 // report reads what the HCL left in NV memory.
 func (i *Issuer) report() ([]byte, *Report, error) {
-	raw, err := i.tpm.ReadNV(NVReport)
+	raw, err := i.tpm.ReadNV(nvReport)
 	if err != nil {
 		return nil, nil, err
 	}
 	if raw == nil {
-		return nil, nil, fmt.Errorf("%w: the TPM has no report of Azure's at NV index %#x", attestation.ErrNoDevice, NVReport)
+		return nil, nil, fmt.Errorf("%w: the TPM has no report of Azure's at NV index %#x", attestation.ErrNoDevice, nvReport)
 	}
 	r, err := Parse(raw)
 	if err != nil {

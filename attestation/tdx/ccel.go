@@ -12,10 +12,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/eventlog"
 )
 
-// EventLog is a parsed confidential-computing event log (CCEL): the events of a
+// ccel is a parsed confidential-computing event log (CCEL): the events of a
 // TPM's log with SHA-384 digests, over the registers of a TD. Nothing in it is
-// proved until [EventLog.Explain] replays it to a quoted value.
-type EventLog struct {
+// proved until explain replays it to a quoted value.
+type ccel struct {
 	events []tcg.Event
 }
 
@@ -30,17 +30,17 @@ const (
 	lastFirmwareRTMR = 2
 )
 
-// ParseEventLog parses a log of at most [MaxEventLog] bytes. Padding of 0xff may
+// parseCCEL parses a log of at most maxEventLog bytes. Padding of 0xff may
 // follow it.
-func ParseEventLog(log []byte) (*EventLog, error) {
-	if len(log) > MaxEventLog {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), MaxEventLog)
+func parseCCEL(log []byte) (*ccel, error) {
+	if len(log) > maxEventLog {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), maxEventLog)
 	}
 	events, err := eventlog.Parse(log, eventlog.SHA384, maxEvents)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrEventLog, err)
 	}
-	l := &EventLog{events: events}
+	l := &ccel{events: events}
 	for i, e := range l.events {
 		if e.Type == tcg.NoAction {
 			continue
@@ -55,45 +55,45 @@ func ParseEventLog(log []byte) (*EventLog, error) {
 	return l, nil
 }
 
-// Explain returns the events of one RTMR if they replay to value. An RTMR without
+// explain returns the events of one RTMR if they replay to value. An RTMR without
 // events gives none. Events that lead elsewhere are an error that names them.
-func (l *EventLog) Explain(rtmr int, value []byte) ([]attestation.Event, error) {
-	state, events, err := l.Replay(rtmr)
+func (l *ccel) explain(rtmr int, value []byte) ([]attestation.Event, error) {
+	state, events, err := l.replay(rtmr)
 	if err != nil || len(events) == 0 {
 		return nil, err
 	}
 	if !bytes.Equal(state, value) {
 		first, last := events[0], events[len(events)-1]
 		return nil, fmt.Errorf("%w: %s: its %d events, #%d %s (%s) to #%d %s (%s), replay to %x, the quote says %x", ErrEventLog,
-			Register(rtmr), len(events), first.Seq, first.Type, first.Name, last.Seq, last.Type, last.Name, state, value)
+			register(rtmr), len(events), first.Seq, first.Type, first.Name, last.Seq, last.Type, last.Name, state, value)
 	}
 	return events, nil
 }
 
-// Replay returns the events of one RTMR and the value that they lead to, for
+// replay returns the events of one RTMR and the value that they lead to, for
 // making reference values from a trusted machine's log.
-func (l *EventLog) Replay(rtmr int) ([]byte, []attestation.Event, error) {
+func (l *ccel) replay(rtmr int) ([]byte, []attestation.Event, error) {
 	state := make([]byte, sha512.Size384)
 	var events []attestation.Event
 	for i, e := range l.events {
 		if e.Index != rtmr+firstIndex || e.Type == tcg.NoAction {
 			continue
 		}
-		state = Extend(state, e.Digest)
+		state = extend(state, e.Digest)
 		events = append(events, eventlog.Describe(i+1, e))
 	}
 	return state, events, nil
 }
 
-// Extend is the TDX module's operation on an RTMR.
-func Extend(value, digest []byte) []byte {
+// extend is the TDX module's operation on an RTMR.
+func extend(value, digest []byte) []byte {
 	h := sha512.New384()
 	h.Write(value)
 	h.Write(digest)
 	return h.Sum(nil)
 }
 
-func (l *EventLog) label(i int) string {
+func (l *ccel) label(i int) string {
 	e := eventlog.Describe(i+1, l.events[i])
 	return fmt.Sprintf("event #%d (register %d, %s, %s)", e.Seq, l.events[i].Index, e.Type, e.Name)
 }
@@ -104,19 +104,19 @@ func explain(q *Quote, log []byte) (map[string]attestation.Measurement, error) {
 	if len(log) == 0 {
 		return out, nil
 	}
-	parsed, err := ParseEventLog(log)
+	parsed, err := parseCCEL(log)
 	if err != nil {
 		return nil, err
 	}
 	for i, v := range q.body.rtmr {
-		events, err := parsed.Explain(i, v)
+		events, err := parsed.explain(i, v)
 		if err != nil {
 			return nil, err
 		}
 		if i <= lastFirmwareRTMR && len(events) == 0 && !zero(v) {
-			return nil, fmt.Errorf("%w: %s: the quote says %x, the log has no event of it", ErrEventLog, Register(i), v)
+			return nil, fmt.Errorf("%w: %s: the quote says %x, the log has no event of it", ErrEventLog, register(i), v)
 		}
-		out[Register(i)] = attestation.Measurement{Value: v, Events: events}
+		out[register(i)] = attestation.Measurement{Value: v, Events: events}
 	}
 	return out, nil
 }

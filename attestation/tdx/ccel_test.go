@@ -14,11 +14,11 @@ import (
 // What no digest covers is not shown.
 func TestDataThatWasNotMeasuredIsNotShown(t *testing.T) {
 	log := bytes.Replace(logOf(intel.DefaultEvents()), []byte("Exit Boot Services Invocation"), []byte("Exit Boot Services invocation"), 1)
-	parsed, err := ParseEventLog(log)
+	parsed, err := parseCCEL(log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, events, err := parsed.Replay(1)
+	_, events, err := parsed.replay(1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +66,7 @@ func TestAForgedEventLogIsRefused(t *testing.T) {
 			return l
 		}, ""},
 		"bytes":                  {func() []byte { return []byte("event log") }, ""},
-		"more than there can be": {func() []byte { return make([]byte, MaxEventLog+1) }, "at most"},
+		"more than there can be": {func() []byte { return make([]byte, maxEventLog+1) }, "at most"},
 		"more events than there can be": {func() []byte {
 			return logOf(slices.Repeat([]intel.Event{{Register: 1, Type: intel.EventIPL}}, maxEvents+1))
 		}, "more than 4096 events"},

@@ -60,7 +60,7 @@ func recorded(t testing.TB) *attestv1.TDXCollateral {
 		}
 		return nil
 	}
-	return must[*attestv1.TDXCollateral](t)(Collateral([]endorsement.Document{
+	return must[*attestv1.TDXCollateral](t)(collateralOf([]endorsement.Document{
 		{Body: testdata.TcbInfoBody, Chain: chain(testcases.TcbInfoHeader)},
 		{Body: testdata.QeIdentityBody, Chain: chain(testcases.QeIdentityHeader)},
 		{Body: testdata.PckCrlBody, Chain: chain(testcases.PckCrlHeader)},

@@ -119,8 +119,8 @@ func (v *Verifier) VerifyQuote(ctx context.Context, ev *attestv1.TDXEvidence, re
 	if err != nil {
 		return none, err
 	}
-	if len(ev.GetEventLog()) > MaxEventLog {
-		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(ev.GetEventLog()), MaxEventLog)
+	if len(ev.GetEventLog()) > maxEventLog {
+		return none, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(ev.GetEventLog()), maxEventLog)
 	}
 	q, err := Parse(ev.GetQuote())
 	if err != nil {

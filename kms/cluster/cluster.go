@@ -43,7 +43,7 @@ const (
 const (
 	MinMasterSecret = 16
 	MaxMasterSecret = 128
-	NewMasterSecret = 32
+	newMasterSecret = 32
 )
 
 // Options configure [New].
@@ -273,7 +273,7 @@ func InitMasterSecret(path string) error {
 }
 
 func initMasterSecret(path string) error {
-	s, err := secret.Random(NewMasterSecret)
+	s, err := secret.Random(newMasterSecret)
 	if err != nil {
 		return err
 	}
