@@ -4,12 +4,17 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/doc"
 	"go/importer"
+	"go/parser"
 	"go/token"
 	"go/types"
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -151,4 +156,70 @@ func TestPublicPackagesShowNoTypeOfAnInternalOne(t *testing.T) {
 			}
 		}
 	}
+}
+
+// isPublic says whether a package is for other modules. The suites that backends pass
+// are, too, and need a *testing.T of their caller.
+func isPublic(dir string) bool {
+	return slices.ContainsFunc(roots, func(root string) bool {
+		top := strings.TrimSuffix(strings.TrimPrefix(root, "./"), "/...")
+		return dir == top || below(dir, top)
+	}) && !below(dir, "api")
+}
+
+// TestEveryPublicPackageHasAnExampleThatRuns: go test compares what it prints.
+func TestEveryPublicPackageHasAnExampleThatRuns(t *testing.T) {
+	runs := map[string]bool{}
+	files(t, func(path string, _ *ast.File) {
+		if dir := filepath.Dir(path); isPublic(dir) && !strings.HasSuffix(dir, "test") {
+			runs[dir] = false
+		}
+	})
+	for dir := range runs {
+		tests, err := filepath.Glob(filepath.Join("../..", dir, "*_test.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range tests {
+			f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.ParseComments|parser.SkipObjectResolution)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, e := range doc.Examples(f) {
+				runs[dir] = runs[dir] || e.Output != ""
+			}
+		}
+		if !runs[dir] {
+			t.Errorf("%s has no example with an output", dir)
+		}
+	}
+}
+
+// TestErrorsOfPublicPackagesSayWhatTheyMean: in one shape, so that a reader finds what
+// sets two of them apart. Those that stand in a list without comments say it by their
+// own text.
+func TestErrorsOfPublicPackagesSayWhatTheyMean(t *testing.T) {
+	files(t, func(path string, f *ast.File) {
+		if !isPublic(filepath.Dir(path)) {
+			return
+		}
+		for _, d := range f.Decls {
+			g, ok := d.(*ast.GenDecl)
+			if !ok || g.Tok != token.VAR {
+				continue
+			}
+			for _, spec := range g.Specs {
+				v := spec.(*ast.ValueSpec)
+				text := v.Doc.Text()
+				if !g.Lparen.IsValid() {
+					text = g.Doc.Text()
+				}
+				name := v.Names[0].Name
+				listed := g.Lparen.IsValid() && text == ""
+				if strings.HasPrefix(name, "Err") && !listed && !strings.HasPrefix(text, name+" means that ") {
+					t.Errorf("%s: the comment of %s is %q", path, name, text)
+				}
+			}
+		}
+	})
 }
