@@ -98,6 +98,15 @@ type Namer interface {
 	Current(ctx context.Context) (string, error)
 }
 
+// Current names the KEK that k wraps under now, see [Namer].
+func Current(ctx context.Context, k KMS) (string, error) {
+	n, ok := k.(Namer)
+	if !ok {
+		return "", errors.New("this key management backend does not name its KEK")
+	}
+	return n.Current(ctx)
+}
+
 // MaxBlob bounds Wrapped.Blob in bytes. A longer one is refused before any
 // service sees it.
 const MaxBlob = 16 << 10

@@ -239,7 +239,7 @@ func (d *disk) adopt(id Identity, dek *Key) (*Header, error) {
 	}
 	// The writer may have been killed before its last flush. What is adopted
 	// must not be lost with the power afterwards.
-	if err := d.settle(); err != nil {
+	if err := d.flushAndForget(); err != nil {
 		return nil, err
 	}
 	raw, err := d.readGuarded()

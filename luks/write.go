@@ -148,7 +148,7 @@ func (d *disk) mayReplace(id Identity, dek *Key, h *Header) (stands bool, err er
 
 // readBack compares what the device gives back with what was written to it.
 func (d *disk) readBack(h *Header) error {
-	if err := d.settle(); err != nil {
+	if err := d.flushAndForget(); err != nil {
 		return err
 	}
 	raw, err := d.readGuarded()
