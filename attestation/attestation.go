@@ -3,11 +3,10 @@
 //
 // Three steps are three types, so that no step can be left out:
 //
-//	Item       bytes from a peer. Nothing is known of them.
-//	Verified   what a signature covers: the claims of every item of one
-//	           exchange, after every verifier accepted its own.
-//	policy.Appraisal
-//	           what the reference values say of a Verified.
+//	[]byte            from a peer. Nothing is known of them.
+//	Verified          what signatures cover: the claims of all evidence of one
+//	                  exchange, after each verifier accepted its own.
+//	policy.Appraisal  what the reference values say of a Verified.
 //
 // One kind of evidence is one package below this one, with an [Issuer] that
 // runs where the hardware is and a [Verifier] that runs at the relying party.
@@ -50,13 +49,6 @@ const BinderSize = 64
 // Binder ties evidence to one connection, one role and one challenge. Its
 // encoding is specified in docs/spec/attested-tls.md.
 type Binder [BinderSize]byte
-
-// Item is one kind's part of a frame: an offer, an ask or evidence. Its data is
-// untrusted bytes in the format of its kind.
-type Item struct {
-	Kind Kind
-	Data []byte
-}
 
 // Issuer produces evidence of one kind on the machine that it runs on.
 //
@@ -161,7 +153,7 @@ type Verified struct {
 	at     time.Time
 }
 
-// NewVerified records that every item of one exchange passed its verifier. Only
+// NewVerified records that all evidence of one exchange passed its verifiers. Only
 // code that ran those verifiers calls it: attestation/atls for a connection,
 // the offline appraisal of a saved file, and tests. An import-rules test holds
 // the list.
@@ -220,19 +212,19 @@ func (v *Verified) Identity() string {
 	return id
 }
 
-// ErrRefused is wrapped by every refusal of evidence, whatever the reason. An
-// error of a verifier that does not wrap it is a fault of the verifier's own
-// side.
+// ErrRefused means that evidence is refused, whatever the reason. An error of a
+// verifier that does not wrap it is a fault of the verifier's own side.
 var ErrRefused = errors.New("evidence refused")
 
-// ErrUnendorsed is a refusal for want of what a vendor says of the hardware, and not
-// for what the evidence says: it was not carried, and is not to be had now. Asking
-// again later may help, and a verdict that still holds is not taken back for it.
+// ErrUnendorsed means that vendor collateral (certificates, revocation lists, TCB
+// levels) was neither in the evidence nor available now. The evidence itself was
+// not found wanting: asking again later may help, and a verdict that still holds is
+// not taken back for it.
 var ErrUnendorsed = fmt.Errorf("%w: not endorsed", ErrRefused)
 
-// ErrLocal is wrapped by errors of this machine's own issuers: it cannot prove
-// itself, whatever the peer is.
+// ErrLocal means that this machine's own issuers failed: it cannot prove itself,
+// whatever the peer is.
 var ErrLocal = errors.New("this machine cannot attest itself")
 
-// ErrNoDevice is wrapped by issuers that find no hardware of their kind.
+// ErrNoDevice means that an issuer found no hardware of its kind.
 var ErrNoDevice = errors.New("no attestation device")

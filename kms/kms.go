@@ -40,35 +40,34 @@ const (
 )
 
 var (
-	// ErrBinding: the binding is outside the bounds. Nothing was asked of the
+	// ErrBinding means that the binding is outside the bounds. Nothing was asked of the
 	// backend.
 	ErrBinding = errors.New("key binding is not allowed")
-	// ErrWrongKey: the wrapped key does not open: it was made for another
+	// ErrWrongKey means that the wrapped key does not open: it was made for another
 	// binding, under another KEK, or was changed.
 	ErrWrongKey = errors.New("wrapped key does not open")
-	// ErrKEKVersion: the wrapped key names a KEK that this backend does not
+	// ErrKEKVersion means that the wrapped key names a KEK that this backend does not
 	// have.
 	ErrKEKVersion = fmt.Errorf("%w: its KEK is not here", ErrWrongKey)
-	// ErrScheme: the wrapped key was made by another kind of backend.
+	// ErrScheme means that the wrapped key was made by another kind of backend.
 	ErrScheme = fmt.Errorf("%w: its scheme is not known here", ErrWrongKey)
-	// ErrUnavailable: the backend cannot be reached or does not work at the
+	// ErrUnavailable means that the backend cannot be reached or does not work at the
 	// moment. Trying again later may help.
 	ErrUnavailable = errors.New("key management service is unavailable")
-	// ErrThrottled: the service asks for fewer requests, and goes on asking
-	// after all retries.
+	// ErrThrottled means that the service still throttled us after the last retry.
 	ErrThrottled = fmt.Errorf("%w: too many requests", ErrUnavailable)
-	// ErrDenied: the service knows who asks and does not allow it. The text
+	// ErrDenied means that the service knows who asks and does not allow it. The text
 	// after it names the permission, in the words of that service.
 	ErrDenied = errors.New("missing permission")
-	// ErrCredentials: the service does not know who asks: there are no
+	// ErrCredentials means that the service does not know who asks: there are no
 	// credentials, or they are wrong or have expired.
 	ErrCredentials = errors.New("credentials are not accepted")
-	// ErrKEK: the key-encryption key is not there, is disabled, waits for its
-	// deletion, or is of a kind that cannot wrap.
+	// ErrKEK means that the key-encryption key is missing, disabled, pending deletion,
+	// or cannot wrap keys.
 	ErrKEK = errors.New("key-encryption key cannot be used")
-	// ErrClosed: the backend was closed.
+	// ErrClosed means that the backend was closed.
 	ErrClosed = secret.ErrClosed
-	// ErrURI: a URI cannot be understood. The error never repeats the values
+	// ErrURI means that a URI cannot be understood. The error never repeats the values
 	// in it.
 	ErrURI = errors.New("invalid URI")
 )
@@ -97,6 +96,15 @@ type Namer interface {
 	// Current returns what Wrap would set as Wrapped.KEK: it tells a wrapped
 	// key that is up to date from one that is to be wrapped again.
 	Current(ctx context.Context) (string, error)
+}
+
+// Current names the KEK that k wraps under now, see [Namer].
+func Current(ctx context.Context, k KMS) (string, error) {
+	n, ok := k.(Namer)
+	if !ok {
+		return "", errors.New("this key management backend does not name its KEK")
+	}
+	return n.Current(ctx)
 }
 
 // MaxBlob bounds Wrapped.Blob in bytes. A longer one is refused before any

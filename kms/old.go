@@ -51,34 +51,3 @@ func (m *withOld) Close() error {
 	}
 	return errors.Join(errs...)
 }
-
-// Current names the KEK that k wraps under now, see [Namer].
-func Current(ctx context.Context, k KMS) (string, error) {
-	n, ok := k.(Namer)
-	if !ok {
-		return "", errors.New("this key management backend does not name its KEK")
-	}
-	return n.Current(ctx)
-}
-
-// PublicWrapper is implemented by backends whose KEK has a public half: anyone who
-// knows it can wrap a key of their own choice. Only a MAC, under a key that was
-// not taken from the same storage on trust, tells such a key from ours.
-type PublicWrapper interface {
-	// Public says whether the KEK in force has one.
-	Public() bool
-}
-
-// Public says whether anybody can wrap under the KEK of k, see [PublicWrapper].
-func Public(k KMS) bool {
-	if m, ok := k.(*withOld); ok {
-		for _, old := range m.old {
-			if Public(old) {
-				return true
-			}
-		}
-		k = m.KMS
-	}
-	p, ok := k.(PublicWrapper)
-	return ok && p.Public()
-}

@@ -6,8 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // How much of a device must be zero for it to count as blank.
@@ -104,7 +102,7 @@ func DataUntouched(ctx context.Context, device string) (bool, error) {
 
 // Probe says what stands on a device, without changing it. The DEK may be nil;
 // an interrupted format cannot be told from other data then.
-func Probe(ctx context.Context, device string, id Identity, dek *secret.Bytes) (State, error) {
+func Probe(ctx context.Context, device string, id Identity, dek *Key) (State, error) {
 	state, err := probeState(ctx, device, id, dek)
 	if err != nil {
 		return 0, fmt.Errorf("probe %s: %w", device, err)
@@ -112,7 +110,7 @@ func Probe(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 	return state, nil
 }
 
-func probeState(ctx context.Context, device string, id Identity, dek *secret.Bytes) (State, error) {
+func probeState(ctx context.Context, device string, id Identity, dek *Key) (State, error) {
 	if dek != nil {
 		if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
 			return 0, err
@@ -128,7 +126,7 @@ func probeState(ctx context.Context, device string, id Identity, dek *secret.Byt
 
 // state classifies a device, and is the only place that does: what Probe
 // reports and what Write acts on cannot differ.
-func (d *disk) state(id Identity, dek *secret.Bytes) (State, error) {
+func (d *disk) state(id Identity, dek *Key) (State, error) {
 	sector := make([]byte, sectorSize)
 	if err := d.read(sector, 0); err != nil {
 		return 0, err

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 	if path := os.Getenv(hangEnv); path != "" {
 		dek, err := secret.From([]byte("a DEK of thirty-two bytes, 01234"))
 		if err == nil {
-			_, err = ReadHeader(context.Background(), path, idData, MACs{Header: MAC{1}}, dek)
+			_, err = ReadHeader(context.Background(), HeaderRequest{path, idData, MACs{Header: MAC{1}}}, dek)
 		}
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

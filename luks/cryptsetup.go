@@ -139,7 +139,7 @@ func (s *session) format(uuid string) error {
 }
 
 // addKeyslot puts the volume key of the context into keyslot 0 under the DEK.
-func (s *session) addKeyslot(dek *secret.Bytes) error {
+func (s *session) addKeyslot(dek *Key) error {
 	return dek.Use(func(key []byte) error {
 		if r := C.crypt_keyslot_add_by_volume_key(s.cd, 0, nil, 0, charPtr(key), C.size_t(len(key))); r < 0 {
 			return s.failed("add keyslot", r)
@@ -149,7 +149,7 @@ func (s *session) addKeyslot(dek *secret.Bytes) error {
 }
 
 // test opens keyslot 0 with the DEK and maps nothing.
-func (s *session) test(dek *secret.Bytes) error {
+func (s *session) test(dek *Key) error {
 	return dek.Use(func(key []byte) error {
 		r := C.crypt_activate_by_passphrase(s.cd, nil, 0, charPtr(key), C.size_t(len(key)), 0)
 		return s.unlocked(r)
@@ -157,7 +157,7 @@ func (s *session) test(dek *secret.Bytes) error {
 }
 
 // volumeKey opens keyslot 0 with the DEK and returns what it holds.
-func (s *session) volumeKey(dek *secret.Bytes) (*secret.Bytes, error) {
+func (s *session) volumeKey(dek *Key) (*secret.Bytes, error) {
 	vk, err := secret.New(volumeKeySize)
 	if err != nil {
 		return nil, err

@@ -15,11 +15,11 @@ type Deadline struct{ at time.Duration }
 // granted the time, not after the answer.
 func DeadlineIn(d time.Duration) Deadline { return Deadline{bootTime() + d} }
 
-// Left returns the time that is left, at most zero if none is.
-func (d Deadline) Left() time.Duration { return d.at - bootTime() }
+// left returns the time that is left, at most zero if none is.
+func (d Deadline) left() time.Duration { return d.at - bootTime() }
 
 func (d Deadline) check() error {
-	if left := d.Left(); left <= 0 {
+	if left := d.left(); left <= 0 {
 		return fmt.Errorf("%w, %v ago", ErrTooLate, min(-left, bootTime()).Round(time.Millisecond))
 	}
 	return nil

@@ -191,10 +191,10 @@ func (d *disk) flush() error {
 	})
 }
 
-// settle flushes the device and forgets what is cached of the header, so that the
+// flushAndForget flushes the device and forgets what is cached of the header, so that the
 // next read is answered by the device itself: a page that failed to be written
 // stays in the cache and looks like one that was.
-func (d *disk) settle() error {
+func (d *disk) flushAndForget() error {
 	if err := d.flush(); err != nil {
 		return err
 	}

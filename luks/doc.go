@@ -33,7 +33,7 @@
 //	h, err := luks.NewHeader(ctx, id, dek)      // in memory
 //	until := luks.DeadlineIn(2 * time.Minute)   // counted from before the next line
 //	…                                           // the record names this attempt and h.MACs()
-//	err = luks.Write(ctx, device, id, dek, h, until)
+//	err = luks.Write(ctx, luks.WriteRequest{device, id, h, until}, dek)
 //	…                                           // the record says: the header stands
 //	m, h, err := luks.Open(ctx, luks.OpenRequest{…, MACs: h.MACs()}, dek)
 //	err = mark.Set(ctx, device)                 // if it is to have a filesystem

@@ -8,59 +8,59 @@ import (
 // The errors that callers tell apart, with [errors.Is]. An error never carries
 // key material.
 var (
-	// ErrInvalid says that a name, a volume ID or a UUID is malformed. Nothing
-	// was read or written.
+	// ErrInvalid means that a name, a volume ID or a UUID is malformed. Nothing was
+	// read or written.
 	ErrInvalid = errors.New("invalid argument")
 
-	// ErrInvalidKey says that the DEK is missing, zero, too short or too long.
-	// Nothing was read or written.
+	// ErrInvalidKey means that the DEK is missing, zero, too short or too long. Nothing
+	// was read or written.
 	ErrInvalidKey = errors.New("key cannot be a DEK")
 
-	// ErrHeaderRefused says that the header breaks a rule of the guard. The
-	// error is a [*HeaderError], which names the rule.
+	// ErrHeaderRefused means that the header breaks a rule of the guard. The error is a
+	// [*HeaderError], which names the rule.
 	ErrHeaderRefused = errors.New("header refused")
 
-	// ErrHeaderMAC says that the header satisfies the guard but is not the one
-	// that was recorded: it was changed, or is an older one, or the DEK or the
-	// generation is not this volume's. The four cannot be told apart, since the
-	// MAC is keyed by the DEK and is verified before any keyslot is tried.
+	// ErrHeaderMAC means that the header satisfies the guard but is not the one that
+	// was recorded: it was changed, or is an older one, or the DEK or the generation is
+	// not this volume's. The four cannot be told apart, since the MAC is keyed by the
+	// DEK and is verified before any keyslot is tried.
 	ErrHeaderMAC = errors.New("header does not match its MAC")
 
-	// ErrVolumeMismatch says that the header is another volume's, by its UUID.
+	// ErrVolumeMismatch means that the header is another volume's, by its UUID.
 	ErrVolumeMismatch = errors.New("header belongs to another volume")
 
-	// ErrWrongKey says that the DEK opens no keyslot.
+	// ErrWrongKey means that the DEK opens no keyslot.
 	ErrWrongKey = errors.New("key opens no keyslot")
 
-	// ErrNotBlank says that a device holds data and is therefore not formatted.
-	// The error is a [*NotBlankError], which says what was found.
+	// ErrNotBlank means that a device holds data and is therefore not formatted. The
+	// error is a [*NotBlankError], which says what was found.
 	ErrNotBlank = errors.New("device is not blank")
 
-	// ErrDeviceBusy says that a device is mounted or otherwise in use, or that
-	// a mapping is.
+	// ErrDeviceBusy means that a device is mounted or otherwise in use, or that a
+	// mapping is.
 	ErrDeviceBusy = errors.New("device is busy")
 
-	// ErrNotActive says that there is no mapping of that name.
+	// ErrNotActive means that there is no mapping of that name.
 	ErrNotActive = errors.New("mapping is not active")
 
-	// ErrNameTaken says that the mapping's name is in use for something else.
+	// ErrNameTaken means that the mapping's name is in use for something else.
 	ErrNameTaken = errors.New("mapping name is taken")
 
-	// ErrIO says that a device failed to be read or written. It never means
-	// that the device is new.
+	// ErrIO means that a device failed to be read or written. It never means that the
+	// device is new.
 	ErrIO = errors.New("input/output failure")
 
-	// ErrShortHeader says that a device ended before its header did.
+	// ErrShortHeader means that a device ended before its header did.
 	ErrShortHeader = errors.New("header is incomplete")
 
-	// ErrDeviceSize says that a device cannot hold a header and 1 MiB of data.
+	// ErrDeviceSize means that a device cannot hold a header and 1 MiB of data.
 	ErrDeviceSize = errors.New("device has an unsuitable size")
 
-	// ErrNotBlockDevice says that a mapping was asked for on something else.
+	// ErrNotBlockDevice means that a mapping was asked for on something else.
 	ErrNotBlockDevice = errors.New("not a block device")
 
-	// ErrTableMismatch says that the kernel's live table is not the one that
-	// the header stands for. A mapping that Open had just made was removed.
+	// ErrTableMismatch means that the kernel's live table is not the one that the
+	// header stands for. A mapping that Open had just made was removed.
 	ErrTableMismatch = errors.New("live device-mapper table is not as expected")
 
 	// ErrHeaderChanged means that the header on the disk is no longer the one that
@@ -101,7 +101,7 @@ var (
 	// ErrKernel means that the kernel lacks a feature. The error names the option.
 	ErrKernel = errors.New("kernel lacks a feature")
 
-	// ErrLibrary says that libcryptsetup failed for another reason.
+	// ErrLibrary means that libcryptsetup failed for another reason.
 	ErrLibrary = errors.New("libcryptsetup failed")
 )
 

@@ -23,7 +23,7 @@ func TestFormatMakesAHeaderThatIsAdoptedAndHasTheSameMAC(t *testing.T) {
 	if got.MACs() != macs {
 		t.Errorf("adopted MACs are %x, format gave %x", got.MACs(), macs)
 	}
-	_, err = ReadHeader(ctx, path, idData, macs, dataKey(t))
+	_, err = ReadHeader(ctx, HeaderRequest{path, idData, macs}, dataKey(t))
 	must(t, err)
 	state, err := Probe(ctx, path, idData, dataKey(t))
 	if err != nil || state != StateLUKS2 {
@@ -180,15 +180,15 @@ func TestFormatRefusesWhatCannotHoldAVolume(t *testing.T) {
 		"a regular file": file, "a character device": "/dev/zero", "a pipe that nobody writes to": pipe,
 	} {
 		t.Run(name, func(t *testing.T) {
-			wantError(t, Write(ctx, path, idData, dataKey(t), h, DeadlineIn(time.Minute)), ErrNotBlockDevice)
+			wantError(t, Write(ctx, WriteRequest{path, idData, h, DeadlineIn(time.Minute)}, dataKey(t)), ErrNotBlockDevice)
 		})
 	}
 	must(t, CheckBlank(ctx, file))
 	none := filepath.Join(t.TempDir(), "none")
-	wantError(t, Write(ctx, none, idData, dataKey(t), h, DeadlineIn(time.Minute)), os.ErrNotExist)
+	wantError(t, Write(ctx, WriteRequest{none, idData, h, DeadlineIn(time.Minute)}, dataKey(t)), os.ErrNotExist)
 	cancelled, cancel := context.WithCancel(ctx)
 	cancel()
-	wantError(t, Write(cancelled, file, idData, dataKey(t), h, DeadlineIn(time.Minute)), context.Canceled)
+	wantError(t, Write(cancelled, WriteRequest{file, idData, h, DeadlineIn(time.Minute)}, dataKey(t)), context.Canceled)
 }
 
 // A partition may end within a sector of 4096 bytes.
@@ -223,7 +223,7 @@ func TestMalformedArgumentsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
 	} {
 		_, err := NewHeader(ctx, id, dataKey(t))
 		wantError(t, err, ErrInvalid)
-		wantError(t, Write(ctx, "/nonexistent", id, dataKey(t), nil, Deadline{}), ErrInvalid)
+		wantError(t, Write(ctx, WriteRequest{"/nonexistent", id, nil, Deadline{}}, dataKey(t)), ErrInvalid)
 		_, err = Adopt(ctx, "/nonexistent", id, dataKey(t))
 		wantError(t, err, ErrInvalid)
 		_, _, err = Open(ctx, OpenRequest{Device: "/nonexistent", Name: "data", Identity: id, MACs: MACs{Header: MAC{1}}}, dataKey(t))

@@ -60,7 +60,7 @@ func formatDevice(device string, id Identity, dek *secret.Bytes) (*Header, error
 	if err != nil {
 		return nil, err
 	}
-	return h, Write(context.Background(), device, id, dek, h, DeadlineIn(time.Minute))
+	return h, Write(context.Background(), WriteRequest{device, id, h, DeadlineIn(time.Minute)}, dek)
 }
 
 func (v volume) request(name string, opts OpenOptions) OpenRequest {

@@ -54,7 +54,7 @@ func (h *Header) Damaged() (copy string, damaged bool) {
 
 // NewHeader makes a header in memory, with a fresh volume key in a keyslot under
 // the DEK. Its MACs go into the volume's record before [Write] puts it on a disk.
-func NewHeader(ctx context.Context, id Identity, dek *secret.Bytes) (*Header, error) {
+func NewHeader(ctx context.Context, id Identity, dek *Key) (*Header, error) {
 	h, err := newHeader(ctx, id, dek)
 	if err != nil {
 		return nil, fmt.Errorf("make header of volume %q: %w", id.Volume, err)
@@ -62,7 +62,7 @@ func NewHeader(ctx context.Context, id Identity, dek *secret.Bytes) (*Header, er
 	return h, nil
 }
 
-func newHeader(ctx context.Context, id Identity, dek *secret.Bytes) (*Header, error) {
+func newHeader(ctx context.Context, id Identity, dek *Key) (*Header, error) {
 	if err := cmp.Or(id.validate(), validateKey(dek), ctx.Err()); err != nil {
 		return nil, err
 	}
@@ -94,7 +94,7 @@ func newHeader(ctx context.Context, id Identity, dek *secret.Bytes) (*Header, er
 }
 
 // vouch accepts a header that has no MAC yet because the DEK opens its keyslot.
-func vouch(raw []byte, id Identity, dek *secret.Bytes) (*Header, error) {
+func vouch(raw []byte, id Identity, dek *Key) (*Header, error) {
 	g, err := guard(raw)
 	if err != nil {
 		return nil, err
@@ -127,12 +127,12 @@ func paired(raw []byte) bool {
 
 // opens says whether the DEK opens the keyslot, which also verifies its digest. It
 // maps nothing.
-func (h *Header) opens(dek *secret.Bytes) error {
+func (h *Header) opens(dek *Key) error {
 	return h.withSession(func(s *session) error { return s.test(dek) })
 }
 
 // volumeKey returns the key that the header's keyslot holds.
-func (h *Header) volumeKey(dek *secret.Bytes) (vk *secret.Bytes, err error) {
+func (h *Header) volumeKey(dek *Key) (vk *secret.Bytes, err error) {
 	err = h.withSession(func(s *session) error {
 		vk, err = s.volumeKey(dek)
 		return err
@@ -155,32 +155,44 @@ func (h *Header) withSession(f func(*session) error) error {
 	})
 }
 
-// ReadHeader reads a volume's header. It must satisfy the guard, carry the UUID of
-// id and match want under dek. If exactly one copy is damaged, the header is rebuilt
-// in memory from the other, and [Header.Damaged] names the damaged one. Nothing is
-// written.
-func ReadHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
-	h, err := readHeader(ctx, device, id, want, dek)
+// HeaderRequest names the header of a volume: the device that it is on, and what the
+// volume's record says of it.
+type HeaderRequest struct {
+	Device   string
+	Identity Identity
+	MACs     MACs
+}
+
+func (r HeaderRequest) validate(dek *Key) error {
+	return cmp.Or(r.Identity.validate(), validateKey(dek), r.MACs.validate())
+}
+
+// ReadHeader reads a volume's header. It must satisfy the guard, carry the volume's
+// UUID and match its MACs under dek. If exactly one copy is damaged, the header is
+// rebuilt in memory from the other, and [Header.Damaged] names the damaged one.
+// Nothing is written.
+func ReadHeader(ctx context.Context, req HeaderRequest, dek *Key) (*Header, error) {
+	h, err := readHeader(ctx, req, dek)
 	if err != nil {
-		return nil, fmt.Errorf("read header of volume %q: %w", id.Volume, err)
+		return nil, fmt.Errorf("read header of volume %q: %w", req.Identity.Volume, err)
 	}
 	return h, nil
 }
 
-func readHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
-	if err := cmp.Or(id.validate(), validateKey(dek), want.validate()); err != nil {
+func readHeader(ctx context.Context, req HeaderRequest, dek *Key) (*Header, error) {
+	if err := req.validate(dek); err != nil {
 		return nil, err
 	}
-	d, err := openShared(ctx, device)
+	d, err := openShared(ctx, req.Device)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	return d.examine(id, want, dek)
+	return d.examine(req.Identity, req.MACs, dek)
 }
 
 // examine reads the header and accepts it or says why not.
-func (d *disk) examine(id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
+func (d *disk) examine(id Identity, want MACs, dek *Key) (*Header, error) {
 	raw, err := d.readGuarded()
 	if err != nil {
 		return nil, err
@@ -196,7 +208,7 @@ func (d *disk) examine(id Identity, want MACs, dek *secret.Bytes) (*Header, erro
 //
 // A record that has MACs is never adopted for: that would accept any older
 // header of the same volume.
-func Adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (*Header, error) {
+func Adopt(ctx context.Context, device string, id Identity, dek *Key) (*Header, error) {
 	h, err := adopt(ctx, device, id, dek)
 	if err != nil {
 		return nil, fmt.Errorf("adopt header of volume %q: %w", id.Volume, err)
@@ -204,7 +216,7 @@ func Adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 	return h, nil
 }
 
-func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (*Header, error) {
+func adopt(ctx context.Context, device string, id Identity, dek *Key) (*Header, error) {
 	if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
 		return nil, err
 	}
@@ -221,13 +233,13 @@ func adopt(ctx context.Context, device string, id Identity, dek *secret.Bytes) (
 	return d.adopt(id, dek)
 }
 
-func (d *disk) adopt(id Identity, dek *secret.Bytes) (*Header, error) {
+func (d *disk) adopt(id Identity, dek *Key) (*Header, error) {
 	if err := d.checkSize(); err != nil {
 		return nil, err
 	}
 	// The writer may have been killed before its last flush. What is adopted
 	// must not be lost with the power afterwards.
-	if err := d.settle(); err != nil {
+	if err := d.flushAndForget(); err != nil {
 		return nil, err
 	}
 	raw, err := d.readGuarded()

@@ -45,7 +45,7 @@ func stopped(t *testing.T) (v volume, stop, goOn func()) {
 func TestAttack55ADiskThatNeverAnswersStopsNothingElse(t *testing.T) {
 	hanging, stop, goOn := stopped(t)
 	good := newVolume(t, idLogs, logsKey(t))
-	h, err := ReadHeader(context.Background(), hanging.device, hanging.id, hanging.macs, hanging.dek)
+	h, err := ReadHeader(context.Background(), HeaderRequest{hanging.device, hanging.id, hanging.macs}, hanging.dek)
 	must(t, err)
 	stop()
 
@@ -76,7 +76,9 @@ func TestAttack55ADiskThatNeverAnswersStopsNothingElse(t *testing.T) {
 		"probe":      func() error { _, err := Probe(ctx, hanging.device, hanging.id, hanging.dek); return err },
 		"compare":    func() error { return Matches(ctx, hanging.device, h) },
 		"signatures": func() error { _, err := Signatures(ctx, hanging.device); return err },
-		"write":      func() error { return Write(ctx, hanging.device, hanging.id, hanging.dek, h, DeadlineIn(time.Minute)) },
+		"write": func() error {
+			return Write(ctx, WriteRequest{hanging.device, hanging.id, h, DeadlineIn(time.Minute)}, hanging.dek)
+		},
 	} {
 		if err := f(); !errors.Is(err, ErrDeviceHung) {
 			t.Errorf("%s: error is %v", name, err)

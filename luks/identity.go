@@ -27,6 +27,14 @@ const (
 	MaxKeySize = 64
 )
 
+// Key is a DEK, in memory that is locked, not dumped, and wiped by Close. It has no
+// printable form; Use lends its bytes. The caller closes it. It is the same type as
+// a Secret of package kms, so that what a KMS gave opens a volume as it is.
+type Key = secret.Bytes
+
+// NewKey moves p into a Key: p is overwritten with zeros, also on error.
+func NewKey(p []byte) (*Key, error) { return secret.From(p) }
+
 var (
 	volumePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
 	uuidPattern   = pattern.New(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
@@ -55,7 +63,7 @@ func validateName(name string) error {
 // validateKey refuses what cannot be a DEK before it is used for anything. An
 // all-zero key is what a caller's bug, or a key service that hands out blanks,
 // looks like.
-func validateKey(dek *secret.Bytes) error {
+func validateKey(dek *Key) error {
 	if dek == nil {
 		return fmt.Errorf("%w: no key was given", ErrInvalidKey)
 	}

@@ -85,7 +85,7 @@ func TestWhatTheBindingFormatsIsJudgedByTheGuard(t *testing.T) {
 			if macs.rebuildable() {
 				t.Error("a header with random salts is said to be of version 2")
 			}
-			_, err = ReadHeader(ctx, path, idData, macs, dek)
+			_, err = ReadHeader(ctx, HeaderRequest{path, idData, macs}, dek)
 			must(t, err)
 			_, err = Adopt(ctx, path, idData, logsKey(t))
 			wantError(t, err, ErrWrongKey)

@@ -46,7 +46,7 @@ const (
 )
 
 // headerMACs makes all three MACs of a header.
-func headerMACs(g guarded, id Identity, dek *secret.Bytes) (m MACs, err error) {
+func headerMACs(g guarded, id Identity, dek *Key) (m MACs, err error) {
 	if m.Header, err = headerMAC(g, id, dek); err != nil {
 		return MACs{}, err
 	}
@@ -59,19 +59,19 @@ func headerMACs(g guarded, id Identity, dek *secret.Bytes) (m MACs, err error) {
 }
 
 // headerMAC is HMAC-SHA256 over the guarded bytes.
-func headerMAC(g guarded, id Identity, dek *secret.Bytes) (MAC, error) {
+func headerMAC(g guarded, id Identity, dek *Key) (MAC, error) {
 	return tag(dek, derivationInfo(macLabel, id), g.raw)
 }
 
 // copyMAC is HMAC-SHA256 over copy i of the metadata and the keyslot's area.
-func copyMAC(raw []byte, i int, id Identity, dek *secret.Bytes) (MAC, error) {
+func copyMAC(raw []byte, i int, id Identity, dek *Key) (MAC, error) {
 	label := string(binary.BigEndian.AppendUint32([]byte(copyMACLabel), uint32(i)))
 	return tag(dek, derivationInfo(label, id), raw[i*metadataSize:(i+1)*metadataSize], raw[areasOffset:])
 }
 
 // tag derives the key of info from the DEK and makes the HMAC-SHA256 of the
 // message under it.
-func tag(dek *secret.Bytes, info string, message ...[]byte) (mac MAC, err error) {
+func tag(dek *Key, info string, message ...[]byte) (mac MAC, err error) {
 	useErr := dek.Use(func(ikm []byte) error {
 		secret.Do(func() {
 			var key []byte

@@ -7,8 +7,6 @@ import (
 	"crypto/hmac"
 	"encoding/binary"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // The filesystem mark: one sector that says that an attempt's mkfs is under way. It
@@ -28,7 +26,7 @@ const (
 type FilesystemMark struct{ sector []byte }
 
 // NewFilesystemMark makes the mark of one attempt to create a volume.
-func NewFilesystemMark(id Identity, attempt [16]byte, dek *secret.Bytes) (*FilesystemMark, error) {
+func NewFilesystemMark(id Identity, attempt [16]byte, dek *Key) (*FilesystemMark, error) {
 	if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
 		return nil, err
 	}

@@ -44,7 +44,7 @@ func TestAMarkStandsBesideAHeaderAndIsGoneWithTheNext(t *testing.T) {
 	ctx, dek := context.Background(), dataKey(t)
 	path, macs := formatted(t, idData, dek)
 	patch(t, path, mark(t, idData, 1).sector, markOffset)
-	_, err := ReadHeader(ctx, path, idData, macs, dek)
+	_, err := ReadHeader(ctx, HeaderRequest{path, idData, macs}, dek)
 	must(t, err)
 	untouched, err := DataUntouched(ctx, path)
 	if err != nil || !untouched {

@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"crypto/hmac"
 	"encoding/binary"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // The format marker: one sector that claims a blank device for a format that is
@@ -23,7 +21,7 @@ const (
 
 // newMarker makes the marker. It holds nothing random, so there is one marker
 // for one DEK and one Identity and verifying it is comparing it.
-func newMarker(id Identity, dek *secret.Bytes) ([]byte, error) {
+func newMarker(id Identity, dek *Key) ([]byte, error) {
 	m := make([]byte, sectorSize)
 	copy(m, markerMagic)
 	binary.BigEndian.PutUint32(m[offMarkerVersion:], markerVersion)
@@ -42,7 +40,7 @@ func newMarker(id Identity, dek *secret.Bytes) ([]byte, error) {
 func isMarker(sector []byte) bool { return bytes.HasPrefix(sector, []byte(markerMagic)) }
 
 // markerVerifies says whether a sector is the marker of this DEK and Identity.
-func markerVerifies(sector []byte, id Identity, dek *secret.Bytes) (bool, error) {
+func markerVerifies(sector []byte, id Identity, dek *Key) (bool, error) {
 	if dek == nil || !isMarker(sector) {
 		return false, nil
 	}

@@ -8,8 +8,6 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // Mapping is an active volume, as the kernel describes it.
@@ -75,7 +73,7 @@ type Existing struct {
 // [ErrNameTaken] for another UUID or device, [ErrTableMismatch] if its table is not
 // valid, [ErrNotOurs] if its key is another, and [ErrSuspended]. The Mapping then
 // says which options are in force; they are those of the first Open.
-func Open(ctx context.Context, req OpenRequest, dek *secret.Bytes) (Mapping, *Header, error) {
+func Open(ctx context.Context, req OpenRequest, dek *Key) (Mapping, *Header, error) {
 	m, h, err := open(ctx, req, dek)
 	if err != nil {
 		return Mapping{}, nil, fmt.Errorf("open volume %q: %w", req.Identity.Volume, err)
@@ -83,7 +81,7 @@ func Open(ctx context.Context, req OpenRequest, dek *secret.Bytes) (Mapping, *He
 	return m, h, nil
 }
 
-func open(ctx context.Context, req OpenRequest, dek *secret.Bytes) (m Mapping, h *Header, err error) {
+func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header, err error) {
 	if err := cmp.Or(req.Identity.validate(), validateName(req.Name), validateKey(dek), req.MACs.validate()); err != nil {
 		return m, nil, err
 	}
@@ -160,7 +158,7 @@ func sameVolume(live liveMapping, name string, id Identity, d *disk) (Mapping, e
 
 // activate maps a device by an authentic header, which need not be what stands
 // on the device by now.
-func (d *disk) activate(ctx context.Context, name string, h *Header, dek *secret.Bytes, opts OpenOptions) (m Mapping, err error) {
+func (d *disk) activate(ctx context.Context, name string, h *Header, dek *Key, opts OpenOptions) (m Mapping, err error) {
 	if err := ctx.Err(); err != nil {
 		return m, err
 	}

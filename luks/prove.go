@@ -28,7 +28,7 @@ const (
 
 // Prove makes sure that an existing mapping was made with the key of this volume. It
 // gives [ErrNotOurs] if it was not.
-func Prove(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error) {
+func Prove(ctx context.Context, e Existing, dek *Key) (Mapping, error) {
 	var m Mapping
 	err := e.with(ctx, dek, func(d *disk, proved Mapping, _ *Header) error {
 		m = proved
@@ -42,7 +42,7 @@ func Prove(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error) 
 
 // with finds the mapping and its header, proves the key unless the mapping is
 // suspended, and calls f under the locks of both.
-func (e Existing) with(ctx context.Context, dek *secret.Bytes, f func(*disk, Mapping, *Header) error) error {
+func (e Existing) with(ctx context.Context, dek *Key, f func(*disk, Mapping, *Header) error) error {
 	if err := cmp.Or(e.Identity.validate(), validateName(e.Name), validateKey(dek), e.MACs.validate()); err != nil {
 		return err
 	}
@@ -79,7 +79,7 @@ func (e Existing) with(ctx context.Context, dek *secret.Bytes, f func(*disk, Map
 	return f(d, m, h)
 }
 
-func (e Existing) header(d *disk, dek *secret.Bytes) (*Header, error) {
+func (e Existing) header(d *disk, dek *Key) (*Header, error) {
 	if e.Header == nil {
 		return d.examine(e.Identity, e.MACs, dek)
 	}
@@ -88,7 +88,7 @@ func (e Existing) header(d *disk, dek *secret.Bytes) (*Header, error) {
 
 // prove compares what the mapping reads with what the header's key makes of the
 // device.
-func (d *disk) prove(m Mapping, h *Header, dek *secret.Bytes) error {
+func (d *disk) prove(m Mapping, h *Header, dek *Key) error {
 	if m.Suspended {
 		return fmt.Errorf("%w: %s", ErrSuspended, m.Name)
 	}

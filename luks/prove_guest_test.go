@@ -77,7 +77,7 @@ func TestLiveAMappingOfOursIsProved(t *testing.T) {
 	wantError(t, err, ErrHeaderMAC)
 
 	// The agent has the header in memory when the disk's is gone.
-	h, err := ReadHeader(ctx, v.device, v.id, v.macs, v.dek)
+	h, err := ReadHeader(ctx, HeaderRequest{v.device, v.id, v.macs}, v.dek)
 	must(t, err)
 	patch(t, v.device, make([]byte, guardedSize), 0)
 	e := v.existing("data")

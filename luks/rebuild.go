@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // The two copies of the metadata differ in their magic, their offset, their salt
@@ -39,7 +37,7 @@ func fillCopy(raw []byte, good int) {
 
 // verify holds bytes against the record's MACs and gives the header, rebuilt in
 // memory if one copy of it is damaged.
-func verify(raw []byte, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
+func verify(raw []byte, id Identity, want MACs, dek *Key) (*Header, error) {
 	if err := want.validate(); err != nil {
 		return nil, err
 	}
@@ -82,7 +80,7 @@ func verify(raw []byte, id Identity, want MACs, dek *secret.Bytes) (*Header, err
 
 // copyVerifies says whether a copy satisfies the guard and its own MAC. An error is
 // none of the copy's.
-func copyVerifies(raw []byte, i int, id Identity, want MAC, dek *secret.Bytes) (bool, error) {
+func copyVerifies(raw []byte, i int, id Identity, want MAC, dek *Key) (bool, error) {
 	uuid, err := guardCopy(raw[i*metadataSize:(i+1)*metadataSize], i)
 	if err != nil || uuid != id.UUID {
 		return false, nil
@@ -92,7 +90,7 @@ func copyVerifies(raw []byte, i int, id Identity, want MAC, dek *secret.Bytes) (
 }
 
 // authenticate verifies a guarded header against its volume and its MAC.
-func authenticate(g guarded, id Identity, want MAC, dek *secret.Bytes) error {
+func authenticate(g guarded, id Identity, want MAC, dek *Key) error {
 	if g.uuid != id.UUID {
 		return mismatch(g, id)
 	}

@@ -51,7 +51,7 @@ func TestOneGoodCopyIsTheWholeHeader(t *testing.T) {
 				copy(raw[at+p.offset:], p.data)
 				patch(t, path, raw, 0)
 				before := digest(t, path)
-				h, err := ReadHeader(ctx, path, idData, want, dek)
+				h, err := ReadHeader(ctx, HeaderRequest{path, idData, want}, dek)
 				must(t, err)
 				if bad, damaged := h.Damaged(); !damaged || bad != name {
 					t.Errorf("damaged is %q, %v", bad, damaged)
@@ -63,10 +63,10 @@ func TestOneGoodCopyIsTheWholeHeader(t *testing.T) {
 					t.Error("reading has changed the disk")
 				}
 				wantError(t, Matches(ctx, path, h), ErrHeaderChanged)
-				_, err = RebuildCopy(ctx, path, idData, want, dek)
+				_, err = RebuildCopy(ctx, HeaderRequest{path, idData, want}, dek)
 				must(t, err)
 				must(t, Matches(ctx, path, h))
-				_, err = RebuildCopy(ctx, path, idData, want, dek)
+				_, err = RebuildCopy(ctx, HeaderRequest{path, idData, want}, dek)
 				wantError(t, err, ErrNotRebuildable)
 			})
 		}
@@ -127,7 +127,7 @@ func TestWhatIsNotOneGoodCopyIsRefused(t *testing.T) {
 func TestAHeaderIsRestoredFromItsBackupAlone(t *testing.T) {
 	ctx, dek := context.Background(), dataKey(t)
 	path, want := formatted(t, idData, dek)
-	h, err := ReadHeader(ctx, path, idData, want, dek)
+	h, err := ReadHeader(ctx, HeaderRequest{path, idData, want}, dek)
 	must(t, err)
 	var backup bytes.Buffer
 	must(t, h.WriteBackup(&backup))
@@ -143,11 +143,11 @@ func TestAHeaderIsRestoredFromItsBackupAlone(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			wipe()
-			_, err := RestoreHeader(ctx, path, idData, want, dek, backup.Bytes())
+			_, err := RestoreHeader(ctx, HeaderRequest{path, idData, want}, dek, backup.Bytes())
 			must(t, err)
 			must(t, Matches(ctx, path, h))
 			wipe()
-			_, err = RestoreHeader(ctx, path, idData, want, dek, h.Bytes())
+			_, err = RestoreHeader(ctx, HeaderRequest{path, idData, want}, dek, h.Bytes())
 			must(t, err)
 			must(t, Matches(ctx, path, h))
 		})
@@ -158,7 +158,7 @@ func TestAHeaderIsRestoredFromItsBackupAlone(t *testing.T) {
 		"a changed keyslot": append(bytes.Clone(h.raw[:guardedSize-1]), h.raw[guardedSize-1]^1),
 	} {
 		before := digest(t, path)
-		if _, err := RestoreHeader(ctx, path, idData, want, dek, raw); err == nil {
+		if _, err := RestoreHeader(ctx, HeaderRequest{path, idData, want}, dek, raw); err == nil {
 			t.Errorf("%s was restored", name)
 		}
 		if digest(t, path) != before {
@@ -181,7 +181,7 @@ func TestAHeaderIsNotRestoredOverAnotherTenant(t *testing.T) {
 			path := image(t, 20<<20)
 			prepare(t, path)
 			before := digest(t, path)
-			_, err := RestoreHeader(ctx, path, idData, h.MACs(), dek, h.Bytes())
+			_, err := RestoreHeader(ctx, HeaderRequest{path, idData, h.MACs()}, dek, h.Bytes())
 			if !errors.Is(err, ErrNotBlank) && !errors.Is(err, ErrVolumeMismatch) {
 				t.Errorf("error is %v", err)
 			}
@@ -196,7 +196,7 @@ func TestAHeaderIsNotRestoredOverAnotherTenant(t *testing.T) {
 func TestTheStockToolRestoresOurBackup(t *testing.T) {
 	ctx, dek := context.Background(), dataKey(t)
 	path, want := formatted(t, idData, dek)
-	h, err := ReadHeader(ctx, path, idData, want, dek)
+	h, err := ReadHeader(ctx, HeaderRequest{path, idData, want}, dek)
 	must(t, err)
 	backup := filepath.Join(t.TempDir(), "backup")
 	f, err := os.Create(backup)
@@ -204,7 +204,7 @@ func TestTheStockToolRestoresOurBackup(t *testing.T) {
 	must(t, errors.Join(h.WriteBackup(f), f.Close()))
 	patch(t, path, make([]byte, guardedSize), 0)
 	stock(t, "luksHeaderRestore", "-q", "--header-backup-file", backup, path)
-	_, err = ReadHeader(ctx, path, idData, want, dek)
+	_, err = ReadHeader(ctx, HeaderRequest{path, idData, want}, dek)
 	must(t, err)
 	// Its own backup is one that we restore.
 	must(t, os.Remove(backup))
@@ -212,7 +212,7 @@ func TestTheStockToolRestoresOurBackup(t *testing.T) {
 	raw, err := os.ReadFile(backup)
 	must(t, err)
 	patch(t, path, make([]byte, guardedSize), 0)
-	_, err = RestoreHeader(ctx, path, idData, want, dek, raw)
+	_, err = RestoreHeader(ctx, HeaderRequest{path, idData, want}, dek, raw)
 	must(t, err)
 	// It repairs a copy from the other, and then has a salt of its own: the record's
 	// MAC notices, the other copy's MAC still holds.
@@ -221,7 +221,7 @@ func TestTheStockToolRestoresOurBackup(t *testing.T) {
 	if !bytes.Contains(out, []byte(idData.UUID)) {
 		t.Errorf("luksDump says %s", out)
 	}
-	got, err := ReadHeader(ctx, path, idData, want, dek)
+	got, err := ReadHeader(ctx, HeaderRequest{path, idData, want}, dek)
 	must(t, err)
 	if bad, damaged := got.Damaged(); damaged && bad != "primary" {
 		t.Errorf("damaged is %q", bad)

@@ -3,14 +3,12 @@ package luks
 import (
 	"context"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // Resize lets a mapping grow to the size of its device, rounded down to 4096 bytes,
 // while it is in use. What is on it grows afterwards, by its own tool. A device that
 // has become smaller gives [ErrShrink]; one of the same size is no error.
-func Resize(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error) {
+func Resize(ctx context.Context, e Existing, dek *Key) (Mapping, error) {
 	var grown Mapping
 	err := e.with(ctx, dek, func(d *disk, m Mapping, h *Header) (err error) {
 		grown, err = d.resize(ctx, m, h, dek)
@@ -22,7 +20,7 @@ func Resize(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error)
 	return grown, nil
 }
 
-func (d *disk) resize(ctx context.Context, m Mapping, h *Header, dek *secret.Bytes) (Mapping, error) {
+func (d *disk) resize(ctx context.Context, m Mapping, h *Header, dek *Key) (Mapping, error) {
 	switch {
 	case m.Suspended:
 		return Mapping{}, fmt.Errorf("%w: %s", ErrSuspended, m.Name)

@@ -5,36 +5,34 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // RebuildCopy writes the damaged copy of a header anew, made from the other one,
 // and returns the header. A header that is whole gives [ErrNotRebuildable], and so
 // does one that [ReadHeader] would refuse. The volume may be open.
-func RebuildCopy(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
-	h, err := rebuildCopy(ctx, device, id, want, dek)
+func RebuildCopy(ctx context.Context, req HeaderRequest, dek *Key) (*Header, error) {
+	h, err := rebuildCopy(ctx, req, dek)
 	if err != nil {
-		return nil, fmt.Errorf("rebuild header of volume %q: %w", id.Volume, err)
+		return nil, fmt.Errorf("rebuild header of volume %q: %w", req.Identity.Volume, err)
 	}
 	return h, nil
 }
 
-func rebuildCopy(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes) (*Header, error) {
-	if err := cmp.Or(id.validate(), validateKey(dek), want.validate()); err != nil {
+func rebuildCopy(ctx context.Context, req HeaderRequest, dek *Key) (*Header, error) {
+	if err := req.validate(dek); err != nil {
 		return nil, err
 	}
-	release, err := volumes.acquire(ctx, id.Volume)
+	release, err := volumes.acquire(ctx, req.Identity.Volume)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	d, err := openWritable(ctx, device)
+	d, err := openWritable(ctx, req.Device)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	h, err := d.examine(id, want, dek)
+	h, err := d.examine(req.Identity, req.MACs, dek)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotRebuildable, err)
 	}
@@ -48,36 +46,36 @@ func rebuildCopy(ctx context.Context, device string, id Identity, want MACs, dek
 	return h, d.readBack(h)
 }
 
-// RestoreHeader writes a header from a backup: raw is a backup file, or its first
-// 290816 bytes. It must be the header that want was made of, or nothing is written.
-// It refuses a device that holds anything but a LUKS header of this volume, in
-// whatever state, or nothing that libblkid knows.
-func RestoreHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes, raw []byte) (*Header, error) {
-	h, err := restoreHeader(ctx, device, id, want, dek, raw)
+// RestoreHeader writes a header from a backup: a backup file, or its first
+// [HeaderSize] bytes. It must be the header that the record's MACs were made of, or
+// nothing is written. It refuses a device that holds anything but a LUKS header of
+// this volume, in whatever state, or nothing that libblkid knows.
+func RestoreHeader(ctx context.Context, req HeaderRequest, dek *Key, backup []byte) (*Header, error) {
+	h, err := restoreHeader(ctx, req, dek, backup)
 	if err != nil {
-		return nil, fmt.Errorf("restore header of volume %q: %w", id.Volume, err)
+		return nil, fmt.Errorf("restore header of volume %q: %w", req.Identity.Volume, err)
 	}
 	return h, nil
 }
 
-func restoreHeader(ctx context.Context, device string, id Identity, want MACs, dek *secret.Bytes, raw []byte) (*Header, error) {
-	if err := cmp.Or(id.validate(), validateKey(dek), want.validate()); err != nil {
+func restoreHeader(ctx context.Context, req HeaderRequest, dek *Key, backup []byte) (*Header, error) {
+	if err := req.validate(dek); err != nil {
 		return nil, err
 	}
-	if len(raw) != guardedSize && len(raw) != BackupSize {
-		return nil, fmt.Errorf("%w: a backup has %d or %d bytes, this one has %d", ErrShortHeader, guardedSize, BackupSize, len(raw))
+	if len(backup) != guardedSize && len(backup) != BackupSize {
+		return nil, fmt.Errorf("%w: a backup has %d or %d bytes, this one has %d", ErrShortHeader, guardedSize, BackupSize, len(backup))
 	}
-	h, err := verify(append([]byte(nil), raw[:guardedSize]...), id, want, dek)
+	h, err := verify(append([]byte(nil), backup[:guardedSize]...), req.Identity, req.MACs, dek)
 	if err != nil {
 		return nil, fmt.Errorf("backup: %w", err)
 	}
 	h.damaged = undamaged // of the backup; the disk gets both copies
-	release, err := volumes.acquire(ctx, id.Volume)
+	release, err := volumes.acquire(ctx, req.Identity.Volume)
 	if err != nil {
 		return nil, err
 	}
 	defer release()
-	return h, writeBack(ctx, device, h)
+	return h, writeBack(ctx, req.Device, h)
 }
 
 // WriteBack writes the header that a volume was opened with to its device again,

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // Suspend stops a mapping and wipes its volume key in the kernel. Reads and writes of
@@ -43,7 +41,7 @@ func suspend(ctx context.Context, name, uuid string) error {
 // Resume gives a suspended mapping its volume key again and lets it go on. The key is
 // that of the guarded header, and is proved afterwards; on an error the mapping is
 // suspended. Resuming a mapping that is not suspended proves its key.
-func Resume(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error) {
+func Resume(ctx context.Context, e Existing, dek *Key) (Mapping, error) {
 	var resumed Mapping
 	err := e.with(ctx, dek, func(d *disk, m Mapping, h *Header) (err error) {
 		if resumed = m; !m.Suspended {
@@ -58,7 +56,7 @@ func Resume(ctx context.Context, e Existing, dek *secret.Bytes) (Mapping, error)
 	return resumed, nil
 }
 
-func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *secret.Bytes) (Mapping, error) {
+func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *Key) (Mapping, error) {
 	vk, err := h.volumeKey(dek)
 	if err != nil {
 		return Mapping{}, err

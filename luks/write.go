@@ -7,14 +7,20 @@ import (
 	"crypto/hmac"
 	"errors"
 	"fmt"
-
-	"github.com/keyagent/keyagent/internal/secret"
 )
+
+// WriteRequest names a blank device and the header that it is to have.
+type WriteRequest struct {
+	Device   string
+	Identity Identity
+	Header   *Header  // that NewHeader made for this Identity
+	Until    Deadline // of the record that names this attempt
+}
 
 // Write puts a header that [NewHeader] made on a blank device.
 //
-// The caller holds a record that names this attempt and the MACs of h, and that
-// nobody else may act upon before until. Write looks at until before it writes
+// The caller holds a record that names this attempt and the header's MACs, and that
+// nobody else may act upon before Until. Write looks at Until before it writes
 // anything, and again before the write that makes a header of what is there: a
 // machine that was frozen in between gives [ErrTooLate] and has at worst changed the
 // first 284 KiB of the device.
@@ -30,23 +36,23 @@ import (
 // It assumes what disks promise: that 512 aligned bytes are written whole or not
 // at all, and that what was flushed stays. What was written is read back from the
 // device before Write returns.
-func Write(ctx context.Context, device string, id Identity, dek *secret.Bytes, h *Header, until Deadline) error {
-	if err := write(ctx, device, id, dek, h, until); err != nil {
-		return fmt.Errorf("write header of volume %q: %w", id.Volume, err)
+func Write(ctx context.Context, req WriteRequest, dek *Key) error {
+	if err := write(ctx, req, dek); err != nil {
+		return fmt.Errorf("write header of volume %q: %w", req.Identity.Volume, err)
 	}
 	return nil
 }
 
-func write(ctx context.Context, device string, id Identity, dek *secret.Bytes, h *Header, until Deadline) error {
-	if err := cmp.Or(id.validate(), validateKey(dek), belongs(h, id, dek)); err != nil {
+func write(ctx context.Context, req WriteRequest, dek *Key) error {
+	if err := cmp.Or(req.Identity.validate(), validateKey(dek), belongs(req.Header, req.Identity, dek)); err != nil {
 		return err
 	}
-	release, err := volumes.acquire(ctx, id.Volume)
+	release, err := volumes.acquire(ctx, req.Identity.Volume)
 	if err != nil {
 		return err
 	}
 	defer release()
-	d, err := openExclusive(ctx, device)
+	d, err := openExclusive(ctx, req.Device)
 	if err != nil {
 		return err
 	}
@@ -54,11 +60,11 @@ func write(ctx context.Context, device string, id Identity, dek *secret.Bytes, h
 	if err := d.mustBeBlock(); err != nil {
 		return err
 	}
-	return d.write(id, dek, h, until.check)
+	return d.write(req.Identity, dek, req.Header, req.Until.check)
 }
 
 // belongs makes sure that a header is of this volume and this DEK.
-func belongs(h *Header, id Identity, dek *secret.Bytes) error {
+func belongs(h *Header, id Identity, dek *Key) error {
 	if h == nil {
 		return fmt.Errorf("%w: no header was given", ErrInvalid)
 	}
@@ -67,7 +73,7 @@ func belongs(h *Header, id Identity, dek *secret.Bytes) error {
 
 // write is the sequence of writes. Each step is durable before the next one
 // begins, and only the last one makes a header of what is there.
-func (d *disk) write(id Identity, dek *secret.Bytes, h *Header, inTime func() error) error {
+func (d *disk) write(id Identity, dek *Key, h *Header, inTime func() error) error {
 	if err := cmp.Or(d.checkSize(), inTime()); err != nil {
 		return err
 	}
@@ -83,7 +89,7 @@ func (d *disk) write(id Identity, dek *secret.Bytes, h *Header, inTime func() er
 	return d.readBack(h)
 }
 
-func (d *disk) writeSteps(id Identity, dek *secret.Bytes, h *Header, inTime func() error) error {
+func (d *disk) writeSteps(id Identity, dek *Key, h *Header, inTime func() error) error {
 	marker, err := newMarker(id, dek)
 	if err != nil {
 		return err
@@ -110,7 +116,7 @@ func (d *disk) writeSteps(id Identity, dek *secret.Bytes, h *Header, inTime func
 
 // mayReplace says whether the header stands on the device already, and refuses a
 // device that may not be written to.
-func (d *disk) mayReplace(id Identity, dek *secret.Bytes, h *Header) (stands bool, err error) {
+func (d *disk) mayReplace(id Identity, dek *Key, h *Header) (stands bool, err error) {
 	state, err := d.state(id, dek)
 	if err != nil {
 		return false, err
@@ -142,7 +148,7 @@ func (d *disk) mayReplace(id Identity, dek *secret.Bytes, h *Header) (stands boo
 
 // readBack compares what the device gives back with what was written to it.
 func (d *disk) readBack(h *Header) error {
-	if err := d.settle(); err != nil {
+	if err := d.flushAndForget(); err != nil {
 		return err
 	}
 	raw, err := d.readGuarded()

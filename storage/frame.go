@@ -15,8 +15,8 @@ import (
 // the data. docs/spec/storage-object.md specifies it.
 const frameMagic = "keyagent object 1 "
 
-// MaxFrame bounds the line in front of the data of a framed object in bytes.
-const MaxFrame = 256
+// maxFrame bounds the line in front of the data of a framed object in bytes.
+const maxFrame = 256
 
 // Frame puts a line before data with a digest of it and a token that no other
 // object has. By its token a writer recognises its own object when the answer to
@@ -34,7 +34,7 @@ func Unframe(body []byte) (data []byte, token string, err error) {
 	rest, isFrame := strings.CutPrefix(string(line), frameMagic)
 	token, sum, ok2 := strings.Cut(rest, " ")
 	digest := sha256.Sum256(data)
-	if !ok || !isFrame || !ok2 || token == "" || len(line) >= MaxFrame || sum != hex.EncodeToString(digest[:]) {
+	if !ok || !isFrame || !ok2 || token == "" || len(line) >= maxFrame || sum != hex.EncodeToString(digest[:]) {
 		return nil, "", ErrCorrupt
 	}
 	return data, token, nil
@@ -43,11 +43,11 @@ func Unframe(body []byte) (data []byte, token string, err error) {
 // ReadFrame reads one framed object to its end, and no further than the largest
 // that there may be: [ErrTooLarge].
 func ReadFrame(r io.Reader) (data []byte, token string, err error) {
-	body, err := io.ReadAll(io.LimitReader(r, MaxObject+MaxFrame+1))
+	body, err := io.ReadAll(io.LimitReader(r, MaxObject+maxFrame+1))
 	switch {
 	case err != nil:
 		return nil, "", err
-	case len(body) > MaxObject+MaxFrame:
+	case len(body) > MaxObject+maxFrame:
 		return nil, "", ErrTooLarge
 	}
 	return Unframe(body)

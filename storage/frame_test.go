@@ -18,7 +18,7 @@ func TestAFramedObjectComesBackWithItsToken(t *testing.T) {
 			t.Error("two writes of one content look the same")
 		}
 	}
-	if _, _, err := ReadFrame(bytes.NewReader(make([]byte, MaxObject+MaxFrame+1))); !errors.Is(err, ErrTooLarge) {
+	if _, _, err := ReadFrame(bytes.NewReader(make([]byte, MaxObject+maxFrame+1))); !errors.Is(err, ErrTooLarge) {
 		t.Error(err)
 	}
 }

@@ -20,37 +20,35 @@ import (
 const MaxObject = 64 << 10
 
 var (
-	// ErrNotFound: there is no object of that name.
+	// ErrNotFound means that there is no object of that name.
 	ErrNotFound = errors.New("object not found")
-	// ErrConflict: the object is not in the expected version. Nothing was
+	// ErrConflict means that the object is not in the expected version. Nothing was
 	// written.
 	ErrConflict = errors.New("object was changed by somebody else")
-	// ErrName: the name is not one that every backend can hold.
+	// ErrName means that the name is not one that every backend can hold.
 	ErrName = errors.New("object name is not allowed")
-	// ErrTooLarge: the object is larger than MaxObject.
+	// ErrTooLarge means that the object is larger than MaxObject.
 	ErrTooLarge = errors.New("object is too large")
-	// ErrCorrupt: what the backend holds is not what was written.
+	// ErrCorrupt means that what the backend holds is not what was written.
 	ErrCorrupt = errors.New("object is corrupt")
-	// ErrDenied: the service knows who asks and does not allow it. The text
+	// ErrDenied means that the service knows who asks and does not allow it. The text
 	// after it names the permission, in the words of that service.
 	ErrDenied = errors.New("missing permission")
-	// ErrCredentials: the service does not know who asks: there are no
+	// ErrCredentials means that the service does not know who asks: there are no
 	// credentials, or they are wrong or have expired.
 	ErrCredentials = errors.New("credentials are not accepted")
-	// ErrNoBucket: the bucket, container or folder that holds the objects is
+	// ErrNoBucket means that the bucket, container or folder that holds the objects is
 	// not there. It says nothing about any object.
 	ErrNoBucket = errors.New("there is no such bucket")
-	// ErrUnavailable: the service cannot be reached, or does not work at the
+	// ErrUnavailable means that the service cannot be reached, or does not work at the
 	// moment. Trying again later may help.
 	ErrUnavailable = errors.New("storage is unavailable")
-	// ErrThrottled: the service asks for fewer requests, and goes on asking
-	// after all retries.
+	// ErrThrottled means that the service still throttled us after the last retry.
 	ErrThrottled = fmt.Errorf("%w: too many requests", ErrUnavailable)
 )
 
-// Version identifies one state of one object. It is never used again, also not
-// after the object was deleted. Absent is the version of an object that does
-// not exist.
+// Version identifies one state of one object. A version is never reused, not even
+// after the object is deleted. Absent is the version of an object that does not exist.
 type Version string
 
 // Absent is expected of an object that is to be created.

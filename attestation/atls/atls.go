@@ -42,38 +42,39 @@ import (
 // discrete TPM needs seconds for its part.
 const DefaultTimeout = 60 * time.Second
 
-// What can go wrong, each for errors.Is. Errors of verifiers and appraisers are
-// wrapped as they are.
+// What can go wrong, for errors.Is. Errors of verifiers and appraisers are wrapped as
+// they are.
 var (
-	// ErrConfiguration: something that must be set is not. Unset means refuse.
+	// ErrConfiguration means that something that must be set is not: unset means refused.
 	ErrConfiguration = errors.New("attested TLS is not configured")
-	// ErrServerUntrusted: the server's certificate is not the configured one.
+	// ErrServerUntrusted means that the server's certificate is not the configured one.
 	ErrServerUntrusted = errors.New("server is not trusted")
-	// ErrCertificateTime: it would be, at another time.
+	// ErrCertificateTime means that the server's certificate is the right one but is
+	// not valid at this time. Check both clocks.
 	ErrCertificateTime = fmt.Errorf("%w: certificate is outside its validity", ErrServerUntrusted)
-	// ErrHandshake: the TLS handshake failed otherwise.
+	// ErrHandshake means that the TLS handshake failed for another reason.
 	ErrHandshake = errors.New("TLS handshake failed")
-	// ErrConnectionState: the connection is not a fresh TLS 1.3 session with a
-	// hybrid key exchange and certificates on both sides.
+	// ErrConnectionState means that the connection is not a fresh TLS 1.3 session with
+	// a hybrid key exchange and certificates on both sides.
 	ErrConnectionState = errors.New("connection is unfit for attestation")
-	// ErrExporter: the connection's exporter cannot be used.
+	// ErrExporter means that the connection's exporter cannot be used.
 	ErrExporter = errors.New("TLS exporter failed")
-	// ErrFrame: a frame is malformed, out of turn or too large.
+	// ErrFrame means that a frame is malformed, out of turn or too large.
 	ErrFrame = errors.New("bad attestation frame")
-	// ErrPeerUnattested: this side demands evidence and the peer has none.
+	// ErrPeerUnattested means that this side demands evidence and the peer has none.
 	ErrPeerUnattested = errors.New("peer does not attest itself")
-	// ErrNoEvidence: the peer demands evidence and this side has none.
+	// ErrNoEvidence means that the peer demands evidence and this side has none.
 	ErrNoEvidence = errors.New("peer demands evidence, none can be given here")
-	// ErrExpired: the verdict on the peer has ended: by its time, or because a
-	// renewal was refused.
+	// ErrExpired means that the verdict on the peer has ended: by its time, or because
+	// a renewal was refused.
 	ErrExpired = errors.New("attestation has expired")
-	// ErrEpoch: the peer was reset, or is another machine, since the channel's
-	// first attestation.
+	// ErrEpoch means that the peer was reset, or is another machine, since the
+	// channel's first attestation.
 	ErrEpoch = fmt.Errorf("%w: machine changed while the channel lived", attestation.ErrRefused)
-	// ErrLate: the evidence came later than an exchange may take. It was fresh when
-	// it was asked for, and says nothing of the machine as it is now.
+	// ErrLate means that the evidence came later than an exchange may take. It was
+	// fresh when it was asked for, and says nothing of the machine as it is now.
 	ErrLate = fmt.Errorf("%w: evidence came too late", attestation.ErrRefused)
-	// ErrSealed: a sealed message was not made for this channel.
+	// ErrSealed means that a sealed message was not made for this channel.
 	ErrSealed = errors.New("sealed message is not for this channel")
 )
 

@@ -464,9 +464,17 @@ func (c *Channel) Verdict() Verdict {
 	return c.verdict
 }
 
+// Secret is what is sealed, in memory that is locked, not dumped, and wiped by Close.
+// It has no printable form; Use lends its bytes. It is the same type as a Secret of
+// package kms and a Key of package luks.
+type Secret = secret.Bytes
+
+// NewSecret moves p into a Secret: p is overwritten with zeros, also on error.
+func NewSecret(p []byte) (*Secret, error) { return secret.From(p) }
+
 // Seal encrypts plain to the key that the peer's evidence covers. info says
 // what it is and is authenticated, together with the binder of that evidence.
-func (c *Channel) Seal(info []byte, plain *secret.Bytes) ([]byte, error) {
+func (c *Channel) Seal(info []byte, plain *Secret) ([]byte, error) {
 	// Key and binder are of one exchange, also while another one ends.
 	peer, err := c.accepted()
 	if err != nil {
@@ -482,13 +490,14 @@ func (c *Channel) Seal(info []byte, plain *secret.Bytes) ([]byte, error) {
 	return sealed, err
 }
 
-// Open decrypts what the peer sealed to this side with the same info.
-func (c *Channel) Open(info, sealed []byte) (*secret.Bytes, error) {
+// Open decrypts what the peer sealed to this side with the same info, else gives
+// [ErrSealed]. The caller closes the Secret.
+func (c *Channel) Open(info, sealed []byte) (*Secret, error) {
 	c.mu.Lock()
 	keys := c.own
 	c.mu.Unlock()
 	for _, k := range keys {
-		var plain *secret.Bytes
+		var plain *Secret
 		var err error
 		secret.Do(func() {
 			var p []byte

@@ -36,14 +36,13 @@ import (
 	"github.com/keyagent/keyagent/attestation"
 )
 
+// DefaultIMDS is the instance metadata service.
+const DefaultIMDS = "http://169.254.169.254"
+
 // What Azure's vTPM has.
 const (
-	// NVReport is the index with the HCL's report.
-	NVReport = 0x01400001
-	// AKHandle is the persistent attestation key.
-	AKHandle = 0x81000003
-	// DefaultIMDS is the instance metadata service.
-	DefaultIMDS = "http://169.254.169.254"
+	NVReport = 0x01400001 // the index with the HCL's report
+	AKHandle = 0x81000003 // the persistent attestation key
 )
 
 // maxToken bounds a token of Microsoft Attestation, and maxReport the HCL's report,
@@ -65,7 +64,7 @@ var (
 	ErrToken     = refusal("token of Microsoft Attestation is refused")
 )
 
-// ErrConfiguration says that an issuer or verifier lacks a part: unset means
+// ErrConfiguration means that an issuer or verifier lacks a part: unset means
 // refused.
 var ErrConfiguration = errors.New("azure attestation is not configured")
 

@@ -118,21 +118,6 @@ func (c *Cache) Close() error {
 	return nil
 }
 
-// Put stores a document that was got in another way.
-func (c *Cache) Put(name string, d Document) error {
-	if err := checkName(name); err != nil {
-		return err
-	}
-	if len(d.Body) == 0 || len(d.Body) > MaxDocument || len(d.Chain) > MaxDocument {
-		return fmt.Errorf("endorsement %s has %d and %d bytes, at most %d are stored", name, len(d.Body), len(d.Chain), MaxDocument)
-	}
-	c.remember(name, d)
-	if c.store == nil {
-		return nil
-	}
-	return c.store.write(name, d)
-}
-
 // Get implements Source. The document is shared: callers do not change it.
 func (c *Cache) Get(ctx context.Context, r Request) (Document, error) {
 	if err := checkName(r.Name); err != nil {

@@ -238,12 +238,22 @@ func TestAStaleDocumentIsReplacedAndNeverServed(t *testing.T) {
 	})
 }
 
+func giving(d Document) func(context.Context, Request) (Document, error) {
+	return func(context.Context, Request) (Document, error) { return d, nil }
+}
+
+// fetched has another process fetch the certificate.
+func fetched(t *testing.T, dir string, d Document) {
+	t.Helper()
+	if _, err := newCache(t, CacheOptions{Dir: dir, Source: &vendor{get: giving(d)}}).Get(t.Context(), vcek); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestDocumentsOutliveTheProcess(t *testing.T) {
 	dir := t.TempDir()
 	d := Document{Body: []byte("body"), Chain: []byte("chain")}
-	if err := newCache(t, CacheOptions{Dir: dir}).Put("snp-vcek", d); err != nil {
-		t.Fatal(err)
-	}
+	fetched(t, dir, d)
 	v := &vendor{get: failing(ErrNotFound)}
 	got, err := newCache(t, CacheOptions{Dir: dir, Source: v}).Get(t.Context(), vcek)
 	if err != nil || !bytes.Equal(got.Body, d.Body) || !bytes.Equal(got.Chain, d.Chain) || v.asked.Load() != 0 {
@@ -258,9 +268,7 @@ func TestAStoredDocumentEndsAnOutage(t *testing.T) {
 	if _, err := c.Get(t.Context(), vcek); !errors.Is(err, ErrUnavailable) {
 		t.Fatal(err)
 	}
-	if err := newCache(t, CacheOptions{Dir: dir}).Put(vcek.Name, Document{Body: []byte("b")}); err != nil {
-		t.Fatal(err)
-	}
+	fetched(t, dir, Document{Body: []byte("b")})
 	if _, err := c.Get(t.Context(), vcek); err != nil {
 		t.Fatal(err)
 	}
@@ -305,9 +313,6 @@ func TestNamesThatAreNotFileNamesAreRefused(t *testing.T) {
 		if _, err := c.Get(t.Context(), Request{Name: name}); !errors.Is(err, errName) {
 			t.Errorf("%q: %v", name, err)
 		}
-		if err := c.Put(name, Document{Body: []byte("x")}); !errors.Is(err, errName) {
-			t.Errorf("%q: %v", name, err)
-		}
 	}
 }
 
@@ -332,9 +337,9 @@ func TestACacheIsBounded(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "yes19.doc")); err != nil {
 		t.Error(err)
 	}
-	big := newCache(t, CacheOptions{})
+	big := newCache(t, CacheOptions{Source: &vendor{get: giving(Document{Body: make([]byte, MaxDocument)})}})
 	for i := range 70 {
-		if err := big.Put("d"+strconv.Itoa(i), Document{Body: make([]byte, MaxDocument)}); err != nil {
+		if _, err := big.Get(t.Context(), Request{Name: "d" + strconv.Itoa(i)}); err != nil {
 			t.Fatal(err)
 		}
 	}

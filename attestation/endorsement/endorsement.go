@@ -53,6 +53,8 @@ type Source interface {
 
 // What can go wrong, for errors.Is.
 var (
+	// ErrUnavailable means that asking again later may help.
 	ErrUnavailable = errors.New("endorsement is not to be had now")
-	ErrNotFound    = errors.New("vendor has no such endorsement")
+	// ErrNotFound means that the vendor knows no such thing.
+	ErrNotFound = errors.New("vendor has no such endorsement")
 )

@@ -17,7 +17,7 @@ import (
 // maxRedirects of one request, all of them within one origin.
 const maxRedirects = 3
 
-// ErrNotAllowed says that a request names an origin that the configuration does
+// ErrNotAllowed means that a request names an origin that the configuration does
 // not. Nobody was asked, and asking again does not help.
 var ErrNotAllowed = errors.New("origin is not on the list of allowed ones")
 

@@ -12,9 +12,9 @@ import (
 )
 
 var (
-	// ErrMalformed: the bytes are no event log.
+	// ErrMalformed means that the bytes are no event log.
 	ErrMalformed = errors.New("malformed")
-	// ErrBank: the log has no digests of the hash that is asked for.
+	// ErrBank means that the log has no digests of the hash that is asked for.
 	ErrBank = errors.New("the log has no digests of this bank")
 )
 
@@ -46,9 +46,9 @@ func (b Bank) String() string {
 const (
 	// maxBanks bounds the digests of one event. Firmware has at most five.
 	maxBanks = 16
-	// NoRegister is the index of an EV_NO_ACTION event that is about no register.
+	// noRegister is the index of an EV_NO_ACTION event that is about no register.
 	// As the index of any other event it is padding.
-	NoRegister = 0xffffffff
+	noRegister = 0xffffffff
 )
 
 // Parse reads the crypto-agile log of UEFI firmware (TCG PC Client Platform
@@ -130,7 +130,7 @@ func parseHead(kind uint32, data []byte) (map[Bank]int, error) {
 
 func (c *cursor) event(sizes map[Bank]int, bank Bank) (e tcg.Event, padding bool, err error) {
 	index, kind := c.u32(), c.u32()
-	if !c.short && index == NoRegister && kind != uint32(tcg.NoAction) {
+	if !c.short && index == noRegister && kind != uint32(tcg.NoAction) {
 		return e, true, nil
 	}
 	n := c.u32()

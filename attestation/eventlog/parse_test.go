@@ -45,7 +45,7 @@ func TestALogIsReadInOneBank(t *testing.T) {
 	both := []Bank{SHA1, SHA256}
 	log := join(head(both...),
 		entry{0, uint32(tcg.SCRTMVersion), both, []byte("1")},
-		entry{NoRegister, uint32(tcg.NoAction), both, []byte("SP800-155 Event3")},
+		entry{noRegister, uint32(tcg.NoAction), both, []byte("SP800-155 Event3")},
 		entry{7, uint32(tcg.Separator), []Bank{SHA1}, make([]byte, 4)},
 		entry{4, uint32(tcg.Separator), both, make([]byte, 4)})
 	events, err := Parse(append(log, bytes.Repeat([]byte{0xff}, 100)...), SHA256, 10)
@@ -109,7 +109,7 @@ func TestWhatIsNoLogIsRefused(t *testing.T) {
 // Where both take a log, Google's parser and ours see the same events.
 func FuzzParse(f *testing.F) {
 	f.Add(head(SHA1, SHA256))
-	f.Add(join(head(SHA1, SHA256), entry{0, 8, []Bank{SHA1, SHA256}, []byte("1")}, entry{NoRegister, 3, []Bank{SHA256}, nil}, entry{7, 4, []Bank{SHA256}, make([]byte, 4)}))
+	f.Add(join(head(SHA1, SHA256), entry{0, 8, []Bank{SHA1, SHA256}, []byte("1")}, entry{noRegister, 3, []Bank{SHA256}, nil}, entry{7, 4, []Bank{SHA256}, make([]byte, 4)}))
 	f.Fuzz(func(t *testing.T, log []byte) {
 		ours, err := Parse(log, SHA256, 100)
 		if err != nil {
@@ -128,7 +128,7 @@ func FuzzParse(f *testing.F) {
 		theirs := parsed.Events(register.HashSHA256)
 		for i, e := range ours {
 			// Theirs ends at an event of no register.
-			if uint32(e.Index) == NoRegister || i >= len(theirs) {
+			if uint32(e.Index) == noRegister || i >= len(theirs) {
 				return
 			}
 			if e.Digest == nil {

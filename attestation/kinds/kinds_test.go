@@ -315,7 +315,9 @@ func TestReportsOfOtherToolsAreImported(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	hcl := func(of string) []byte { return must[[]byte](t)(os.ReadFile("../azure/testdata/hcl-report-" + of + ".bin")) }
+	hcl := func(of string) []byte {
+		return must[[]byte](t)(os.ReadFile("../azure/testdata/hcl-report-" + of + ".bin"))
+	}
 	if s, err := Import(hcl("snp")); err != nil || s.Items[0].Kind != "snp" {
 		t.Errorf("an SNP report in a report of Azure's HCL: %v", err)
 	}

@@ -48,7 +48,7 @@ var (
 	ErrNonce       = refusal("document does not cover this connection")
 )
 
-// ErrConfiguration says that a verifier was asked to work without trust roots:
+// ErrConfiguration means that a verifier was asked to work without trust roots:
 // unset means refused.
 var ErrConfiguration = errors.New("nitro verifier is not configured")
 

@@ -12,11 +12,12 @@ import (
 
 // Refusals, for errors.Is.
 var (
-	// ErrMismatch: the evidence is genuine and no profile fits it.
+	// ErrMismatch means that the evidence is genuine and no profile fits it.
 	ErrMismatch = fmt.Errorf("%w: no profile fits", attestation.ErrRefused)
-	// ErrKinds: no profile can be satisfied by the kinds of evidence on offer.
+	// ErrKinds means that no profile can be satisfied by the kinds of evidence on
+	// offer.
 	ErrKinds = fmt.Errorf("%w: not the kinds of evidence that are demanded", attestation.ErrRefused)
-	// ErrDenied: the machine is known, and no grant allows what it asks.
+	// ErrDenied means that the machine is known, and no grant allows what it asks.
 	ErrDenied = errors.New("policy denied")
 )
 

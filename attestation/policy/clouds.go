@@ -39,7 +39,7 @@ func (a *AzureProfile) Compare(d *Differences, _ attestation.Claims) {
 	if a.Token == "required" {
 		d.Flag("azure.token", facts.AzureTokenVerified, true)
 	}
-	d.Weaknesses("azure", azureWeaknesses, a.Allow)
+	d.weaknesses("azure", azureWeaknesses, a.Allow)
 }
 
 // SVSMProfile says that a vTPM below SNP is meant, which the report vouches for.

@@ -151,7 +151,7 @@ func words(all []weakness) []string {
 	return out
 }
 
-func (d *Differences) Weaknesses(section string, all []weakness, allow []string) {
+func (d *Differences) weaknesses(section string, all []weakness, allow []string) {
 	for _, w := range all {
 		if !slices.Contains(allow, w.word) {
 			d.Flag(section+"."+w.word, w.fact, w.safe)

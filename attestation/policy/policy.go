@@ -52,11 +52,11 @@ const (
 	WritersReaders Writers = "readers" // nobody: the volume is opened read-only
 )
 
-// The bounds of a lease, and what it is without a word.
+// The bounds of a grant's lease, and what it is without a word.
 const (
-	MinLease     = 30 * time.Second
-	MaxLease     = 24 * time.Hour
-	DefaultLease = 2 * time.Minute
+	minLease     = 30 * time.Second
+	maxLease     = 24 * time.Hour
+	defaultLease = 2 * time.Minute
 )
 
 const takeoverExpiry = "expiry"
@@ -346,12 +346,12 @@ func (c *Checker) writers(g *Grant, i int) {
 	alone := g.Writers == WritersOne
 	c.Demand(alone || g.Takeover == "", "there is no lease to take over unless one node writes", "grants", i, "takeover")
 	c.Demand(g.Writers != WritersReaders || g.Lease == "", "readers have no lease", "grants", i, "lease")
-	g.lease = DefaultLease
+	g.lease = defaultLease
 	if g.Lease == "" {
 		return
 	}
 	var err error
-	if g.lease, err = time.ParseDuration(g.Lease); err != nil || g.lease < MinLease || g.lease > MaxLease {
-		c.Fail("must be a duration from %s to %s, such as 2m", []any{MinLease, MaxLease}, "grants", i, "lease")
+	if g.lease, err = time.ParseDuration(g.Lease); err != nil || g.lease < minLease || g.lease > maxLease {
+		c.Fail("must be a duration from %s to %s, such as 2m", []any{minLease, maxLease}, "grants", i, "lease")
 	}
 }

@@ -48,20 +48,15 @@ func sectionOf[S Section](pr *Profile, k attestation.Kind) S {
 	return s
 }
 
-// Azure returns the section of that kind, nil if there is none. So do the others.
+// Azure returns the section of that kind, nil if there is none. So do the others;
+// [Profile.Section] returns that of any kind.
 func (pr *Profile) Azure() *AzureProfile { return sectionOf[*AzureProfile](pr, attestation.Azure) }
-
-// SVSM returns the section of an SVSM's vTPM.
-func (pr *Profile) SVSM() *SVSMProfile { return sectionOf[*SVSMProfile](pr, attestation.SVSM) }
 
 // SNP returns the section of an SEV-SNP report.
 func (pr *Profile) SNP() *SNPProfile { return sectionOf[*SNPProfile](pr, attestation.SNP) }
 
 // TDX returns the section of a TDX quote.
 func (pr *Profile) TDX() *TDXProfile { return sectionOf[*TDXProfile](pr, attestation.TDX) }
-
-// Nitro returns the section of an AWS NitroTPM.
-func (pr *Profile) Nitro() *NitroProfile { return sectionOf[*NitroProfile](pr, attestation.Nitro) }
 
 // TPM returns the section of a TPM.
 func (pr *Profile) TPM() *TPMProfile { return sectionOf[*TPMProfile](pr, attestation.TPM) }

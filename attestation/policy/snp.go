@@ -133,7 +133,7 @@ func (s *SNPProfile) Compare(d *Differences, claims attestation.Claims) {
 	d.Text("snp.id_key", facts.SNPIDKey, s.IDKeys)
 	d.Text("snp.author_key", facts.SNPAuthorKey, s.AuthorKeys)
 	d.Flag("snp.debug", facts.Debug, false)
-	d.Weaknesses("snp", snpWeaknesses, s.Allow)
+	d.weaknesses("snp", snpWeaknesses, s.Allow)
 }
 
 // Allowed says what the section leaves open.

@@ -137,7 +137,7 @@ func (t *TDXProfile) Compare(d *Differences, claims attestation.Claims) {
 	t.compareSVNs(d)
 	d.Flag("tdx.debug", facts.Debug, false)
 	t.compareAttributes(d)
-	d.Weaknesses("tdx", tdxWeaknesses, t.Allow)
+	d.weaknesses("tdx", tdxWeaknesses, t.Allow)
 }
 
 // compareLog demands that the log leads to each register that needs it.

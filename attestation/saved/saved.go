@@ -28,7 +28,7 @@ const (
 	maxItems = 8
 )
 
-// ErrMalformed says that a file is not one of evidence.
+// ErrMalformed means that a file is not one of evidence.
 var ErrMalformed = fmt.Errorf("%w: malformed file of evidence", attestation.ErrRefused)
 
 // asker is an attempt whose verifier asks something that depends on the offer.

@@ -50,7 +50,7 @@ var (
 	ErrEndorsementMissing = fmt.Errorf("%w: endorsement is neither carried nor to be had", attestation.ErrUnendorsed)
 )
 
-// ErrConfiguration says that a verifier was asked to work without trust roots:
+// ErrConfiguration means that a verifier was asked to work without trust roots:
 // unset means refused.
 var ErrConfiguration = errors.New("snp verifier is not configured")
 

@@ -45,7 +45,7 @@ var (
 	ErrManifest  = refusal("endorsement key is not the one that the SVSM vouches for")
 )
 
-// ErrConfiguration says that an issuer or verifier lacks a part.
+// ErrConfiguration means that an issuer or verifier lacks a part.
 var ErrConfiguration = errors.New("svsm attestation is not configured")
 
 func refusal(text string) error { return fmt.Errorf("%w: %s", attestation.ErrRefused, text) }

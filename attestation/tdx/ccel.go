@@ -14,10 +14,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/facts"
 )
 
-// EventLog is a parsed confidential-computing event log (CCEL): the events of a
+// ccel is a parsed confidential-computing event log (CCEL): the events of a
 // TPM's log with SHA-384 digests, over the registers of a TD. Nothing in it is
-// proved until [EventLog.Explain] replays it to a quoted value.
-type EventLog struct {
+// proved until explain replays it to a quoted value.
+type ccel struct {
 	events []tcg.Event
 }
 
@@ -32,17 +32,17 @@ const (
 	lastFirmwareRTMR = 2
 )
 
-// ParseEventLog parses a log of at most [MaxEventLog] bytes. Padding of 0xff may
+// parseCCEL parses a log of at most maxEventLog bytes. Padding of 0xff may
 // follow it.
-func ParseEventLog(log []byte) (*EventLog, error) {
-	if len(log) > MaxEventLog {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), MaxEventLog)
+func parseCCEL(log []byte) (*ccel, error) {
+	if len(log) > maxEventLog {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), maxEventLog)
 	}
 	events, err := eventlog.Parse(log, eventlog.SHA384, maxEvents)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrEventLog, err)
 	}
-	l := &EventLog{events: events}
+	l := &ccel{events: events}
 	for i, e := range l.events {
 		if e.Type == tcg.NoAction {
 			continue
@@ -57,10 +57,10 @@ func ParseEventLog(log []byte) (*EventLog, error) {
 	return l, nil
 }
 
-// Explain returns the events of one RTMR if they replay to value. An RTMR without
+// explain returns the events of one RTMR if they replay to value. An RTMR without
 // events gives none. Events that lead elsewhere are an error that names them.
-func (l *EventLog) Explain(rtmr int, value []byte) ([]attestation.Event, error) {
-	state, events, err := l.Replay(rtmr)
+func (l *ccel) explain(rtmr int, value []byte) ([]attestation.Event, error) {
+	state, events, err := l.replay(rtmr)
 	if err != nil || len(events) == 0 {
 		return nil, err
 	}
@@ -72,30 +72,30 @@ func (l *EventLog) Explain(rtmr int, value []byte) ([]attestation.Event, error) 
 	return events, nil
 }
 
-// Replay returns the events of one RTMR and the value that they lead to, for
+// replay returns the events of one RTMR and the value that they lead to, for
 // making reference values from a trusted machine's log.
-func (l *EventLog) Replay(rtmr int) ([]byte, []attestation.Event, error) {
+func (l *ccel) replay(rtmr int) ([]byte, []attestation.Event, error) {
 	state := make([]byte, sha512.Size384)
 	var events []attestation.Event
 	for i, e := range l.events {
 		if e.Index != rtmr+firstIndex || e.Type == tcg.NoAction {
 			continue
 		}
-		state = Extend(state, e.Digest)
+		state = extend(state, e.Digest)
 		events = append(events, eventlog.Describe(i+1, e))
 	}
 	return state, events, nil
 }
 
-// Extend is the TDX module's operation on an RTMR.
-func Extend(value, digest []byte) []byte {
+// extend is the TDX module's operation on an RTMR.
+func extend(value, digest []byte) []byte {
 	h := sha512.New384()
 	h.Write(value)
 	h.Write(digest)
 	return h.Sum(nil)
 }
 
-func (l *EventLog) label(i int) string {
+func (l *ccel) label(i int) string {
 	e := eventlog.Describe(i+1, l.events[i])
 	return fmt.Sprintf("event #%d (register %d, %s, %s)", e.Seq, l.events[i].Index, e.Type, e.Name)
 }
@@ -108,15 +108,15 @@ func explain(q *Quote, log []byte) (map[string]attestation.Measurement, error) {
 	switch {
 	case len(log) == 0:
 		return out, nil
-	case len(log) > MaxEventLog:
-		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), MaxEventLog)
+	case len(log) > maxEventLog:
+		return nil, fmt.Errorf("%w: %d bytes, at most %d", ErrEventLog, len(log), maxEventLog)
 	}
-	parsed, err := ParseEventLog(log)
+	parsed, err := parseCCEL(log)
 	for i, v := range q.body.rtmr {
 		m := attestation.Measurement{Value: v}
 		why := err
 		if why == nil {
-			m.Events, why = parsed.Explain(i, v)
+			m.Events, why = parsed.explain(i, v)
 		}
 		if why == nil && i <= lastFirmwareRTMR && len(m.Events) == 0 && !zero(v) {
 			why = fmt.Errorf("the quote says %x, the log has no event of it", v)
@@ -124,7 +124,7 @@ func explain(q *Quote, log []byte) (map[string]attestation.Measurement, error) {
 		if why != nil {
 			m.Unexplained = reason(why)
 		}
-		out[Register(i)] = m
+		out[register(i)] = m
 	}
 	return out, nil
 }
@@ -136,7 +136,7 @@ func reason(err error) string { return strings.TrimPrefix(err.Error(), ErrEventL
 func logFacts(log []byte, set map[string]any) {
 	facts.EventLog.Put(set, len(log) > 0)
 	if len(log) > 0 {
-		if _, err := ParseEventLog(log); err != nil {
+		if _, err := parseCCEL(log); err != nil {
 			facts.EventLog.Put(set, false)
 			facts.EventLogError.Put(set, reason(err))
 		}

@@ -14,11 +14,11 @@ import (
 // What no digest covers is not shown.
 func TestDataThatWasNotMeasuredIsNotShown(t *testing.T) {
 	log := bytes.Replace(logOf(intel.DefaultEvents()), []byte("Exit Boot Services Invocation"), []byte("Exit Boot Services invocation"), 1)
-	parsed, err := ParseEventLog(log)
+	parsed, err := parseCCEL(log)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, events, err := parsed.Replay(1)
+	_, events, err := parsed.replay(1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func TestAForgedEventLogExplainsNothing(t *testing.T) {
 		})
 	}
 	s := newScene(t)
-	s.ev.EventLog = make([]byte, MaxEventLog+1)
+	s.ev.EventLog = make([]byte, maxEventLog+1)
 	if _, err := s.verify(); !errors.Is(err, ErrEventLog) || !strings.Contains(err.Error(), "at most") {
 		t.Errorf("more than there can be: %v", err)
 	}

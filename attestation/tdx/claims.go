@@ -29,8 +29,8 @@ const debugAttributes = 2
 // Registers of a TD, as claims and policies name them.
 const registerMRTD = "mrtd"
 
-// Register names an RTMR in claims and policies.
-func Register(rtmr int) string { return fmt.Sprintf("rtmr%d", rtmr) }
+// register names an RTMR in claims and policies.
+func register(rtmr int) string { return fmt.Sprintf("rtmr%d", rtmr) }
 
 // Claims returns what the quote says of the TD, unverified and without anything
 // that Intel has to say: for display, and for making reference values on a
@@ -55,7 +55,7 @@ func (q *Quote) Claims() attestation.Claims {
 	facts.TDXMROwnerConfig.Put(c.Facts, hexOrEmpty(b.mrOwnerConfig))
 	facts.TDXMRServiceTD.Put(c.Facts, hexOrEmpty(b.mrServiceTD))
 	for i, v := range b.rtmr {
-		c.Measurements[Register(i)] = attestation.Measurement{Value: v}
+		c.Measurements[register(i)] = attestation.Measurement{Value: v}
 	}
 	facts.Debug.Put(c.Facts, !zero(b.tdAttributes[:debugAttributes]))
 	for _, a := range tdAttributes {

@@ -349,7 +349,7 @@ func TestNoCollateralIsRefused(t *testing.T) {
 		s := newScene(t)
 		docs := documents(s.ev.Collateral)
 		docs[i] = endorsement.Document{}
-		s.ev.Collateral = must[*attestv1.TDXCollateral](t)(Collateral(docs))
+		s.ev.Collateral = must[*attestv1.TDXCollateral](t)(collateralOf(docs))
 		if _, err := s.verify(); !errors.Is(err, ErrEndorsementMissing) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -382,7 +382,7 @@ func TestRequestsNameIntelsDocuments(t *testing.T) {
 			t.Errorf("%s: fresh is not what the dates say", r.Name)
 		}
 	}
-	if _, err := Collateral(docs[1:]); !errors.Is(err, ErrEndorsementMissing) {
+	if _, err := collateralOf(docs[1:]); !errors.Is(err, ErrEndorsementMissing) {
 		t.Error(err)
 	}
 }

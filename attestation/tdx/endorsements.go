@@ -88,9 +88,9 @@ func (p *pck) signed(root *x509.Certificate, doc int, d endorsement.Document, no
 	return err == nil
 }
 
-// Collateral puts the answers to [EndorsementRequests], in the same order, into
+// collateralOf puts the answers to [EndorsementRequests], in the same order, into
 // the message that evidence carries.
-func Collateral(docs []endorsement.Document) (*attestv1.TDXCollateral, error) {
+func collateralOf(docs []endorsement.Document) (*attestv1.TDXCollateral, error) {
 	if len(docs) != len(docNames) {
 		return nil, fmt.Errorf("%w: %d documents, not %d", ErrEndorsementMissing, len(docs), len(docNames))
 	}

@@ -112,7 +112,7 @@ func TestAQuoteOfAnotherLengthIsRefused(t *testing.T) {
 	}{
 		"NULs follow":            {append(bytes.Clone(genuine), make([]byte, 3000)...), nil},
 		"something follows":      {append(bytes.Clone(genuine), 0, 0, 1), ErrMalformed},
-		"more than there can be": {append(bytes.Clone(genuine), make([]byte, MaxQuote)...), ErrMalformed},
+		"more than there can be": {append(bytes.Clone(genuine), make([]byte, maxQuote)...), ErrMalformed},
 		"nothing":                {nil, ErrMalformed},
 	} {
 		s.ev.Quote = c.quote

@@ -78,7 +78,7 @@ func FuzzParse(f *testing.F) {
 		if len(claims.Measurements) != 5 || len(q.signed) < headerSize+body10Size || len(q.qe.reportData) != 64 || !bytes.HasPrefix(data, q.signed) {
 			t.Fatalf("%+v", q)
 		}
-		if len(data) < MaxQuote {
+		if len(data) < maxQuote {
 			again, err := Parse(append(bytes.Clone(data), 0))
 			if err != nil || !reflect.DeepEqual(again.Claims(), claims) {
 				t.Fatal(err)
@@ -163,25 +163,25 @@ func FuzzCCEL(f *testing.F) {
 		if !bytes.HasPrefix(log, trimmed) {
 			t.Fatal("cutting changed the log")
 		}
-		parsed, err := ParseEventLog(log)
+		parsed, err := parseCCEL(log)
 		refusedOr(t, err)
 		if err != nil {
 			return
 		}
-		short, err := ParseEventLog(trimmed)
+		short, err := parseCCEL(trimmed)
 		if err != nil {
 			t.Fatalf("the log parses, and cut it does not: %v", err)
 		}
 		for i, value := range rtmr {
-			events, err := parsed.Explain(i, value[:])
+			events, err := parsed.explain(i, value[:])
 			refusedOr(t, err)
-			if again, err2 := short.Explain(i, value[:]); (err == nil) != (err2 == nil) || len(again) != len(events) {
+			if again, err2 := short.explain(i, value[:]); (err == nil) != (err2 == nil) || len(again) != len(events) {
 				t.Fatalf("rtmr%d: %v, cut: %v", i, err, err2)
 			}
 			if len(events) == 0 || err != nil {
 				continue
 			}
-			if state, _, err := parsed.Replay(i); err != nil || !bytes.Equal(state, value[:]) {
+			if state, _, err := parsed.replay(i); err != nil || !bytes.Equal(state, value[:]) {
 				t.Fatalf("rtmr%d: %x, %v", i, state, err)
 			}
 		}

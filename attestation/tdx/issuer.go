@@ -141,7 +141,7 @@ func Endorse(ctx context.Context, source endorsement.Source, quote []byte) (*att
 			failed = append(failed, fmt.Errorf("%s: %w", docNames[n], err))
 		}
 	}
-	c, err := Collateral(docs)
+	c, err := collateralOf(docs)
 	return c, errors.Join(append(failed, err)...)
 }
 
@@ -159,8 +159,8 @@ func readEventLog(path string) ([]byte, error) {
 		return nil, fmt.Errorf("event log: %w", err)
 	}
 	log := trimEventLog(area)
-	if len(log) > MaxEventLog {
-		return nil, fmt.Errorf("event log %s is larger than %d bytes", path, MaxEventLog)
+	if len(log) > maxEventLog {
+		return nil, fmt.Errorf("event log %s is larger than %d bytes", path, maxEventLog)
 	}
 	return log, nil
 }

@@ -68,8 +68,8 @@ type enclave struct {
 // as the kernel's buffer of a fixed size leaves them. What it returns aliases
 // quote.
 func Parse(quote []byte) (*Quote, error) {
-	if len(quote) > MaxQuote {
-		return nil, fmt.Errorf("%w: quote of %d bytes, at most %d", ErrMalformed, len(quote), MaxQuote)
+	if len(quote) > maxQuote {
+		return nil, fmt.Errorf("%w: quote of %d bytes, at most %d", ErrMalformed, len(quote), maxQuote)
 	}
 	c := &cursor{rest: quote}
 	q := &Quote{}

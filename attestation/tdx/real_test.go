@@ -60,7 +60,7 @@ func recorded(t testing.TB) *attestv1.TDXCollateral {
 		}
 		return nil
 	}
-	return must[*attestv1.TDXCollateral](t)(Collateral([]endorsement.Document{
+	return must[*attestv1.TDXCollateral](t)(collateralOf([]endorsement.Document{
 		{Body: testdata.TcbInfoBody, Chain: chain(testcases.TcbInfoHeader)},
 		{Body: testdata.QeIdentityBody, Chain: chain(testcases.QeIdentityHeader)},
 		{Body: testdata.PckCrlBody, Chain: chain(testcases.PckCrlHeader)},
@@ -203,7 +203,7 @@ func TestARealEventLogReplays(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n := range 3 {
-		if m := all[Register(n)]; len(m.Events) > 0 || !strings.Contains(m.Unexplained, "replay to") || !bytes.Equal(m.Value, other.body.rtmr[n]) {
+		if m := all[register(n)]; len(m.Events) > 0 || !strings.Contains(m.Unexplained, "replay to") || !bytes.Equal(m.Value, other.body.rtmr[n]) {
 			t.Errorf("rtmr%d: %+v", n, m)
 		}
 	}

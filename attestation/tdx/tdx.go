@@ -43,8 +43,8 @@ import (
 // The bounds of what a peer may send, in bytes. A Frame of attestation/atls is
 // bounded as well; these are per part.
 const (
-	MaxQuote    = 32 << 10
-	MaxEventLog = 512 << 10
+	maxQuote    = 32 << 10
+	maxEventLog = 512 << 10
 	maxJSON     = 256 << 10
 	maxCRL      = 512 << 10
 	maxChain    = 16 << 10
@@ -68,7 +68,7 @@ var (
 	ErrEventLog           = refusal("event log is refused")
 )
 
-// ErrConfiguration says that a verifier was asked to work without a trust root:
+// ErrConfiguration means that a verifier was asked to work without a trust root:
 // unset means refused.
 var ErrConfiguration = errors.New("tdx verifier is not configured")
 
@@ -89,13 +89,13 @@ type Root struct {
 
 // intelRoot is "Intel SGX Root CA", from
 // https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.pem,
-// with the SHA-256 of its DER in IntelRootSHA256.
+// with the SHA-256 of its DER in intelRootSHA256.
 //
 //go:embed intel_root.pem
 var intelRoot []byte
 
-// IntelRootSHA256 is the fingerprint of the certificate that [Intel] returns.
-const IntelRootSHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
+// intelRootSHA256 is the fingerprint of the certificate that [Intel] returns.
+const intelRootSHA256 = "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"
 
 // Intel returns Intel's root, under the name "intel".
 func Intel() Root {

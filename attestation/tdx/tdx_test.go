@@ -40,7 +40,7 @@ func TestGenuineQuotesAreAccepted(t *testing.T) {
 				t.Error("the digest is not that of the evidence")
 			}
 			for i, v := range s.fields.RTMR {
-				m := c.Measurements[Register(i)]
+				m := c.Measurements[register(i)]
 				if !reflect.DeepEqual(m.Value, v[:]) || (i < 3) != (len(m.Events) > 0) {
 					t.Errorf("rtmr%d: %x with %d events", i, m.Value, len(m.Events))
 				}
@@ -127,7 +127,7 @@ func TestAnOfferIsRefused(t *testing.T) {
 
 func TestTheEmbeddedRootIsIntels(t *testing.T) {
 	r := Intel()
-	if sum := sha256.Sum256(r.Certificate.Raw); hex.EncodeToString(sum[:]) != IntelRootSHA256 || r.Name != "intel" {
+	if sum := sha256.Sum256(r.Certificate.Raw); hex.EncodeToString(sum[:]) != intelRootSHA256 || r.Name != "intel" {
 		t.Errorf("%s: %x", r.Name, sum)
 	}
 	if r.Certificate.Subject.CommonName != "Intel SGX Root CA" || r.Certificate.CheckSignatureFrom(r.Certificate) != nil {

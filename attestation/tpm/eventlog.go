@@ -157,7 +157,7 @@ func (l *EventLog) label(i int) string {
 func explain(values map[uint32][]byte, log, user []byte) (map[string]attestation.Measurement, error) {
 	out := make(map[string]attestation.Measurement, len(values))
 	for pcr, v := range values {
-		out[Register(pcr)] = attestation.Measurement{Value: v}
+		out[register(pcr)] = attestation.Measurement{Value: v}
 	}
 	if len(log) == 0 {
 		return out, nil
@@ -178,7 +178,7 @@ func explain(values map[uint32][]byte, log, user []byte) (map[string]attestation
 		if why != nil {
 			m.Unexplained = reason(why)
 		}
-		out[Register(pcr)] = m
+		out[register(pcr)] = m
 	}
 	return out, nil
 }

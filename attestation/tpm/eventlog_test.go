@@ -108,7 +108,7 @@ func TestAGenuineEventLogIsExplained(t *testing.T) {
 		11: {"kernel (.linux)", "kernel command line (.cmdline)", "initrd (.initrd)"},
 	} {
 		var names []string
-		for _, e := range measurements[Register(pcr)].Events {
+		for _, e := range measurements[register(pcr)].Events {
 			names = append(names, e.Name)
 		}
 		for _, name := range want {
@@ -118,7 +118,7 @@ func TestAGenuineEventLogIsExplained(t *testing.T) {
 		}
 	}
 	for _, pcr := range []uint32{8, 12, 15} {
-		if events := measurements[Register(pcr)].Events; len(events) > 0 {
+		if events := measurements[register(pcr)].Events; len(events) > 0 {
 			t.Errorf("pcr %d, which nothing was measured into, has events %v", pcr, events)
 		}
 	}
@@ -132,7 +132,7 @@ func TestAGenuineEventLogIsExplained(t *testing.T) {
 func explained(values map[uint32][]byte, log []byte) (map[string]attestation.Measurement, error) {
 	all, err := explain(values, log, nil)
 	for _, pcr := range slices.Sorted(maps.Keys(values)) {
-		m := all[Register(pcr)]
+		m := all[register(pcr)]
 		if !bytes.Equal(m.Value, values[pcr]) {
 			return nil, fmt.Errorf("pcr %d: a log changes the value to %x", pcr, m.Value)
 		}
@@ -190,7 +190,7 @@ func TestEachEventThatIsTamperedWithIsRefused(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			shown := all[Register(e.pcr)].Events
+			shown := all[register(e.pcr)].Events
 			n := slices.IndexFunc(shown, func(e attestation.Event) bool { return e.Seq == i+1 })
 			if !strings.Contains(shown[n].Detail, "not what was measured") {
 				t.Errorf("event %d shows what nothing measured: %+v", i+1, shown[n])
@@ -371,7 +371,7 @@ func TestSystemdsSeparatorsFollowTheFirmwaresLog(t *testing.T) {
 		t.Fatal(err)
 	}
 	for pcr := range values {
-		events := all[Register(pcr)].Events
+		events := all[register(pcr)].Events
 		if got := len(events) > 0 && strings.Contains(events[len(events)-1].Name, "separator "); got != OSSeparated(pcr) {
 			t.Errorf("pcr %d: %v", pcr, events)
 		}
@@ -382,7 +382,7 @@ func TestSystemdsSeparatorsFollowTheFirmwaresLog(t *testing.T) {
 		}
 		wrong := maps.Clone(values)
 		wrong[pcr] = extendWords(v, "os-separator", "os-separator")
-		if m, err := explain(wrong, log, nil); err != nil || pcr <= lastFirmwarePCR && m[Register(pcr)].Unexplained == "" {
+		if m, err := explain(wrong, log, nil); err != nil || pcr <= lastFirmwarePCR && m[register(pcr)].Unexplained == "" {
 			t.Errorf("pcr %d is explained by a word that stands twice: %v", pcr, err)
 		}
 	}
@@ -422,7 +422,7 @@ func TestAMachineWithSystemd261Attests(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, pcr := range trust.PCRs {
-				m := claims.Measurements[Register(pcr)]
+				m := claims.Measurements[register(pcr)]
 				last := attestation.Event{}
 				if n := len(m.Events); n > 0 {
 					last = m.Events[n-1]
@@ -541,8 +541,8 @@ func TestABadEventCostsItsOwnExplanationAlone(t *testing.T) {
 		t.Fatalf("an event that is missing: %+v, %v", all["pcr0"], err)
 	}
 	for pcr := range values {
-		if pcr != 0 && all[Register(pcr)].Unexplained != "" {
-			t.Errorf("pcr %d: %s", pcr, all[Register(pcr)].Unexplained)
+		if pcr != 0 && all[register(pcr)].Unexplained != "" {
+			t.Errorf("pcr %d: %s", pcr, all[register(pcr)].Unexplained)
 		}
 	}
 }

@@ -68,7 +68,7 @@ func Summarize(offer, asked, evidence []byte) (*Summary, error) {
 		return nil, err
 	}
 	for pcr := range values {
-		if why := all[Register(pcr)].Unexplained; why != "" {
+		if why := all[register(pcr)].Unexplained; why != "" {
 			if out.Unexplained == nil {
 				out.Unexplained = map[uint32]string{}
 			}

@@ -62,14 +62,13 @@ var (
 	ErrPCRDigest        = refusal("PCR values do not match the quoted digest")
 	ErrEventLog         = refusal("event log is refused")
 	ErrEventLogTooLarge = refusal("event log is too large")
-	ErrEventLogMissing  = refusal("event log is missing")
 )
 
-// ErrReset says that the TPM was reset while the issuer used it.
+// ErrReset means that the TPM was reset while the issuer used it.
 var ErrReset = errors.New("tpm was reset between two commands (hint: something else drives the TPM's bus; see docs/THREAT_MODEL.md)")
 
-// ErrConfiguration says that a verifier was asked to work without trust roots
-// or without PCRs: unset means refused.
+// ErrConfiguration means that a verifier was asked to work without trust roots or
+// without PCRs: unset means refused.
 var ErrConfiguration = errors.New("tpm verifier is not configured")
 
 func refusal(text string) error { return fmt.Errorf("%w: %s", attestation.ErrRefused, text) }

@@ -333,8 +333,8 @@ func (q *question) Verify(_ context.Context, evidence []byte, binder attestation
 	}}, nil
 }
 
-// Register names a PCR in claims and policies.
-func Register(pcr uint32) string { return fmt.Sprintf("pcr%d", pcr) }
+// register names a PCR in claims and policies.
+func register(pcr uint32) string { return fmt.Sprintf("pcr%d", pcr) }
 
 // hexOf shortens a digest for a person.
 func hexOf(b []byte) string { return hex.EncodeToString(b) }

@@ -130,7 +130,7 @@ func (c *Volumes) BackupHeader(ctx context.Context, id string) (header []byte, e
 			return nil
 		}
 		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) error {
-			h, err := luks.ReadHeader(ctx, r.Device, r.Identity, r.MACs, k.DEK)
+			h, err := luks.ReadHeader(ctx, headerOf(r), k.DEK)
 			if err == nil {
 				header = h.Bytes()
 			}
@@ -138,6 +138,10 @@ func (c *Volumes) BackupHeader(ctx context.Context, id string) (header []byte, e
 		})
 	})
 	return header, err
+}
+
+func headerOf(e luks.Existing) luks.HeaderRequest {
+	return luks.HeaderRequest{Device: e.Device, Identity: e.Identity, MACs: e.MACs}
 }
 
 // RestoreHeader writes a header back. raw is a backup; without one, the damaged
@@ -148,9 +152,9 @@ func (c *Volumes) RestoreHeader(ctx context.Context, id string, raw []byte) (Vol
 		return c.withKey(ctx, e, func(k *keyclient.Key, r luks.Existing) (err error) {
 			var h *luks.Header
 			if len(raw) == 0 {
-				h, err = luks.RebuildCopy(ctx, r.Device, r.Identity, r.MACs, k.DEK)
+				h, err = luks.RebuildCopy(ctx, headerOf(r), k.DEK)
 			} else {
-				h, err = luks.RestoreHeader(ctx, r.Device, r.Identity, r.MACs, k.DEK, raw)
+				h, err = luks.RestoreHeader(ctx, headerOf(r), k.DEK, raw)
 			}
 			if err != nil {
 				return err

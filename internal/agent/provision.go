@@ -74,7 +74,9 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 	}
 	// Write refuses what is neither blank nor an earlier attempt of this volume.
 	if err := o.step(ctx, "formatted", func() error {
-		return luks.Write(ctx, o.v.DevicePath(), id, key.DEK, h, luks.DeadlineIn(until-keyclient.Boottime()))
+		return luks.Write(ctx, luks.WriteRequest{
+			Device: o.v.DevicePath(), Identity: id, Header: h, Until: luks.DeadlineIn(until - keyclient.Boottime()),
+		}, key.DEK)
 	}); err != nil {
 		return err
 	}

@@ -8,10 +8,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/dekrecord"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
-	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/storage"
 )
 
@@ -59,7 +59,7 @@ func (a *Admin) Close() error { return a.records.Close() }
 
 // visits say how the records of each kind hold their keys.
 func visits(now func() time.Time) map[macstore.Collection]macstore.Visit {
-	return map[macstore.Collection]macstore.Visit{macstore.Volume: visitVolume(now), macstore.DEK: dek.Visit}
+	return map[macstore.Collection]macstore.Visit{macstore.Volume: visitVolume(now), macstore.DEK: dekrecord.Visit}
 }
 
 func visitVolume(now func() time.Time) macstore.Visit {

@@ -63,7 +63,7 @@ func fill(t *testing.T, k kms.KMS, s storage.Storage) map[string]*secret.Bytes {
 		t.Fatal(err)
 	}
 	defer d.Close()
-	key, err := d.GetDEK(t.Context(), "pvc-1", 64)
+	key, err := d.GetOrCreate(t.Context(), "pvc-1", 64)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -336,9 +336,9 @@ func forOperator(err error) error {
 	return classify(err)
 }
 
-// owned is for [volume.Store.Update]: it refuses a volume that was made under a grant
+// mustOwn is for [volume.Store.Update]: it refuses a volume that was made under a grant
 // which the caller's does not adopt.
-func (d *decision) owned(r *volume.Record) error {
+func (d *decision) mustOwn(r *volume.Record) error {
 	if r.State == volume.Absent || slices.Contains(d.Owners, r.Owner) {
 		return nil
 	}

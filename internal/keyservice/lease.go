@@ -22,7 +22,7 @@ func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRe
 		if err != nil {
 			return err
 		}
-		if err := d.owned(rec); err != nil {
+		if err := d.mustOwn(rec); err != nil {
 			return err
 		}
 		rec, before, err := s.volumes.Renew(ctx, req.GetVolumeId(), c, d.terms())

@@ -107,12 +107,12 @@ func answered[T any](resp *T, err error) (*T, error) {
 	return resp, nil
 }
 
-// exists is [decision.owned] for a volume that must have a record.
+// exists is [decision.mustOwn] for a volume that must have a record.
 func (d *decision) exists(r *volume.Record) error {
 	if r.State == volume.Absent {
 		return volume.ErrNoVolume
 	}
-	return d.owned(r)
+	return d.mustOwn(r)
 }
 
 // prove demands that the caller holds the volume's key, and had it on this connection,

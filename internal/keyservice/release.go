@@ -100,7 +100,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		}
 		d.Decision, d.entry.Grant, d.entry.Profile = open, open.Grant, open.Profile
 	}
-	if err := d.owned(rec); err != nil {
+	if err := d.mustOwn(rec); err != nil {
 		return nil, err
 	}
 	switch {
@@ -120,7 +120,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	id := volume.NewID()
 	state := rec.State
 	return s.volumes.Update(ctx, req.GetVolumeId(), func(r *volume.Record) error {
-		if err := d.owned(r); err != nil {
+		if err := d.mustOwn(r); err != nil {
 			return err
 		}
 		if r.State != state {

@@ -537,11 +537,11 @@ func BenchmarkAKey(b *testing.B) {
 	s := newBed(b)
 	k := open(b, s.options(s.CreateKey(here)))
 	_, w := wrapped(b, k)
-	kmstest.Bench(b, k, binding, w, func() error {
+	kmstest.Bench(b, k, binding, w, kmstest.Bare{Unwrap: func() error {
 		_, err := k.client.Decrypt(b.Context(), &service.DecryptInput{KeyId: &k.opts.Key, CiphertextBlob: w.Blob, EncryptionContext: encryptionContext(binding)})
 		return err
-	}, func() error {
+	}, Generate: func() error {
 		_, err := k.client.Encrypt(b.Context(), &service.EncryptInput{KeyId: &k.opts.Key, Plaintext: make([]byte, 32), EncryptionContext: encryptionContext(binding)})
 		return err
-	})
+	}})
 }

@@ -35,12 +35,12 @@ func encryptionContext(b kms.Binding) map[string]string {
 }
 
 // Generate implements kms.KMS.
-func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
 	return kms.GenerateWrapped(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
-func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
 	if err := kms.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
@@ -110,7 +110,7 @@ func (k *KMS) Current(ctx context.Context) (string, error) {
 }
 
 // Unwrap implements kms.KMS.
-func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
 	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}

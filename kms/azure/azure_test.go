@@ -568,11 +568,11 @@ func BenchmarkAKey(b *testing.B) {
 	}
 	algorithm := azkeys.EncryptionAlgorithm(algorithmRSA)
 	version := w.KEK[strings.LastIndex(w.KEK, "/")+1:]
-	kmstest.Bench(b, k, binding, w, func() error {
+	kmstest.Bench(b, k, binding, w, kmstest.Bare{Unwrap: func() error {
 		_, err := k.client.UnwrapKey(b.Context(), "kek", version, azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: parsed.wrapped}, nil)
 		return err
-	}, func() error {
+	}, Generate: func() error {
 		_, err := k.client.WrapKey(b.Context(), "kek", "", azkeys.KeyOperationParameters{Algorithm: &algorithm, Value: make([]byte, 32)}, nil)
 		return err
-	})
+	}})
 }

@@ -82,13 +82,13 @@ func (k *KMS) Current(ctx context.Context) (string, error) {
 }
 
 // Generate implements kms.KMS.
-func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
 	return kms.GenerateWrapped(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS. The vault wraps by the latest version of the key, and
 // says which one that was.
-func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
 	if err := kms.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
@@ -131,7 +131,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 }
 
 // Unwrap implements kms.KMS.
-func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
 	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}

@@ -43,13 +43,13 @@ const (
 const (
 	MinMasterSecret = 16
 	MaxMasterSecret = 128
-	NewMasterSecret = 32
+	newMasterSecret = 32
 )
 
 // Options configure [New].
 type Options struct {
 	// MasterSecret is the KEK. Required. The KMS keeps nothing of it.
-	MasterSecret *secret.Bytes
+	MasterSecret *kms.Secret
 	// Salt of HKDF. It is not secret. Default none.
 	Salt []byte
 	// Derivation is how volume keys are made. Default [Own].
@@ -159,7 +159,7 @@ func (k *KMS) derive(info []byte, length int) (*secret.Bytes, error) {
 }
 
 // Generate implements kms.KMS. The same binding gives the same key.
-func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
 	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
 		return nil, kms.Wrapped{}, err
 	}
@@ -190,7 +190,7 @@ func (k *KMS) derived(b kms.Binding, scheme string) (*secret.Bytes, error) {
 }
 
 // Wrap implements kms.KMS.
-func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
 	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
 		return kms.Wrapped{}, err
 	}
@@ -204,7 +204,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 }
 
 // Unwrap implements kms.KMS.
-func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
 	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
 		return nil, err
 	}
@@ -237,7 +237,7 @@ func (k *KMS) open(b kms.Binding, blob []byte) (*secret.Bytes, error) {
 
 // LoadMasterSecret reads a master secret of raw bytes. The file must belong to
 // root or to this user, and be readable by nobody else.
-func LoadMasterSecret(path string) (*secret.Bytes, error) {
+func LoadMasterSecret(path string) (*kms.Secret, error) {
 	s, err := config.ReadSecretFile(path, MaxMasterSecret)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%w (hint: keyagent serve --init-master-secret makes one, once)", err)
@@ -247,7 +247,7 @@ func LoadMasterSecret(path string) (*secret.Bytes, error) {
 
 // LoadCredential reads a master secret from a systemd credential of this
 // service, see systemd.exec(5), LoadCredential=.
-func LoadCredential(name string) (*secret.Bytes, error) {
+func LoadCredential(name string) (*kms.Secret, error) {
 	return longEnough(config.ReadCredential(name, MaxMasterSecret))
 }
 
@@ -273,7 +273,7 @@ func InitMasterSecret(path string) error {
 }
 
 func initMasterSecret(path string) error {
-	s, err := secret.Random(NewMasterSecret)
+	s, err := secret.Random(newMasterSecret)
 	if err != nil {
 		return err
 	}

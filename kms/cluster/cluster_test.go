@@ -115,7 +115,7 @@ func TestMasterSecretFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, _ := os.ReadFile(path)
-	if len(before) != NewMasterSecret {
+	if len(before) != newMasterSecret {
 		t.Fatalf("%d bytes", len(before))
 	}
 	if err := InitMasterSecret(path); !errors.Is(err, fs.ErrExist) {

@@ -46,7 +46,7 @@ const (
 // maxOutput bounds what a command may print; the longest KEK in hex is 64 bytes.
 const maxOutput = 256
 
-// ErrCommand: the command failed, took too long, or printed no KEK.
+// ErrCommand means that the command failed, took too long, or printed no KEK.
 var ErrCommand = fmt.Errorf("%w: key command", kms.ErrUnavailable)
 
 // Options configure [New].
@@ -91,7 +91,7 @@ func NewSource(opts Options) (*Source, error) {
 
 // Fetch runs the command once and returns what it printed. The error wraps
 // [ErrCommand].
-func (s *Source) Fetch(ctx context.Context) (*secret.Bytes, error) {
+func (s *Source) Fetch(ctx context.Context) (*kms.Secret, error) {
 	var out *secret.Bytes
 	err := shell.Run(ctx, shell.Command{
 		Name: "key command", Text: s.opts.Command, Deadline: s.opts.Deadline, Log: s.opts.Log,
@@ -315,12 +315,12 @@ func (k *KMS) Current(ctx context.Context) (name string, err error) {
 }
 
 // Generate implements kms.KMS.
-func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
 	return kms.GenerateWrapped(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
-func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
 	if err := b.Validate(); err != nil {
 		return kms.Wrapped{}, err
 	}
@@ -334,7 +334,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 }
 
 // Unwrap implements kms.KMS.
-func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
 	if err := kms.CheckUnwrap(ctx, b, w, schemeWrapped); err != nil {
 		return nil, err
 	}

@@ -9,34 +9,33 @@
 // the object.
 //
 // A [Store] does not know whether a volume holds data. Where that matters, and it
-// does for disks, call [Store.Get] for a volume that exists, which never makes a
-// key; or run the key service, whose records know.
+// does for disks, call [Store.Get] for a volume that exists, which never makes a key,
+// and [Store.GetOrCreate] for a new one; or run the key service, whose records know.
 package dek
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 
+	"github.com/keyagent/keyagent/internal/dekrecord"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
 )
 
 var (
-	// ErrNotFound: the volume has no key.
+	// ErrNotFound means that the volume has no key.
 	ErrNotFound = errors.New("volume has no key")
-	// ErrLength: the volume's key has another length than was asked for.
+	// ErrLength means that the volume's key has another length than was asked for.
 	ErrLength = errors.New("key has another length")
-	// ErrNoStorage: the KMS does not derive keys, so that without a storage
+	// ErrNoStorage means that the KMS does not derive keys, so that without a storage
 	// they would be lost.
 	ErrNoStorage = errors.New("this key management backend needs a storage for wrapped keys")
-	// ErrRefused: what storage holds is not what was stored under this name.
+	// ErrRefused means that what storage holds is not what was stored under this name.
 	ErrRefused = macstore.ErrRefused
-	// ErrMACKey: the key that authenticates the storage is gone or was
+	// ErrMACKey means that the key that authenticates the storage is gone or was
 	// exchanged.
 	ErrMACKey = macstore.ErrMACKey
 )
@@ -78,22 +77,10 @@ func (s *Store) Close() error {
 	return errors.Join(errs...)
 }
 
-// stored is the body of an object.
-type stored struct {
-	ID      string      `json:"id"`
-	Version uint32      `json:"version"`
-	Length  int         `json:"length"`
-	Wrapped kms.Wrapped `json:"wrapped"`
-}
-
-func (d *stored) binding() kms.Binding {
-	return kms.Binding{VolumeID: d.ID, Purpose: kms.VolumeDEK, Version: d.Version, Length: d.Length}
-}
-
-// GetDEK returns the key of a volume, of length bytes, [kms.MinLength] to
+// GetOrCreate returns the key of a volume, of length bytes, [kms.MinLength] to
 // [kms.MaxLength]. It makes one if there is none; of several first callers all get
 // the same. The caller closes it.
-func (s *Store) GetDEK(ctx context.Context, id string, length int) (*kms.Secret, error) {
+func (s *Store) GetOrCreate(ctx context.Context, id string, length int) (*kms.Secret, error) {
 	b := kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: 1, Length: length}
 	if err := b.Validate(); err != nil {
 		return nil, err
@@ -114,14 +101,15 @@ func (s *Store) GetDEK(ctx context.Context, id string, length int) (*kms.Secret,
 	return nil, fmt.Errorf("key of %q: %w", id, errors.Join(err, ctx.Err()))
 }
 
-// maxTries bounds how often a key is made against other writers. Storage that says
-// in turn that there is none and that there is one lies.
+// maxTries bounds how often a key is made against other writers. Storage that
+// alternates between not found and conflict is broken.
 const maxTries = 16
 
-// Get returns the key of a volume that has one, else [ErrNotFound].
+// Get returns the key of a volume that has one, else [ErrNotFound]. A Store without
+// storage derives the key of any volume, and cannot say which have one.
 func (s *Store) Get(ctx context.Context, id string, length int) (*kms.Secret, error) {
 	if s.records == nil {
-		return s.GetDEK(ctx, id, length)
+		return s.GetOrCreate(ctx, id, length)
 	}
 	b := kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: 1, Length: length}
 	if err := b.Validate(); err != nil {
@@ -149,9 +137,9 @@ func (s *Store) get(ctx context.Context, id string, length int) (*kms.Secret, er
 	if errors.Is(err, storage.ErrNotFound) {
 		return nil, fmt.Errorf("%w: %q", ErrNotFound, id)
 	}
-	var d *stored
+	var d *dekrecord.Record
 	if err == nil {
-		d, err = parse(id, body)
+		d, err = dekrecord.Parse(id, body)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("key of %q: %w", id, err)
@@ -159,7 +147,7 @@ func (s *Store) get(ctx context.Context, id string, length int) (*kms.Secret, er
 	if d.Length != length {
 		return nil, fmt.Errorf("key of %q: %w: %d bytes, not %d", id, ErrLength, d.Length, length)
 	}
-	key, err := s.kms.Unwrap(ctx, d.binding(), d.Wrapped)
+	key, err := s.kms.Unwrap(ctx, d.Binding(), d.Wrapped)
 	if err != nil {
 		return nil, fmt.Errorf("key of %q: %w", id, err)
 	}
@@ -174,41 +162,9 @@ func (s *Store) create(ctx context.Context, b kms.Binding) error {
 	if err := key.Close(); err != nil {
 		return err
 	}
-	body, err := json.Marshal(&stored{b.VolumeID, b.Version, b.Length, w})
+	body, err := dekrecord.New(b, w)
 	if err != nil {
 		return err
 	}
 	return s.records.Put(ctx, macstore.DEK, b.VolumeID, body, storage.Absent)
-}
-
-// parse parses a body that the MAC vouches for, strictly: it must be what
-// encoding the result gives again.
-func parse(id string, body []byte) (*stored, error) {
-	d := &stored{}
-	if err := json.Unmarshal(body, d); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
-	}
-	again, err := json.Marshal(d)
-	switch {
-	case err != nil || !bytes.Equal(again, body):
-		return nil, fmt.Errorf("%w: not in canonical form", ErrRefused)
-	case d.ID != id:
-		return nil, fmt.Errorf("%w: it is of volume %q", ErrRefused, d.ID)
-	}
-	if err := d.binding().Validate(); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
-	}
-	return d, nil
-}
-
-// Visit is the [macstore.Visit] of this package's records.
-func Visit(id string, body []byte, f func(kms.Binding, kms.Wrapped) (kms.Wrapped, error)) ([]byte, error) {
-	d, err := parse(id, body)
-	if err != nil {
-		return nil, err
-	}
-	if d.Wrapped, err = f(d.binding(), d.Wrapped); err != nil {
-		return nil, err
-	}
-	return json.Marshal(d)
 }

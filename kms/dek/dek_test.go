@@ -2,7 +2,6 @@ package dek_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"testing"
@@ -64,7 +63,7 @@ func TestTheSuiteHoldsForAKMSThatDerivesAndForOneThatWraps(t *testing.T) {
 }
 
 func TestWithoutAStorageOnlyAKMSThatDerivesWorks(t *testing.T) {
-	first, err := open(t, nil, false).GetDEK(t.Context(), "data", 32)
+	first, err := open(t, nil, false).GetOrCreate(t.Context(), "data", 32)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,32 +72,9 @@ func TestWithoutAStorageOnlyAKMSThatDerivesWorks(t *testing.T) {
 	if err != nil || !again.Equal(first) {
 		t.Fatalf("another key came back, %v", err)
 	}
-	if _, err := open(t, nil, true).GetDEK(t.Context(), "data", 32); !errors.Is(err, dek.ErrNoStorage) {
+	if _, err := open(t, nil, true).GetOrCreate(t.Context(), "data", 32); !errors.Is(err, dek.ErrNoStorage) {
 		t.Fatal(err)
 	}
-}
-
-// FuzzVisit: a body that is read is, byte for byte, what it would be stored as.
-func FuzzVisit(f *testing.F) {
-	good, err := json.Marshal(map[string]any{"id": "a"})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(string(good))
-	f.Add(`{"id":"a","version":1,"length":32,"wrapped":{"scheme":"s","kek":"k","blob":"AA=="}}`)
-	f.Fuzz(func(t *testing.T, body string) {
-		same := func(_ kms.Binding, w kms.Wrapped) (kms.Wrapped, error) { return w, nil }
-		got, err := dek.Visit("a", []byte(body), same)
-		if err != nil {
-			if !errors.Is(err, dek.ErrRefused) {
-				t.Fatal(err)
-			}
-			return
-		}
-		if string(got) != body {
-			t.Fatalf("%s became %s", body, got)
-		}
-	})
 }
 
 // A program that has a KMS and a storage asks for a volume's key.
@@ -115,7 +91,7 @@ func Example() {
 		return
 	}
 	defer keys.Close()
-	key, err := keys.GetDEK(ctx, "pvc-8f2a", 32)
+	key, err := keys.GetOrCreate(ctx, "pvc-8f2a", 32)
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -446,11 +446,11 @@ func BenchmarkAKey(b *testing.B) {
 	_, w := wrapped(b, k)
 	_, ciphertext, _ := splitBlob(w.Blob)
 	aad := binding.Encode(domain)
-	kmstest.Bench(b, k, binding, w, func() error {
+	kmstest.Bench(b, k, binding, w, kmstest.Bare{Unwrap: func() error {
 		_, err := k.client.Decrypt(b.Context(), &kmspb.DecryptRequest{Name: k.name, Ciphertext: ciphertext, AdditionalAuthenticatedData: aad})
 		return err
-	}, func() error {
+	}, Generate: func() error {
 		_, err := k.client.Encrypt(b.Context(), &kmspb.EncryptRequest{Name: k.name, Plaintext: make([]byte, 32), AdditionalAuthenticatedData: aad})
 		return err
-	})
+	}})
 }

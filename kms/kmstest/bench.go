@@ -29,19 +29,22 @@ func Compare(b *testing.B, ours, bare func() error) {
 	b.ReportMetric(float64(theirs.Nanoseconds())/float64(b.N), "bare-ns/op")
 }
 
+// Bare is how the SDK of a backend does the same without this module.
+type Bare struct{ Unwrap, Generate func() error }
+
 // Bench compares a backend with the bare calls of its SDK: an unwrap of w, and a
 // new key.
-func Bench(b *testing.B, k kms.KMS, bind kms.Binding, w kms.Wrapped, bareUnwrap, bareWrap func() error) {
+func Bench(b *testing.B, k kms.KMS, bind kms.Binding, w kms.Wrapped, bare Bare) {
 	b.Run("unwrap", func(b *testing.B) {
 		Compare(b, func() error {
 			key, err := k.Unwrap(b.Context(), bind, w)
 			return errors.Join(err, key.Close())
-		}, bareUnwrap)
+		}, bare.Unwrap)
 	})
 	b.Run("generate", func(b *testing.B) {
 		Compare(b, func() error {
 			key, _, err := k.Generate(b.Context(), bind)
 			return errors.Join(err, key.Close())
-		}, bareWrap)
+		}, bare.Generate)
 	})
 }

@@ -51,7 +51,7 @@ func TestADiskFromConstellationOpens(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer keys.Close()
-		dek, err := keys.GetDEK(t.Context(), uuid, 32)
+		dek, err := keys.GetOrCreate(t.Context(), uuid, 32)
 		if err != nil {
 			t.Fatal(err)
 		}

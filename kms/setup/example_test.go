@@ -29,7 +29,7 @@ func ExampleDEKs() {
 		return
 	}
 	defer keys.Close()
-	key, err := keys.GetDEK(ctx, "pvc-8f2a", 32)
+	key, err := keys.GetOrCreate(ctx, "pvc-8f2a", 32)
 	if err != nil {
 		fmt.Println(err)
 		return

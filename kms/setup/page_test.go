@@ -52,7 +52,7 @@ func keyUnder(t *testing.T, uri, name string) string {
 		t.Fatalf("%s: %v", Redact(uri), err)
 	}
 	defer keys.Close()
-	dek, err := keys.GetDEK(t.Context(), name, SymmetricKeyLength)
+	dek, err := keys.GetOrCreate(t.Context(), name, SymmetricKeyLength)
 	if err != nil {
 		t.Fatalf("%s: %v", name, err)
 	}
@@ -207,7 +207,7 @@ func TestTheProgramOfThePageOpensADisk(t *testing.T) {
 	}
 	body = strings.Replace(body, `" + os.Args[2] + "constellation-mastersecret.json`, `" + os.Args[2] + "`, 1)
 	check := "if err != nil { fmt.Println(err); os.Exit(1) }\n"
-	body = strings.Replace(body, "key, err := keys.GetDEK", check+"key, err := keys.GetDEK", 1)
+	body = strings.Replace(body, "key, err := keys.GetOrCreate", check+"key, err := keys.GetOrCreate", 1)
 	body = strings.Replace(body, "open := exec", check+"open := exec", 1)
 	program := "package main\nimport (\n\"bytes\"\n\"context\"\n\"fmt\"\n\"os\"\n\"os/exec\"\n\"github.com/keyagent/keyagent/kms/setup\"\n)\nfunc main() {\nctx, uuid := context.Background(), \"" + uuid + "\"\n" + body + check + "}\n"
 	source := filepath.Join(dir, "main.go")

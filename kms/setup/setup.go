@@ -12,7 +12,7 @@
 //	storage://gcp         in a bucket of Google Cloud Storage
 //	storage://azure       in a container of Azure Blob Storage
 //	storage://etcd        in etcd
-//	storage://no-store    nowhere: for [DEKs] of a KMS that derives
+//	storage://no-store    nowhere: for the DEKs of a KMS that derives
 //
 // docs/configuration.md has every parameter. One that a backend does not know is
 // refused by name, and so is one that is missing; no error repeats a value. A

@@ -127,7 +127,7 @@ func TestNoStorageIsForKMSesThatDerive(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer keys.Close()
-	key, err := keys.GetDEK(t.Context(), "a", 32)
+	key, err := keys.GetOrCreate(t.Context(), "a", 32)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +143,7 @@ func TestNoStorageIsForKMSesThatDerive(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer wraps.Close()
-	if _, err := wraps.GetDEK(t.Context(), "a", 32); !errors.Is(err, dek.ErrNoStorage) {
+	if _, err := wraps.GetOrCreate(t.Context(), "a", 32); !errors.Is(err, dek.ErrNoStorage) {
 		t.Error(err)
 	}
 }

@@ -35,15 +35,15 @@ import (
 
 // Options configure [New].
 type Options struct {
-	Address   string                                       // https://HOST:PORT. Required
-	Mount     string                                       // of the transit engine; default transit
-	Key       string                                       // Required
-	Namespace string                                       // default none
-	Name      string                                       // of the server in Wrapped.KEK; default host and namespace
-	Token     func(context.Context) (*secret.Bytes, error) // asked for each call. Required
-	RootCAs   *x509.CertPool                               // Required: the system's roots are never used
-	Timeout   time.Duration                                // of one call with its retries; default 10s
-	Attempts  int                                          // of one call; default 4
+	Address   string                                     // https://HOST:PORT. Required
+	Mount     string                                     // of the transit engine; default transit
+	Key       string                                     // Required
+	Namespace string                                     // default none
+	Name      string                                     // of the server in Wrapped.KEK; default host and namespace
+	Token     func(context.Context) (*kms.Secret, error) // asked for each call. Required
+	RootCAs   *x509.CertPool                             // Required: the system's roots are never used
+	Timeout   time.Duration                              // of one call with its retries; default 10s
+	Attempts  int                                        // of one call; default 4
 }
 
 const (
@@ -125,12 +125,12 @@ func (k *KMS) Close() error {
 }
 
 // Generate implements kms.KMS.
-func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*secret.Bytes, kms.Wrapped, error) {
+func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
 	return kms.GenerateWrapped(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
-func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.Wrapped, error) {
+func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
 	if err := kms.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
@@ -154,7 +154,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *secret.Bytes) (kms.W
 }
 
 // Unwrap implements kms.KMS.
-func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*secret.Bytes, error) {
+func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
 	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}

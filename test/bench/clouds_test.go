@@ -43,9 +43,9 @@ const benchPrefix, benchVolume = "bench", "pvc-1"
 // has it unwrapped, with the SDKs alone and no checks.
 type bareCall func(b *testing.B, keys, bucket url.Values, w kms.Wrapped) func(context.Context) error
 
-// BenchmarkGetDEK compares a volume's key through kms/dek with the bare calls of
+// BenchmarkGetOrCreate compares a volume's key through kms/dek with the bare calls of
 // the SDKs on the same servers: an object is read, a key is unwrapped.
-func BenchmarkGetDEK(b *testing.B) {
+func BenchmarkGetOrCreate(b *testing.B) {
 	for name, bare := range map[string]bareCall{"AWS": bareAWS, "Google": bareGoogle, "Azure": bareAzure} {
 		b.Run(name, func(b *testing.B) {
 			shape := clouds.Shapes[name](b)
@@ -56,7 +56,7 @@ func BenchmarkGetDEK(b *testing.B) {
 			}
 			defer store.Close()
 			mine := func() error {
-				key, err := store.GetDEK(ctx, benchVolume, 32)
+				key, err := store.GetOrCreate(ctx, benchVolume, 32)
 				return errors.Join(err, key.Close())
 			}
 			if err := mine(); err != nil {

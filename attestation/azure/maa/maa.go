@@ -26,7 +26,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/tpm"
 )
 
-// ErrHardware says that this client knows VMs on SEV-SNP alone.
+// ErrHardware means that this client knows VMs on SEV-SNP alone.
 var ErrHardware = errors.New("tokens of Microsoft Attestation are for VMs on SEV-SNP alone")
 
 const (

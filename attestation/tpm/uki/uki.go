@@ -29,9 +29,9 @@ import (
 )
 
 var (
-	// ErrNotUKI: the file is not a unified kernel image.
+	// ErrNotUKI means that the file is not a unified kernel image.
 	ErrNotUKI = errors.New("not a unified kernel image")
-	// ErrNotModelled: what the file measures is not known here.
+	// ErrNotModelled means that what the file measures is not known here.
 	ErrNotModelled = errors.New("what it measures is not known")
 )
 
@@ -79,8 +79,7 @@ func (p *Prediction) Words(words ...string) {
 // Image is a UKI that was read.
 type Image struct {
 	program
-	stub    string
-	version int
+	version int         // of the stub
 	base    []section   // before the first .profile
 	profile [][]section // each begins with its .profile
 }
@@ -138,13 +137,12 @@ func Parse(data []byte) (*Image, error) {
 	if magic == nil || (find(img.base, ".linux") == nil && len(img.profile) == 0) {
 		return nil, fmt.Errorf("%w: it has no .linux or no .sdmagic section", ErrNotUKI)
 	}
-	img.stub = strings.Trim(string(magic), "\x00# ")
-	img.stub = strings.TrimPrefix(img.stub, "LoaderInfo: ")
-	if img.version, err = stubVersion(img.stub); err != nil {
+	stub := strings.TrimPrefix(strings.Trim(string(magic), "\x00# "), "LoaderInfo: ")
+	if img.version, err = stubVersion(stub); err != nil {
 		return nil, err
 	}
 	if len(img.profile) > 0 && img.version < profiles {
-		return nil, fmt.Errorf("%w: stub %q knows no section .profile", ErrNotModelled, img.stub)
+		return nil, fmt.Errorf("%w: stub %q knows no section .profile", ErrNotModelled, stub)
 	}
 	for _, part := range append([][]section{img.base}, img.profile...) {
 		if err := checkSections(part); err != nil {
@@ -242,9 +240,6 @@ func (img *Image) content(profile int, name string) []byte {
 	}
 	return find(img.base, name)
 }
-
-// Stub returns what the stub says of itself.
-func (img *Image) Stub() string { return img.stub }
 
 // StubVersion returns systemd's major version of the stub.
 func (img *Image) StubVersion() int { return img.version }

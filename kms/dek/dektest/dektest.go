@@ -55,7 +55,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		for i := range keys {
 			wg.Go(func() {
 				var err error
-				if keys[i], err = stores[i].GetDEK(t.Context(), "race", 32); err != nil {
+				if keys[i], err = stores[i].GetOrCreate(t.Context(), "race", 32); err != nil {
 					t.Error(err)
 				}
 			})
@@ -83,11 +83,11 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 	t.Run("a key of another length is refused", func(t *testing.T) {
 		s := fresh(t).open(t)
 		get(t, s, "a", 32)
-		if _, err := s.GetDEK(t.Context(), "a", 64); !errors.Is(err, dek.ErrLength) {
+		if _, err := s.GetOrCreate(t.Context(), "a", 64); !errors.Is(err, dek.ErrLength) {
 			t.Fatal(err)
 		}
 		for _, length := range []int{0, 15, 65, -1, 1<<32 - 1} {
-			if _, err := s.GetDEK(t.Context(), "b", length); !errors.Is(err, kms.ErrBinding) {
+			if _, err := s.GetOrCreate(t.Context(), "b", length); !errors.Is(err, kms.ErrBinding) {
 				t.Errorf("%d bytes: %v", length, err)
 			}
 		}
@@ -96,7 +96,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 	t.Run("IDs out of bounds are refused (case 31)", func(t *testing.T) {
 		s := fresh(t).open(t)
 		for _, id := range []string{"", "..", "a/../b", "a/b", "a\x00", "a\n", "dаta", strings.Repeat("a", 1<<20)} {
-			if _, err := s.GetDEK(t.Context(), id, 32); !errors.Is(err, kms.ErrBinding) {
+			if _, err := s.GetOrCreate(t.Context(), id, 32); !errors.Is(err, kms.ErrBinding) {
 				t.Errorf("%.20q: %v", id, err)
 			}
 		}
@@ -128,8 +128,8 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		} {
 			replace(data)
 			for what, call := range map[string]func() (*kms.Secret, error){
-				"get":    func() (*kms.Secret, error) { return s.Get(t.Context(), "mine", 32) },
-				"getDEK": func() (*kms.Secret, error) { return bed.open(t).GetDEK(t.Context(), "mine", 32) },
+				"get":           func() (*kms.Secret, error) { return s.Get(t.Context(), "mine", 32) },
+				"get or create": func() (*kms.Secret, error) { return bed.open(t).GetOrCreate(t.Context(), "mine", 32) },
 			} {
 				if key, err := call(); !errors.Is(err, dek.ErrRefused) {
 					t.Errorf("%s: %s: %v, %v", name, what, key, err)
@@ -160,7 +160,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		s := fresh(t).open(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := s.GetDEK(ctx, "a", 32); !errors.Is(err, context.Canceled) {
+		if _, err := s.GetOrCreate(ctx, "a", 32); !errors.Is(err, context.Canceled) {
 			t.Fatal(err)
 		}
 	})
@@ -179,7 +179,7 @@ func (bed Bed) open(t *testing.T) *dek.Store {
 
 func get(t *testing.T, s *dek.Store, id string, length int) *kms.Secret {
 	t.Helper()
-	key, err := s.GetDEK(t.Context(), id, length)
+	key, err := s.GetOrCreate(t.Context(), id, length)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,7 @@ func key(t *testing.T, storage, id string) *kms.Secret {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := keys.GetDEK(t.Context(), id, setup.SymmetricKeyLength)
+	k, err := keys.GetOrCreate(t.Context(), id, setup.SymmetricKeyLength)
 	if err != nil {
 		t.Fatal(err)
 	}

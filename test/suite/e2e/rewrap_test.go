@@ -88,7 +88,7 @@ func deks(t *testing.T, dir, uri string) map[string]*secret.Bytes {
 	keys := map[string]*secret.Bytes{}
 	for i := range 5 {
 		id := fmt.Sprintf("pvc-%d", i)
-		keys[id], err = d.GetDEK(t.Context(), id, 32)
+		keys[id], err = d.GetOrCreate(t.Context(), id, 32)
 		must(t, err)
 		t.Cleanup(func() { keys[id].Close() })
 	}

@@ -45,7 +45,7 @@ func main() {
 		return
 	}
 	defer keys.Close()
-	key, err := keys.GetDEK(context.Background(), "pvc-1", 32)
+	key, err := keys.GetOrCreate(context.Background(), "pvc-1", 32)
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -43,7 +43,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		mac := h.MACs().Header
 		fmt.Println(hex.EncodeToString(mac[:]))
-		return luks.Write(ctx, args[1], id, dek, h, luks.DeadlineIn(time.Minute))
+		return luks.Write(ctx, luks.WriteRequest{Device: args[1], Identity: id, Header: h, Until: luks.DeadlineIn(time.Minute)}, dek)
 	case len(args) == 5 && args[0] == "open":
 		dek, err := readKey(args[2])
 		if err != nil {
