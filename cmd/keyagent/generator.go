@@ -52,11 +52,12 @@ x-... is accepted, and any other option is an error, which the line's unit shows
 		RunE: func(cmd *cobra.Command, dirs []string) error {
 			g.Early = dirs[len(dirs)/2] // of one folder that one, of three the second
 			var err error
-			if g.Program, err = os.Executable(); err != nil {
-				return err
-			}
-			if filepath.Base(g.Program) == generatorName {
-				g.Program = filepath.Join(filepath.Dir(g.Program), "keyagent") // it is a copy, and no link
+			g.Program, err = os.Executable()
+			switch {
+			case err != nil: // without /proc
+				g.Program = "/usr/bin/keyagent"
+			case filepath.Base(g.Program) == generatorName: // a copy, and no link
+				g.Program = filepath.Join(filepath.Dir(g.Program), "keyagent")
 			}
 			err = g.Run()
 			if err != nil {

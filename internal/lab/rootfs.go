@@ -63,8 +63,8 @@ func (c *Cache) rootfs(ctx context.Context, r Rootfs, out string) error {
 	return os.Rename(temp, out)
 }
 
-// debian returns the path of a tar file with a minimal Debian.
-func (c *Cache) debian(ctx context.Context) (string, error) {
+// Debian returns the path of a tar file with a minimal Debian 12.
+func (c *Cache) Debian(ctx context.Context) (string, error) {
 	sources, content, err := aptSources()
 	if err != nil {
 		return "", err
@@ -103,7 +103,7 @@ func aptSources() (path, content string, err error) {
 // baseImage returns an ext4 image of Debian with the kernel's modules and with
 // what is the same in every guest, which nobody may write to.
 func (c *Cache) baseImage(ctx context.Context, k *Kernel) (string, error) {
-	tar, err := c.debian(ctx)
+	tar, err := c.Debian(ctx)
 	if err != nil {
 		return "", err
 	}
