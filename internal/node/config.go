@@ -327,5 +327,5 @@ var ErrUnknownVolume = errors.New("volume is not configured here")
 
 // UnknownVolume is that error with its class.
 func UnknownVolume(id string) error {
-	return failure.Newf(failure.NotFound, "the agent's configuration lists its volumes", "%w: %.128q", ErrUnknownVolume, id)
+	return failure.Newf(failure.NotFound, "the agent's configuration lists its volumes, and names crypttab if its lines are volumes; both are read when the agent starts", "%w: %.128q", ErrUnknownVolume, id)
 }
