@@ -49,6 +49,9 @@ A line has four fields: the name of the mapping, the device, none, and options:
 x-... is accepted, and any other option is an error, which the line's unit shows.`,
 		Example: `  data /dev/disk/by-id/virtio-data none keyagent=node-1-data,keyagent-format=ext4,_netdev`,
 		Args:    cobra.RangeArgs(1, 3),
+		// It has no secrets, and must not fail for want of a place for them: the line
+		// would be systemd's.
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) },
 		RunE: func(cmd *cobra.Command, dirs []string) error {
 			g.Early = dirs[len(dirs)/2] // of one folder that one, of three the second
 			var err error
