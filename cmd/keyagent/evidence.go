@@ -19,6 +19,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/evidence"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -252,7 +253,7 @@ func unfetchable(err error) string {
 func fetchAll(ctx context.Context, source endorsement.Source, files []string, product string) (*fetched, error) {
 	out := &fetched{}
 	for _, path := range files {
-		s, err := readEvidence(path)
+		s, err := evidence.Read(path)
 		if err != nil {
 			return nil, err
 		}
@@ -271,12 +272,4 @@ func fetchAll(ctx context.Context, source endorsement.Source, files []string, pr
 		}
 	}
 	return out, nil
-}
-
-func parseSaved(path string, data []byte) (*attestv1.Saved, error) {
-	s, err := saved.Parse(data)
-	if err != nil {
-		return nil, failure.New(failure.Usage, fmt.Errorf("%s is not a file of evidence: %w", path, err), "keyagent evidence --file FILE makes one")
-	}
-	return s, nil
 }

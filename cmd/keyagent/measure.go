@@ -1,27 +1,20 @@
 package main
 
 import (
-	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
-	"os"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 	"go.yaml.in/yaml/v3"
 
-	"github.com/keyagent/keyagent/attestation"
-	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/policy"
-	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/tpm"
-	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/measure"
 )
 
 func newMeasure() *cobra.Command {
-	var m measurement
+	var m measure.Request
 	var pcrs string
 	cmd := &cobra.Command{
 		Use:   "measure",
@@ -66,152 +59,41 @@ mismatch can be explained.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
-			if m.pcrs, err = parsePCRs(pcrs); err != nil {
+			if m.PCRs, err = parsePCRs(pcrs); err != nil {
 				return err
 			}
-			m.leaveOut = !cmd.Flags().Changed("pcrs")
-			m.secureBootSaid = cmd.Flags().Changed("secure-boot")
-			m.separatorSaid = cmd.Flags().Changed("os-separator")
-			profile, err := m.profile()
+			m.LeaveOut = !cmd.Flags().Changed("pcrs")
+			m.SecureBootSaid = cmd.Flags().Changed("secure-boot")
+			m.OSSeparatorSaid = cmd.Flags().Changed("os-separator")
+			profile, err := m.Profile()
 			if err != nil {
 				return err
 			}
-			for _, note := range m.notes {
+			for _, note := range m.Notes {
 				fmt.Fprintf(cmd.ErrOrStderr(), "note: %s\n", note)
 			}
-			return printProfile(cmd.OutOrStdout(), profile, m.notes)
+			return printProfile(cmd.OutOrStdout(), profile, m.Notes)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&m.name, "name", "machine", "name of the profile")
-	f.StringVar(&m.evidence, "evidence", "", "saved evidence of a machine that is trusted, or an SNP report or TDX quote")
-	f.StringVar(&m.firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
-	f.StringVar(&m.product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
-	f.UintVar(&m.vcpus, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
-	f.BoolVar(&m.anyChip, "any-chip", false, "accept every AMD processor, not the one of the evidence alone")
-	f.BoolVar(&m.anyPlatform, "any-platform", false, "accept every Intel platform, not the one of the evidence alone")
-	f.StringVar(&m.uki, "uki", "", "unified kernel image (PCRs 4, 11 and 12)")
-	f.StringArrayVar(&m.loaders, "loader", nil, "shim, systemd-boot or GRUB that is started before the image, or a kernel without one; once for each, in their order")
-	f.IntVar(&m.profileNumber, "profile", 0, "profile of the image, counted from 0")
-	f.BoolVar(&m.secureBoot, "secure-boot", false, "Secure Boot is on (default: what the event log says, or either)")
-	f.StringVar(&m.eventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
-	f.StringVar(&m.userLog, "userspace-log", "", "systemd's own log of a trusted boot, "+tpm.DefaultUserspaceLog)
-	f.BoolVar(&m.separator, "os-separator", false, "the initrd has systemd 261 or later, which separates PCRs 0-7, 9 and 12-14")
-	f.StringArrayVar(&m.phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example sysinit:ready; each --phase gives one more accepted value")
-	f.StringSliceVar(&m.trust, "trust", nil, "who vouches for the TPM: root:NAME, enrolled:NAME or ak-root:NAME of the policy")
+	f.StringVar(&m.Name, "name", "machine", "name of the profile")
+	f.StringVar(&m.Evidence, "evidence", "", "saved evidence of a machine that is trusted, or an SNP report or TDX quote")
+	f.StringVar(&m.Firmware, "firmware", "", "firmware file of the machine (SNP launch measurement, or TDX MRTD)")
+	f.StringVar(&m.Product, "product", "", "Milan, Genoa or Turin: of an SNP report of version 2, which does not say, and with --firmware, where none means TDX")
+	f.UintVar(&m.VCPUs, "vcpus", 1, "with --firmware, for SNP: processors of the machine")
+	f.BoolVar(&m.AnyChip, "any-chip", false, "accept every AMD processor, not the one of the evidence alone")
+	f.BoolVar(&m.AnyPlatform, "any-platform", false, "accept every Intel platform, not the one of the evidence alone")
+	f.StringVar(&m.UKI, "uki", "", "unified kernel image (PCRs 4, 11 and 12)")
+	f.StringArrayVar(&m.Loaders, "loader", nil, "shim, systemd-boot or GRUB that is started before the image, or a kernel without one; once for each, in their order")
+	f.IntVar(&m.UKIProfile, "profile", 0, "profile of the image, counted from 0")
+	f.BoolVar(&m.SecureBoot, "secure-boot", false, "Secure Boot is on (default: what the event log says, or either)")
+	f.StringVar(&m.EventLog, "event-log", "", "event log of a trusted boot (all other PCRs)")
+	f.StringVar(&m.UserspaceLog, "userspace-log", "", "systemd's own log of a trusted boot, "+tpm.DefaultUserspaceLog)
+	f.BoolVar(&m.OSSeparator, "os-separator", false, "the initrd has systemd 261 or later, which separates PCRs 0-7, 9 and 12-14")
+	f.StringArrayVar(&m.Phases, "phase", nil, "systemd boot phases that follow in PCR 11, for example sysinit:ready; each --phase gives one more accepted value")
+	f.StringSliceVar(&m.Trust, "trust", nil, "who vouches for the TPM: root:NAME, enrolled:NAME or ak-root:NAME of the policy")
 	f.StringVar(&pcrs, "pcrs", "0,2,3,4,7,11", "registers of the profile")
 	return cmd
-}
-
-type measurement struct {
-	name, uki, eventLog, userLog string
-	evidence, firmware, product  string
-	vcpus                        uint
-	loaders, phases, trust       []string
-	profileNumber                int
-	secureBoot, secureBootSaid   bool
-	separator, separatorSaid     bool
-	pcrs                         []uint32
-	anyChip, anyPlatform         bool
-	leaveOut                     bool     // registers that nothing gives
-	notes                        []string // for people
-}
-
-func (m *measurement) note(format string, args ...any) {
-	if text := fmt.Sprintf(format, args...); !slices.Contains(m.notes, text) {
-		m.notes = append(m.notes, text)
-	}
-}
-
-func (m *measurement) profile() (*policy.Profile, error) {
-	p := &policy.Profile{Name: m.name}
-	if m.evidence != "" {
-		var err error
-		if p, err = m.fromEvidence(); err != nil {
-			return nil, err
-		}
-	}
-	if m.firmware != "" {
-		if err := m.fromFirmware(p); err != nil {
-			return nil, err
-		}
-	}
-	if m.uki != "" || len(m.loaders) > 0 || m.eventLog != "" || (m.evidence == "" && m.firmware == "") {
-		t, err := m.tpm(p.TPM())
-		if err != nil {
-			return nil, err
-		}
-		p.Set(attestation.TPM, t)
-	}
-	if t := p.TPM(); t != nil && len(m.trust) > 0 {
-		t.Trust = m.trust
-	}
-	return p, nil
-}
-
-// fromEvidence takes what saved evidence says, without verifying it: that the
-// machine is trusted is the caller's word.
-func (m *measurement) fromEvidence() (*policy.Profile, error) {
-	s, err := readEvidence(m.evidence)
-	if err != nil {
-		return nil, err
-	}
-	var all []attestation.Claims
-	for _, k := range saved.Kinds(s) {
-		claims, err := kinds.All().Claims(s, k)
-		if err != nil {
-			return nil, failure.New(failure.EvidenceRefused, err, "")
-		}
-		all = append(all, claims...)
-	}
-	p, err := policy.Reference(policy.Builtin(), m.name, "evidence "+m.evidence, all)
-	if errors.Is(err, policy.ErrMasked) {
-		return nil, failure.New(failure.EvidenceRefused, err, "have the host unmask it (MASK_CHIP_ID off), or use a VLEK")
-	}
-	if err != nil {
-		return nil, failure.New(failure.EvidenceRefused, err, "launch the machine with a guest policy that forbids debugging")
-	}
-	if s := p.SNP(); s != nil && len(s.Products) == 0 {
-		// A report of version 2 does not say.
-		if !slices.Contains(policy.Products(), m.product) {
-			return nil, failure.Newf(failure.Usage, "--product Milan, or "+strings.Join(policy.Products()[1:], " or "),
-				"the report does not name its product line, and --product is %q", m.product)
-		}
-		s.Products = []string{m.product}
-	}
-	m.chips(p)
-	if t := p.TPM(); t != nil {
-		for _, r := range t.PCRs {
-			if r.EventLog == "optional" && slices.Contains(m.pcrs, *r.PCR) {
-				m.note("the event log does not lead to PCR %d: the profile has the value of the quote, and no events to explain another", *r.PCR)
-			}
-		}
-		t.PCRs = slices.DeleteFunc(t.PCRs, func(r policy.PCR) bool { return !slices.Contains(m.pcrs, *r.PCR) })
-	}
-	return p, nil
-}
-
-// chips widens what the evidence names only where that was asked for.
-func (m *measurement) chips(p *policy.Profile) {
-	const every = "WARNING: every %s is accepted, also one whose owner has a device on its memory bus"
-	if s := p.SNP(); s != nil {
-		if m.anyChip {
-			s.Chips, s.AnyChip = nil, true
-			m.note(every, "AMD processor (any_chip)")
-		}
-		if !s.AnyChip && len(s.Chips) == 0 {
-			m.note("the report has no chip ID, as its key is the cloud's (VLEK): the policy is refused until \"chips\" is written, or --any-chip given")
-		}
-	}
-	if t := p.TDX(); t != nil {
-		if m.anyPlatform {
-			t.Platforms, t.AnyPlatform = nil, true
-			m.note(every, "Intel platform (any_platform)")
-		}
-		if !t.AnyPlatform && len(t.Platforms) == 0 {
-			m.note("the quote names no platform: the policy is refused until \"platforms\" is written, or --any-platform given")
-		}
-	}
 }
 
 func printProfile(w io.Writer, p *policy.Profile, notes []string) error {
@@ -231,19 +113,3 @@ func printProfile(w io.Writer, p *policy.Profile, notes []string) error {
 	_, err := io.WriteString(w, out.String())
 	return err
 }
-
-func readBounded(path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, failure.New(failure.Usage, err, "")
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err == nil && int64(len(data)) > limit {
-		err = failure.Newf(failure.Usage, "", "%s is larger than %d bytes", path, limit)
-	}
-	return data, err
-}
-
-// hexOf is for output.
-func hexOf(b []byte) string { return hex.EncodeToString(b) }

@@ -77,7 +77,8 @@ func TestUnitsStandInForThoseOfSystemd(t *testing.T) {
 			t.Errorf("%s would be systemd's", name)
 			continue
 		}
-		for _, line := range []string{"Before=remote-cryptsetup.target", "Before=cryptsetup.target", "After=remote-fs-pre.target", "Conflicts=umount.target", "Before=umount.target"} {
+		for _, line := range []string{"Before=remote-cryptsetup.target", "Before=cryptsetup.target", "After=remote-fs-pre.target", "Conflicts=umount.target", "Before=umount.target",
+			"Wants=blockdev@dev-mapper-%i.target", "Before=blockdev@dev-mapper-%i.target"} {
 			// A line without _netdev is wrong, and has no order with the network.
 			if has := strings.Contains(unit, "\n"+line+"\n"); has != strings.Contains(own, "\n"+line+"\n") {
 				t.Errorf("%s: %s: systemd %v", name, line, has)

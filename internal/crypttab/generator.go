@@ -101,7 +101,11 @@ Documentation=man:keyagent-generator(1) man:crypttab(5)
 SourcePath=` + g.Crypttab + `
 DefaultDependencies=no
 IgnoreOnIsolate=yes
-` + order + `Conflicts=umount.target
+After=cryptsetup-pre.target
+` + order + `# What is mounted from it comes after it, and goes first.
+Wants=blockdev@dev-mapper-%i.target
+Before=blockdev@dev-mapper-%i.target
+Conflicts=umount.target
 Before=umount.target
 
 [Service]

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"os"
 	"strings"
 	"testing"
 
@@ -69,6 +70,13 @@ func TestALineOfCrypttabOpensItsDisk(t *testing.T) {
 			"E2E asked for a passphrase: 0 times", "E2E emergency inactive inactive")
 		if formatted := hasLine(g, `"step":"formatted"`); formatted != (i == 0) {
 			t.Errorf("boot %d: formatted: %v", i+1, formatted)
+		}
+		// Once by the administrator, and once by the shutdown: the mount goes before the
+		// mapping, which gives the lease back.
+		log, err := os.ReadFile(n.service.AuditLog())
+		must(t, err)
+		if got := bytes.Count(log, []byte(`"release-lease"`)); got != 2*(i+1) {
+			t.Errorf("boot %d: the lease was given back %d times in all", i+1, got)
 		}
 		logTimeline(t, i+1, g)
 	}

@@ -1,6 +1,7 @@
-package main
+package measure
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,6 +10,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/attestation/tpm/uki"
+	"github.com/keyagent/keyagent/internal/evidence"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -23,37 +25,37 @@ type tpmFiles struct {
 // stub's version need not be the initrd's.
 const separatingStub = 261
 
-func (m *measurement) openFiles() (*tpmFiles, error) {
+func (m *Request) openFiles() (*tpmFiles, error) {
 	f := &tpmFiles{}
-	if m.uki != "" || len(m.loaders) > 0 {
-		f.boot = &uki.Boot{Profile: m.profileNumber}
+	if m.UKI != "" || len(m.Loaders) > 0 {
+		f.boot = &uki.Boot{Profile: m.UKIProfile}
 	}
-	for _, path := range m.loaders {
+	for _, path := range m.Loaders {
 		l, err := uki.OpenLoader(path)
 		if err != nil {
 			return nil, failure.New(failure.Usage, err, "--event-log or --evidence of a boot that is trusted gives its registers")
 		}
 		f.boot.Loaders = append(f.boot.Loaders, l)
 	}
-	if m.uki != "" {
+	if m.UKI != "" {
 		var err error
-		if f.boot.Image, err = uki.Open(m.uki); err != nil {
+		if f.boot.Image, err = uki.Open(m.UKI); err != nil {
 			return nil, failure.New(failure.Usage, err, "")
 		}
 	}
-	if m.userLog != "" && (m.eventLog == "" && f.boot == nil) {
+	if m.UserspaceLog != "" && (m.EventLog == "" && f.boot == nil) {
 		return nil, failure.Newf(failure.Usage, "--event-log names the firmware's", "systemd's own log goes on where the firmware's ends, and there is none")
 	}
-	if m.userLog != "" && m.separator {
+	if m.UserspaceLog != "" && m.OSSeparator {
 		return nil, failure.Newf(failure.Usage, "leave --os-separator out", "--userspace-log says whether the registers are separated")
 	}
 	return f, m.openLogs(f)
 }
 
-func (m *measurement) openLogs(f *tpmFiles) error {
+func (m *Request) openLogs(f *tpmFiles) error {
 	f.log = &tpm.EventLog{}
-	if m.eventLog != "" {
-		data, err := readBounded(m.eventLog, tpm.MaxEventLog)
+	if m.EventLog != "" {
+		data, err := evidence.ReadBounded(m.EventLog, tpm.MaxEventLog)
 		if err != nil {
 			return err
 		}
@@ -62,8 +64,8 @@ func (m *measurement) openLogs(f *tpmFiles) error {
 		}
 		f.hasLog = true
 	}
-	if m.userLog != "" {
-		data, err := readBounded(m.userLog, tpm.MaxUserspaceLog)
+	if m.UserspaceLog != "" {
+		data, err := evidence.ReadBounded(m.UserspaceLog, tpm.MaxUserspaceLog)
 		if err != nil {
 			return err
 		}
@@ -72,23 +74,23 @@ func (m *measurement) openLogs(f *tpmFiles) error {
 		}
 	}
 	if on, said := f.log.SecureBoot(); said {
-		if m.secureBootSaid && on != m.secureBoot {
-			return failure.Newf(failure.Usage, "leave --secure-boot out", "--secure-boot=%t, and the event log says that it is %t", m.secureBoot, on)
+		if m.SecureBootSaid && on != m.SecureBoot {
+			return failure.Newf(failure.Usage, "leave --secure-boot out", "--secure-boot=%t, and the event log says that it is %t", m.SecureBoot, on)
 		}
-		m.secureBoot, m.secureBootSaid = on, true
+		m.SecureBoot, m.SecureBootSaid = on, true
 	}
 	return nil
 }
 
 // tpm makes the section of a TPM from files. What evidence gave for a register is
 // kept if the files do not give it.
-func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
+func (m *Request) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	files, err := m.openFiles()
 	if err != nil {
 		return nil, err
 	}
 	if files.boot == nil && !files.hasLog {
-		return nil, failure.Newf(failure.Usage, "--uki gives PCRs 4, 11 and 12, --event-log all others", "nothing gives PCR %d", m.pcrs[0])
+		return nil, failure.Newf(failure.Usage, "--uki gives PCRs 4, 11 and 12, --event-log all others", "nothing gives PCR %d", m.PCRs[0])
 	}
 	if have == nil {
 		have = &policy.TPMProfile{Trust: []string{"root:NAME"}, Bank: "sha256", EventLog: "required"}
@@ -96,7 +98,7 @@ func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 	before := have.PCRs
 	have.PCRs = nil
 	var missing []string
-	for _, pcr := range m.pcrs {
+	for _, pcr := range m.PCRs {
 		n := slices.IndexFunc(before, func(r policy.PCR) bool { return *r.PCR == pcr })
 		if n >= 0 && !files.hasLog && !files.predicts(pcr) {
 			have.PCRs = append(have.PCRs, before[n])
@@ -112,7 +114,7 @@ func (m *measurement) tpm(have *policy.TPMProfile) (*policy.TPMProfile, error) {
 		}
 		have.PCRs = append(have.PCRs, ref)
 	}
-	if len(missing) > 0 && (!m.leaveOut || len(have.PCRs) == 0) {
+	if len(missing) > 0 && (!m.LeaveOut || len(have.PCRs) == 0) {
 		return nil, failure.Newf(failure.Usage, "--event-log of a boot that is trusted gives them, or leave them out of --pcrs", "%s", strings.Join(missing, "; "))
 	}
 	for _, text := range missing {
@@ -141,7 +143,7 @@ const stubsKernel = "VenMedia(55C5D1F8-04CD-46B5-8A20-E56CBB3052D0)"
 
 // compareLog points at a boot of the log that is not the one that is predicted: by
 // another loader, or with credentials or words beside the image.
-func (m *measurement) compareLog(pcr uint32, all []uki.Prediction, files *tpmFiles) {
+func (m *Request) compareLog(pcr uint32, all []uki.Prediction, files *tpmFiles) {
 	if !files.hasLog || files.boot.Image == nil {
 		return
 	}
@@ -176,9 +178,9 @@ var unpredictable = map[uint32]string{
 }
 
 // reference makes the entry of one register, or says why there is none.
-func (m *measurement) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, why string, err error) {
+func (m *Request) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, why string, err error) {
 	var all []uki.Prediction
-	source := "computed from " + strings.Join(append(slices.Clone(m.loaders), m.ukis()...), ", ")
+	source := "computed from " + strings.Join(append(slices.Clone(m.Loaders), m.ukis()...), ", ")
 	if files.predicts(pcr) {
 		all, err = m.predict(pcr, files)
 		if errors.Is(err, uki.ErrNotModelled) && files.hasLog {
@@ -201,23 +203,23 @@ func (m *measurement) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, wh
 		if err != nil {
 			return ref, "", failure.New(failure.EvidenceRefused, err, "")
 		}
-		if len(events) == 0 && !(m.separator && tpm.OSSeparated(pcr)) {
+		if len(events) == 0 && !(m.OSSeparator && tpm.OSSeparated(pcr)) {
 			return ref, "the event log has nothing of it", nil
 		}
-		all, source = []uki.Prediction{{Value: value, Events: events}}, "event log "+m.eventLog
+		all, source = []uki.Prediction{{Value: value, Events: events}}, "event log "+m.EventLog
 	}
 	return m.entry(pcr, all, source, files), "", nil
 }
 
-func (m *measurement) ukis() []string {
-	if m.uki == "" {
+func (m *Request) ukis() []string {
+	if m.UKI == "" {
 		return nil
 	}
-	return []string{m.uki}
+	return []string{m.UKI}
 }
 
 // predict computes the values of a register that these programs lead to.
-func (m *measurement) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction, err error) {
+func (m *Request) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction, err error) {
 	switch pcr {
 	case 11:
 		all, err = m.image(files.boot)
@@ -229,7 +231,7 @@ func (m *measurement) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction
 	if err == nil {
 		m.compareLog(pcr, all, files)
 	}
-	if err != nil || m.userLog == "" || (pcr == tpm.PhasePCR && len(m.phases) > 0) {
+	if err != nil || m.UserspaceLog == "" || (pcr == tpm.PhasePCR && len(m.Phases) > 0) {
 		return all, err
 	}
 	for i := range all {
@@ -239,8 +241,8 @@ func (m *measurement) predict(pcr uint32, files *tpmFiles) (all []uki.Prediction
 }
 
 // image predicts PCR 11 at each of the boot phases that were named.
-func (m *measurement) image(boot *uki.Boot) ([]uki.Prediction, error) {
-	paths := m.phases
+func (m *Request) image(boot *uki.Boot) ([]uki.Prediction, error) {
+	paths := m.Phases
 	if len(paths) == 0 {
 		paths = []string{""}
 	}
@@ -256,17 +258,17 @@ func (m *measurement) image(boot *uki.Boot) ([]uki.Prediction, error) {
 		out = append(out, all...)
 	}
 	if n := len(boot.Image.Profiles()); n > 1 {
-		m.note("%s has %d profiles; this is number %d, and --profile chooses another", m.uki, n, boot.Profile)
+		m.note("%s has %d profiles; this is number %d, and --profile chooses another", m.UKI, n, boot.Profile)
 	}
 	return out, nil
 }
 
 // eitherSecureBoot predicts for Secure Boot as it is said to be, or for both
 // states: which of them the machine is in is what PCR 7 says.
-func (m *measurement) eitherSecureBoot(pcr uint32, boot *uki.Boot, predict func(*uki.Boot) (uki.Prediction, error)) ([]uki.Prediction, error) {
-	boot.SecureBoot = m.secureBoot
+func (m *Request) eitherSecureBoot(pcr uint32, boot *uki.Boot, predict func(*uki.Boot) (uki.Prediction, error)) ([]uki.Prediction, error) {
+	boot.SecureBoot = m.SecureBoot
 	first, err := predict(boot)
-	if err != nil || m.secureBootSaid {
+	if err != nil || m.SecureBootSaid {
 		return []uki.Prediction{first}, err
 	}
 	boot.SecureBoot = true
@@ -275,7 +277,7 @@ func (m *measurement) eitherSecureBoot(pcr uint32, boot *uki.Boot, predict func(
 	switch {
 	case err != nil:
 		m.note("PCR %d is that without Secure Boot: with it, %v", pcr, err)
-	case hexOf(first.Value) != hexOf(second.Value):
+	case hex.EncodeToString(first.Value) != hex.EncodeToString(second.Value):
 		m.note("PCR %d depends on Secure Boot: its first value is without, its second with it; --secure-boot or --secure-boot=false leaves one", pcr)
 		return []uki.Prediction{first, second}, nil
 	}
@@ -283,15 +285,15 @@ func (m *measurement) eitherSecureBoot(pcr uint32, boot *uki.Boot, predict func(
 }
 
 // entry puts predictions into the form of a policy.
-func (m *measurement) entry(pcr uint32, all []uki.Prediction, source string, files *tpmFiles) policy.PCR {
+func (m *Request) entry(pcr uint32, all []uki.Prediction, source string, files *tpmFiles) policy.PCR {
 	ref := policy.PCR{PCR: &pcr, Source: source}
-	if m.separator && tpm.OSSeparated(pcr) {
+	if m.OSSeparator && tpm.OSSeparated(pcr) {
 		for i := range all {
 			all[i].Words(tpm.OSSeparator)
 		}
 	}
 	for _, p := range all {
-		value := hexOf(p.Value)
+		value := hex.EncodeToString(p.Value)
 		if !slices.Contains(ref.Accept, value) {
 			ref.Accept = append(ref.Accept, value)
 		}
@@ -308,8 +310,8 @@ func (m *measurement) entry(pcr uint32, all []uki.Prediction, source string, fil
 	return ref
 }
 
-func (m *measurement) noteSeparator(pcr uint32, files *tpmFiles) {
-	if files.boot == nil || files.boot.Image == nil || m.separatorSaid || m.userLog != "" || !tpm.OSSeparated(pcr) {
+func (m *Request) noteSeparator(pcr uint32, files *tpmFiles) {
+	if files.boot == nil || files.boot.Image == nil || m.OSSeparatorSaid || m.UserspaceLog != "" || !tpm.OSSeparated(pcr) {
 		return
 	}
 	if v := files.boot.Image.StubVersion(); v >= separatingStub {
