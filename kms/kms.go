@@ -111,33 +111,6 @@ func Current(ctx context.Context, k KMS) (string, error) {
 // service sees it.
 const MaxBlob = 16 << 10
 
-// CheckWrap is what every Wrap begins with.
-func CheckWrap(ctx context.Context, b Binding, key *Secret) error {
-	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
-		return err
-	}
-	if key.Len() != b.Length {
-		return fmt.Errorf("%w: the key has %d bytes, the binding says %d", ErrBinding, key.Len(), b.Length)
-	}
-	return nil
-}
-
-// CheckUnwrap is what every Unwrap of a backend with one scheme begins with.
-func CheckUnwrap(ctx context.Context, b Binding, w Wrapped, scheme string) error {
-	if err := errors.Join(ctx.Err(), b.Validate()); err != nil {
-		return err
-	}
-	switch {
-	case w.Scheme != scheme:
-		return fmt.Errorf("%w: %.32q", ErrScheme, w.Scheme)
-	case w.KEK == "" || len(w.KEK) > 1024:
-		return fmt.Errorf("%w: it names no KEK", ErrKEKVersion)
-	case len(w.Blob) == 0 || len(w.Blob) > MaxBlob:
-		return fmt.Errorf("%w: it has %d bytes", ErrWrongKey, len(w.Blob))
-	}
-	return nil
-}
-
 // Secret is a key in memory that is locked, not dumped, and wiped by Close. It
 // has no printable form; Use lends its bytes.
 type Secret = secret.Bytes

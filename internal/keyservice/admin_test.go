@@ -18,6 +18,7 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
+	kmsbackend "github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/storage"
@@ -433,7 +434,7 @@ func TestAnImportIsUnderTheKEKOfThisSideAlsoIfItsNameIsTheSame(t *testing.T) {
 type named struct{ k *cluster.KMS }
 
 func (n named) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, n.Wrap)
+	return kmsbackend.Generate(ctx, b, n.Wrap)
 }
 
 func (n named) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {

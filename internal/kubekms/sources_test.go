@@ -15,6 +15,7 @@ import (
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 // local is a KMS with one KEK.
@@ -24,20 +25,20 @@ type local struct {
 }
 
 func (l *local) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, l.Wrap)
+	return backend.Generate(ctx, b, l.Wrap)
 }
 
 func (l *local) Wrap(_ context.Context, b kms.Binding, key *kms.Secret) (w kms.Wrapped, err error) {
 	w = kms.Wrapped{Scheme: "test", KEK: "test:1"}
-	w.Blob, err = kms.SealEnvelope(l.kek, b, key)
+	w.Blob, err = backend.Seal(l.kek, b, key)
 	return w, errors.Join(err, l.down)
 }
 
 func (l *local) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := errors.Join(l.down, kms.CheckUnwrap(ctx, b, w, "test")); err != nil {
+	if err := errors.Join(l.down, backend.CheckUnwrap(ctx, b, w, "test")); err != nil {
 		return nil, err
 	}
-	return kms.OpenEnvelope(l.kek, b, w.Blob)
+	return backend.Open(l.kek, b, w.Blob)
 }
 
 func classify(err error) error {

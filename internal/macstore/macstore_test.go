@@ -11,6 +11,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/storage"
 	"github.com/keyagent/keyagent/storage/memfs"
@@ -175,7 +176,7 @@ func TestTheMACKeyIsMadeOnce(t *testing.T) {
 type wrapping struct{ kms.KMS }
 
 func (w wrapping) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, w.Wrap)
+	return backend.Generate(ctx, b, w.Wrap)
 }
 
 // liar acknowledges writes and does something else.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 const (
@@ -36,12 +37,12 @@ func encryptionContext(b kms.Binding) map[string]string {
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, k.Wrap)
+	return backend.Generate(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
 func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
-	if err := kms.CheckWrap(ctx, b, key); err != nil {
+	if err := backend.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
 	if k.closed.Load() {
@@ -111,7 +112,7 @@ func (k *KMS) Current(ctx context.Context) (string, error) {
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
+	if err := backend.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}
 	if k.closed.Load() {

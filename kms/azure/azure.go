@@ -2,7 +2,7 @@
 // random, and sealed under a content key that only the vault can unwrap.
 //
 // The vault wraps without associated data. The DEK is therefore sealed here, by
-// kms.SealEnvelope with the binding as associated data, under a fresh content key
+// backend.Seal with the binding as associated data, under a fresh content key
 // of 32 bytes, and it is the content key that the vault wraps: by RSA-OAEP-256
 // under an RSA key, by A256KW under a symmetric key of a managed HSM.
 //

@@ -24,6 +24,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/kmstest"
 	"github.com/keyagent/keyagent/test/sim/cloud/azurevault"
 	"github.com/keyagent/keyagent/test/sim/cloud/entra"
@@ -214,7 +215,7 @@ func TestWhatAnybodyCanPlantUnderAnRSAKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if planted.sealed, err = kms.SealEnvelope(kek, binding, mine); err != nil {
+	if planted.sealed, err = backend.Seal(kek, binding, mine); err != nil {
 		t.Fatal(err)
 	}
 	if w.Blob, err = planted.encode(); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 const (
@@ -83,13 +84,13 @@ func (k *KMS) Current(ctx context.Context) (string, error) {
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, k.Wrap)
+	return backend.Generate(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS. The vault wraps by the latest version of the key, and
 // says which one that was.
 func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
-	if err := kms.CheckWrap(ctx, b, key); err != nil {
+	if err := backend.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
 	if k.closed.Load() {
@@ -101,7 +102,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 	}
 	defer content.Close()
 	out := blob{algorithm: *k.algorithm.Load()}
-	if out.sealed, err = kms.SealEnvelope(content, b, key); err != nil {
+	if out.sealed, err = backend.Seal(content, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
 	calling, cancel := context.WithTimeout(ctx, k.opts.Timeout)
@@ -132,7 +133,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
+	if err := backend.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}
 	if k.closed.Load() {
@@ -175,5 +176,5 @@ func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Se
 		return nil, err
 	}
 	defer content.Close()
-	return kms.OpenEnvelope(content, b, in.sealed)
+	return backend.Open(content, b, in.sealed)
 }

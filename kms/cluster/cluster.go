@@ -20,6 +20,7 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 // Schemes of a kms.Wrapped.
@@ -199,7 +200,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 		return kms.Wrapped{}, err
 	}
 	defer kek.Close()
-	blob, err := kms.SealEnvelope(kek, b, key)
+	blob, err := backend.Seal(kek, b, key)
 	return kms.Wrapped{Scheme: schemeWrapped, KEK: k.id, Blob: blob}, err
 }
 
@@ -232,7 +233,7 @@ func (k *KMS) open(b kms.Binding, blob []byte) (*secret.Bytes, error) {
 		return nil, err
 	}
 	defer kek.Close()
-	return kms.OpenEnvelope(kek, b, blob)
+	return backend.Open(kek, b, blob)
 }
 
 // LoadMasterSecret reads a master secret of raw bytes. The file must belong to

@@ -25,6 +25,7 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/shell"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 // Encoding is how the command prints the KEK.
@@ -316,7 +317,7 @@ func (k *KMS) Current(ctx context.Context) (name string, err error) {
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, k.Wrap)
+	return backend.Generate(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
@@ -327,7 +328,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 	w := kms.Wrapped{Scheme: schemeWrapped}
 	err := k.use(ctx, "", func(kek *secret.Bytes, id string) (err error) {
 		w.KEK = id
-		w.Blob, err = kms.SealEnvelope(kek, b, key)
+		w.Blob, err = backend.Seal(kek, b, key)
 		return err
 	})
 	return w, err
@@ -335,12 +336,12 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := kms.CheckUnwrap(ctx, b, w, schemeWrapped); err != nil {
+	if err := backend.CheckUnwrap(ctx, b, w, schemeWrapped); err != nil {
 		return nil, err
 	}
 	var key *secret.Bytes
 	err := k.use(ctx, w.KEK, func(kek *secret.Bytes, _ string) (err error) {
-		key, err = kms.OpenEnvelope(kek, b, w.Blob)
+		key, err = backend.Open(kek, b, w.Blob)
 		return err
 	})
 	return key, err

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/cluster"
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/kms/dek/dektest"
@@ -27,7 +28,7 @@ func newKMS() (*cluster.KMS, error) {
 type wrapping struct{ *cluster.KMS }
 
 func (w wrapping) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, w.Wrap)
+	return backend.Generate(ctx, b, w.Wrap)
 }
 
 func open(t *testing.T, s storage.Storage, wraps bool) *dek.Store {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 const (
@@ -63,12 +64,12 @@ func splitVersion(name string) (key string, version uint64, ok bool) {
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, k.Wrap)
+	return backend.Generate(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
 func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
-	if err := kms.CheckWrap(ctx, b, key); err != nil {
+	if err := backend.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
 	if k.closed.Load() {
@@ -107,7 +108,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
+	if err := backend.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}
 	if k.closed.Load() {

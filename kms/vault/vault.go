@@ -31,6 +31,7 @@ import (
 	"github.com/keyagent/keyagent/internal/pattern"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 )
 
 // Options configure [New].
@@ -126,12 +127,12 @@ func (k *KMS) Close() error {
 
 // Generate implements kms.KMS.
 func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, k.Wrap)
+	return backend.Generate(ctx, b, k.Wrap)
 }
 
 // Wrap implements kms.KMS.
 func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
-	if err := kms.CheckWrap(ctx, b, key); err != nil {
+	if err := backend.CheckWrap(ctx, b, key); err != nil {
 		return kms.Wrapped{}, err
 	}
 	var reply struct{ Data struct{ Ciphertext string } }
@@ -155,7 +156,7 @@ func (k *KMS) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wra
 
 // Unwrap implements kms.KMS.
 func (k *KMS) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {
-	if err := kms.CheckUnwrap(ctx, b, w, scheme); err != nil {
+	if err := backend.CheckUnwrap(ctx, b, w, scheme); err != nil {
 		return nil, err
 	}
 	version := ciphertextPattern.FindSubmatch(w.Blob)

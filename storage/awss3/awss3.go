@@ -7,7 +7,7 @@
 //
 // An ETag alone is no version: the same content has the same ETag again. Each
 // object therefore begins with a line that has a random token in it, see
-// storage.Frame, and a version is the token and the ETag.
+// framed.Frame, and a version is the token and the ETag.
 //
 // Directory buckets (S3 Express) are refused, because they do not list in
 // order. A bucket may have versioning, default encryption and a lifecycle; it

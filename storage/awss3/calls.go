@@ -12,6 +12,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 // Get implements storage.Storage.
@@ -25,7 +26,7 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 	if err != nil {
 		return nil, "", err
 	}
-	return data, storage.JoinVersion(token, etag), nil
+	return data, framed.JoinVersion(token, etag), nil
 }
 
 func (s *Storage) get(ctx context.Context, name string) (data []byte, token, etag string, err error) {
@@ -34,7 +35,7 @@ func (s *Storage) get(ctx context.Context, name string) (data []byte, token, eta
 		return nil, "", "", s.explain("read "+name+" in", err, "s3:GetObject (or s3:ListBucket, if the object is absent)")
 	}
 	defer out.Body.Close()
-	data, token, err = storage.ReadFrame(out.Body)
+	data, token, err = framed.Read(out.Body)
 	if err != nil && !errors.Is(err, storage.ErrCorrupt) && !errors.Is(err, storage.ErrTooLarge) {
 		return nil, "", "", s.explain("read "+name+" in", err, "")
 	}
@@ -54,7 +55,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
-	body, token := storage.Frame(data)
+	body, token := framed.Frame(data)
 	in := &s3.PutObjectInput{
 		Bucket: &s.opts.Bucket, Key: s.key(name), Body: bytes.NewReader(body), ExpectedBucketOwner: s.owner(),
 		ContentType:          aws.String("application/octet-stream"),
@@ -63,7 +64,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	if expect == storage.Absent {
 		in.IfNoneMatch = aws.String("*")
-	} else if _, etag, ok := storage.SplitVersion(expect); ok {
+	} else if _, etag, ok := framed.SplitVersion(expect); ok {
 		in.IfMatch = &etag
 	} else {
 		return "", storage.ErrConflict
@@ -71,7 +72,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	out, err := s.client.PutObject(ctx, in)
 	switch {
 	case err == nil && aws.ToString(out.ETag) != "":
-		return storage.JoinVersion(token, *out.ETag), nil
+		return framed.JoinVersion(token, *out.ETag), nil
 	case err == nil: // written, but what to expect next time is not known
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without an ETag"))
 	}
@@ -93,7 +94,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 // otherwise. The SDK tries again when an answer is lost: the first try may have
 // been written, and then the second one conflicts with it.
 func (s *Storage) mine(ctx context.Context, name, token string, otherwise error) (storage.Version, error) {
-	return storage.Settle(func() (string, string, error) {
+	return framed.Settle(func() (string, string, error) {
 		_, have, etag, err := s.get(ctx, name)
 		return have, etag, err
 	}, token, otherwise)
@@ -112,7 +113,7 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 	if err != nil {
 		return err
 	}
-	if storage.JoinVersion(token, etag) != expect {
+	if framed.JoinVersion(token, etag) != expect {
 		return storage.ErrConflict
 	}
 	_, err = s.client.DeleteObject(ctx, &s3.DeleteObjectInput{Bucket: &s.opts.Bucket, Key: s.key(name), IfMatch: &etag, ExpectedBucketOwner: s.owner()})

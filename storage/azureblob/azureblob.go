@@ -4,7 +4,7 @@
 // Blob with If-None-Match or If-Match, which the service decides on atomically,
 // so that any number of key services can share one container without talking to
 // each other. A version is the ETag that the service gives to what it wrote, and
-// the token of the frame (see storage.Frame), by which a write is known again as
+// the token of the frame (see framed.Frame), by which a write is known again as
 // ours when the answer to it was lost.
 //
 // The service is asked by its REST API over azcore, which does retries, tokens

@@ -16,6 +16,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 	"github.com/keyagent/keyagent/storage/storagetest"
 	"github.com/keyagent/keyagent/test/sim/emulator"
 	"github.com/keyagent/keyagent/test/sim/faultproxy"
@@ -140,7 +141,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		return err
 	}
 	change := func(ctx context.Context, s *Storage) error {
-		_, err := s.Put(ctx, "x", []byte("new"), storage.JoinVersion("TOKEN", `"e"`))
+		_, err := s.Put(ctx, "x", []byte("new"), framed.JoinVersion("TOKEN", `"e"`))
 		return err
 	}
 	read := func(ctx context.Context, s *Storage) error {
@@ -171,7 +172,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 			return refusal(404, "BlobNotFound")(w, r)
 		}
 	}
-	framed, _ := storage.Frame([]byte("data"))
+	framed, _ := framed.Frame([]byte("data"))
 	for name, c := range map[string]struct {
 		trick trick
 		call  func(context.Context, *Storage) error
@@ -358,7 +359,7 @@ func TestTheServiceIsToldWhoAsksAndHowToEncrypt(t *testing.T) {
 		seen <- r.Clone(context.Background())
 		return true
 	})
-	for _, expect := range []storage.Version{storage.Absent, storage.JoinVersion("T", `"e"`)} {
+	for _, expect := range []storage.Version{storage.Absent, framed.JoinVersion("T", `"e"`)} {
 		if _, err := s.Put(t.Context(), "x", nil, expect); err != nil {
 			t.Fatal(err)
 		}

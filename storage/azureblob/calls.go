@@ -15,6 +15,7 @@ import (
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/streaming"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 // apiVersion is the first that lists from a name on.
@@ -68,7 +69,7 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 	if err != nil {
 		return nil, "", err
 	}
-	return data, storage.JoinVersion(token, etag), nil
+	return data, framed.JoinVersion(token, etag), nil
 }
 
 func (s *Storage) get(ctx context.Context, name string) (data []byte, token, etag string, err error) {
@@ -77,7 +78,7 @@ func (s *Storage) get(ctx context.Context, name string) (data []byte, token, eta
 		return nil, "", "", s.explain("read "+name+" in", err, actions+"blobs/read")
 	}
 	defer resp.Body.Close()
-	data, token, err = storage.ReadFrame(resp.Body)
+	data, token, err = framed.Read(resp.Body)
 	if err != nil && !errors.Is(err, storage.ErrCorrupt) && !errors.Is(err, storage.ErrTooLarge) {
 		return nil, "", "", s.explain("read "+name+" in", err, "")
 	}
@@ -108,16 +109,16 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	if expect == storage.Absent {
 		header.Set("If-None-Match", "*")
-	} else if _, etag, ok := storage.SplitVersion(expect); ok {
+	} else if _, etag, ok := framed.SplitVersion(expect); ok {
 		header.Set("If-Match", etag)
 	} else {
 		return "", storage.ErrConflict
 	}
-	body, token := storage.Frame(data)
+	body, token := framed.Frame(data)
 	resp, err := s.send(ctx, http.MethodPut, s.prefix+name, "", header, body)
 	if err == nil {
 		if etag := resp.Header.Get("ETag"); etag != "" {
-			return storage.JoinVersion(token, etag), nil
+			return framed.JoinVersion(token, etag), nil
 		}
 		// Written, but what to expect next time is not known.
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without an ETag"))
@@ -136,7 +137,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 // otherwise. azcore tries again when an answer is lost: the first try may have
 // been written, and then the second one conflicts with it.
 func (s *Storage) mine(ctx context.Context, name, token string, otherwise error) (storage.Version, error) {
-	return storage.Settle(func() (string, string, error) {
+	return framed.Settle(func() (string, string, error) {
 		_, have, etag, err := s.get(ctx, name)
 		return have, etag, err
 	}, token, otherwise)
@@ -153,7 +154,7 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 	if err != nil {
 		return err
 	}
-	if storage.JoinVersion(token, etag) != expect {
+	if framed.JoinVersion(token, etag) != expect {
 		return storage.ErrConflict
 	}
 	_, err = s.send(ctx, http.MethodDelete, s.prefix+name, "", http.Header{"If-Match": {etag}}, nil)

@@ -11,6 +11,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 // pageSize bounds how many keys are asked for at once.
@@ -42,7 +43,7 @@ func (s *Storage) get(ctx context.Context, name string) (data []byte, token stri
 	case len(out.Kvs) == 0:
 		return nil, "", 0, storage.ErrNotFound
 	}
-	if data, token, err = storage.ReadFrame(bytes.NewReader(out.Kvs[0].Value)); err != nil {
+	if data, token, err = framed.Read(bytes.NewReader(out.Kvs[0].Value)); err != nil {
 		return nil, "", 0, fmt.Errorf("%w: %s", err, name)
 	}
 	return data, token, out.Kvs[0].ModRevision, nil
@@ -60,7 +61,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
-	body, token := storage.Frame(data)
+	body, token := framed.Frame(data)
 	var out *clientv3.TxnResponse
 	err := s.do(ctx, "write "+name+" in", func(ctx context.Context, c *clientv3.Client) (err error) {
 		out, err = c.Txn(ctx).If(condition...).Then(clientv3.OpPut(key, string(body))).Commit()
@@ -160,7 +161,7 @@ func (s *Storage) List(ctx context.Context, prefix, after string, limit int) ([]
 }
 
 func version(token string, revision int64) storage.Version {
-	return storage.JoinVersion(token, strconv.FormatInt(revision, 10))
+	return framed.JoinVersion(token, strconv.FormatInt(revision, 10))
 }
 
 // is compares a key with a version, which is not ok if it is nobody's. The token
@@ -170,12 +171,12 @@ func is(key string, v storage.Version) (conditions []clientv3.Cmp, ok bool) {
 	if v == storage.Absent {
 		return []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(key), "=", 0)}, true
 	}
-	token, compared, ok := storage.SplitVersion(v)
+	token, compared, ok := framed.SplitVersion(v)
 	revision, err := strconv.ParseInt(compared, 10, 64)
 	if !ok || err != nil || revision <= 0 {
 		return nil, false
 	}
-	start := storage.FrameStart(token)
+	start := framed.Start(token)
 	return []clientv3.Cmp{
 		clientv3.Compare(clientv3.ModRevision(key), "=", revision),
 		clientv3.Compare(clientv3.Value(key), ">", start),

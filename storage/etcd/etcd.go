@@ -4,7 +4,7 @@
 // key's mod_revision, so that any number of key services can share one cluster
 // without talking to each other. Reads are linearizable.
 //
-// A version is the mod_revision and the token of the frame (see storage.Frame),
+// A version is the mod_revision and the token of the frame (see framed.Frame),
 // and a transaction compares both: a cluster that was restored from a snapshot
 // gives out revisions again that it had given out before. By the token a write is
 // also known again as ours when the answer to it was lost.

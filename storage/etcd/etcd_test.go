@@ -26,6 +26,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/lab/pki"
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 	"github.com/keyagent/keyagent/storage/storagetest"
 	"github.com/keyagent/keyagent/test/sim/emulator"
 	"github.com/keyagent/keyagent/test/sim/faultproxy"
@@ -174,10 +175,10 @@ func TestARevisionThatCameTwiceIsNoVersion(t *testing.T) {
 	cluster := emulator.Etcd(t)
 	s := open(t, Options{Endpoints: []string{cluster}})
 	v := must[storage.Version](t)(s.Put(t.Context(), "x", []byte("one"), storage.Absent))
-	token, revision, _ := storage.SplitVersion(v)
+	token, revision, _ := framed.SplitVersion(v)
 	// After a restore, another object has the revision that this one had.
 	for _, other := range []string{"0" + token[1:], token[:len(token)-1], token + "A"} {
-		stale := storage.JoinVersion(other, revision)
+		stale := framed.JoinVersion(other, revision)
 		if _, err := s.Put(t.Context(), "x", []byte("lost"), stale); !errors.Is(err, storage.ErrConflict) {
 			t.Errorf("put, expecting %q: %v", stale, err)
 		}

@@ -1,7 +1,7 @@
 // Package file is a storage in one folder of a local filesystem, the default of
 // a key service on one machine.
 //
-// Each object is one file, framed by storage.Frame, and its version is the
+// Each object is one file, framed by framed.Frame, and its version is the
 // frame's token. A write goes to a temporary file that is synced and
 // renamed over the old one, and the folder is synced as well, so that a crash
 // leaves the old object or the new one. A lock on the folder makes
@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 const (
@@ -220,7 +221,7 @@ func (s *Storage) read(name string) ([]byte, storage.Version, error) {
 		return nil, "", err
 	}
 	defer f.Close()
-	data, token, err := storage.ReadFrame(f)
+	data, token, err := framed.Read(f)
 	if err != nil {
 		return nil, "", fmt.Errorf("%w: %s", err, name)
 	}
@@ -253,7 +254,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	if err := errors.Join(ctx.Err(), storage.CheckPut(name, data)); err != nil {
 		return "", err
 	}
-	body, token := storage.Frame(data)
+	body, token := framed.Frame(data)
 	err := s.locked(ctx, func() error {
 		if err := s.expect(name, expect); err != nil {
 			return err

@@ -17,6 +17,7 @@ import (
 	api "google.golang.org/api/storage/v1"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 // Get implements storage.Storage. Whether the bucket or the object is missing
@@ -31,7 +32,7 @@ func (s *Storage) Get(ctx context.Context, name string) ([]byte, storage.Version
 	if err != nil {
 		return nil, "", err
 	}
-	return data, storage.JoinVersion(token, generation), nil
+	return data, framed.JoinVersion(token, generation), nil
 }
 
 func (s *Storage) get(ctx context.Context, name string) (data []byte, token, generation string, err error) {
@@ -43,7 +44,7 @@ func (s *Storage) get(ctx context.Context, name string) (data []byte, token, gen
 		defer out.Body.Close()
 		generation = out.Header.Get("X-Goog-Generation")
 		sum := crc32.New(castagnoli)
-		data, token, err = storage.ReadFrame(io.TeeReader(out.Body, sum))
+		data, token, err = framed.Read(io.TeeReader(out.Body, sum))
 		switch {
 		case errors.Is(err, storage.ErrCorrupt), errors.Is(err, storage.ErrTooLarge):
 			return fmt.Errorf("%w: %s", err, name)
@@ -99,7 +100,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
 	defer cancel()
-	body, token := storage.Frame(data)
+	body, token := framed.Frame(data)
 	var out *api.Object
 	err := s.try(ctx, func() (err error) {
 		object := &api.Object{Name: s.prefix + name, ContentType: contentType, Crc32c: encodeSum(crc32.Checksum(body, castagnoli)), Metadata: s.opts.Tags}
@@ -114,7 +115,7 @@ func (s *Storage) Put(ctx context.Context, name string, data []byte, expect stor
 	})
 	switch {
 	case err == nil && out.Generation != 0:
-		return storage.JoinVersion(token, strconv.FormatInt(out.Generation, 10)), nil
+		return framed.JoinVersion(token, strconv.FormatInt(out.Generation, 10)), nil
 	case err == nil: // written, but what to expect next time is not known
 		return s.mine(ctx, name, token, errors.New("the service acknowledged a write without a generation"))
 	case errors.Is(err, storage.ErrNotFound): // the bucket, or what was to be replaced
@@ -131,7 +132,7 @@ const contentType = "application/octet-stream"
 // otherwise. A write is tried again when its answer is lost: the first try may
 // have been written, and then the second one conflicts with it.
 func (s *Storage) mine(ctx context.Context, name, token string, otherwise error) (storage.Version, error) {
-	return storage.Settle(func() (string, string, error) {
+	return framed.Settle(func() (string, string, error) {
 		_, have, generation, err := s.get(ctx, name)
 		return have, generation, err
 	}, token, otherwise)
@@ -149,7 +150,7 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 		return err
 	}
 	number, ok := parseVersion(expect)
-	if !ok || storage.JoinVersion(token, generation) != expect {
+	if !ok || framed.JoinVersion(token, generation) != expect {
 		return storage.ErrConflict
 	}
 	err = s.try(ctx, func() error {
@@ -222,7 +223,7 @@ func (s *Storage) page(ctx context.Context, prefix, start, token string, size in
 
 // parseVersion returns the generation of a version that is from here.
 func parseVersion(v storage.Version) (generation int64, ok bool) {
-	_, compared, ok := storage.SplitVersion(v)
+	_, compared, ok := framed.SplitVersion(v)
 	generation, err := strconv.ParseInt(compared, 10, 64)
 	return generation, ok && err == nil && generation > 0
 }

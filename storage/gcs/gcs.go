@@ -4,7 +4,7 @@
 // ifGenerationMatch, which the service decides on atomically, so that any number
 // of key services can share one bucket without talking to each other. A version
 // is the generation that the service gives to what it wrote, and the token of
-// the frame (see storage.Frame), by which a write is known again as ours when
+// the frame (see framed.Frame), by which a write is known again as ours when
 // the answer to it was lost.
 //
 // The upload carries a CRC32C, which the service checks before it writes; what is

@@ -18,6 +18,7 @@ import (
 	"cloud.google.com/go/auth"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 	"github.com/keyagent/keyagent/storage/storagetest"
 	"github.com/keyagent/keyagent/test/sim/emulator"
 	"github.com/keyagent/keyagent/test/sim/faultproxy"
@@ -138,7 +139,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 		return err
 	}
 	change := func(ctx context.Context, s *Storage) error {
-		_, err := s.Put(ctx, "x", []byte("new"), storage.JoinVersion("TOKEN", "1"))
+		_, err := s.Put(ctx, "x", []byte("new"), framed.JoinVersion("TOKEN", "1"))
 		return err
 	}
 	read := func(ctx context.Context, s *Storage) error {
@@ -164,7 +165,7 @@ func TestWhatTheServiceAnswersIsClassed(t *testing.T) {
 			return true
 		}
 	}
-	framed, _ := storage.Frame([]byte("data"))
+	framed, _ := framed.Frame([]byte("data"))
 	sum := func(b []byte) string { return encodeSum(crc32.Checksum(b, castagnoli)) }
 	for name, c := range map[string]struct {
 		trick trick

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 // Bed is one storage, at first empty, and what a test can do to it.
@@ -276,7 +277,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 			return
 		}
 		s := bed.Open()
-		framed, _ := storage.Frame([]byte("data of some length"))
+		framed, _ := framed.Frame([]byte("data of some length"))
 		for name, body := range map[string][]byte{
 			"empty": {}, "foreign": []byte("hello\nworld"), "truncated": framed[:len(framed)-1], "longer": append(bytes.Clone(framed), 0),
 			"header": framed[:30], "endless": make([]byte, 1<<20),

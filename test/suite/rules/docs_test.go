@@ -17,8 +17,9 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/cluster"
-	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/framed"
 )
 
 func read(t *testing.T, path string) string {
@@ -102,7 +103,7 @@ func TestTheVectorOfTheEnvelopeHolds(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer k.Close()
-	key, err := kms.OpenEnvelope(k, kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}, blob)
+	key, err := backend.Open(k, kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32}, blob)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,7 +118,7 @@ func TestTheVectorOfTheEnvelopeHolds(t *testing.T) {
 
 func TestTheVectorOfTheObjectSpecificationHolds(t *testing.T) {
 	line := regexp.MustCompile(`(?m)^keyagent object 1 .*\n`).FindString(read(t, "docs/spec/storage-object.md"))
-	data, token, err := storage.Unframe([]byte(line + "data"))
+	data, token, err := framed.Unframe([]byte(line + "data"))
 	if err != nil || string(data) != "data" || token != "ABCDEFGHIJKLMNOPQRSTUVWXYZ" {
 		t.Errorf("%q, %q, %v", data, token, err)
 	}

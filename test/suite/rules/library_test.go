@@ -16,6 +16,7 @@ import (
 	"fmt"
 
 	"github.com/keyagent/keyagent/kms"
+	"github.com/keyagent/keyagent/kms/backend"
 	"github.com/keyagent/keyagent/kms/dek"
 	"github.com/keyagent/keyagent/kms/setup"
 	"github.com/keyagent/keyagent/storage"
@@ -25,11 +26,11 @@ import (
 type vault struct{}
 
 func (v vault) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wrapped, error) {
-	return kms.GenerateWrapped(ctx, b, v.Wrap)
+	return backend.Generate(ctx, b, v.Wrap)
 }
 
 func (vault) Wrap(ctx context.Context, b kms.Binding, key *kms.Secret) (kms.Wrapped, error) {
-	return kms.Wrapped{}, kms.CheckWrap(ctx, b, key)
+	return kms.Wrapped{}, backend.CheckWrap(ctx, b, key)
 }
 
 func (vault) Unwrap(ctx context.Context, b kms.Binding, w kms.Wrapped) (*kms.Secret, error) {

@@ -1,4 +1,6 @@
-package storage
+// Package framed is the form of an object in storages that compare too little to tell two
+// writes apart: a line with a random token and a digest goes before the data.
+package framed
 
 import (
 	"bytes"
@@ -9,6 +11,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/keyagent/keyagent/storage"
 )
 
 // frameMagic begins each framed object: "keyagent object 1 TOKEN SHA256\n", then
@@ -28,41 +32,43 @@ func Frame(data []byte) (body []byte, token string) {
 }
 
 // Unframe undoes Frame. What Frame did not make, or was changed since, gives
-// [ErrCorrupt].
+// [storage.ErrCorrupt].
 func Unframe(body []byte) (data []byte, token string, err error) {
 	line, data, ok := bytes.Cut(body, []byte("\n"))
 	rest, isFrame := strings.CutPrefix(string(line), frameMagic)
 	token, sum, ok2 := strings.Cut(rest, " ")
 	digest := sha256.Sum256(data)
 	if !ok || !isFrame || !ok2 || token == "" || len(line) >= maxFrame || sum != hex.EncodeToString(digest[:]) {
-		return nil, "", ErrCorrupt
+		return nil, "", storage.ErrCorrupt
 	}
 	return data, token, nil
 }
 
-// ReadFrame reads one framed object to its end, and no further than the largest
-// that there may be: [ErrTooLarge].
-func ReadFrame(r io.Reader) (data []byte, token string, err error) {
-	body, err := io.ReadAll(io.LimitReader(r, MaxObject+maxFrame+1))
+// Read reads one framed object to its end, and no further than the largest
+// that there may be: [storage.ErrTooLarge].
+func Read(r io.Reader) (data []byte, token string, err error) {
+	body, err := io.ReadAll(io.LimitReader(r, storage.MaxObject+maxFrame+1))
 	switch {
 	case err != nil:
 		return nil, "", err
-	case len(body) > MaxObject+maxFrame:
-		return nil, "", ErrTooLarge
+	case len(body) > storage.MaxObject+maxFrame:
+		return nil, "", storage.ErrTooLarge
 	}
 	return Unframe(body)
 }
 
-// FrameStart is what each framed object with that token begins with. A backend
+// Start is what each framed object with that token begins with. A backend
 // that can compare contents recognises an object by it.
-func FrameStart(token string) string { return frameMagic + token + " " }
+func Start(token string) string { return frameMagic + token + " " }
 
 // JoinVersion makes the version of a framed object of its token, by which it is
 // unique, and of what the service compares.
-func JoinVersion(token, compared string) Version { return Version(token + " " + compared) }
+func JoinVersion(token, compared string) storage.Version {
+	return storage.Version(token + " " + compared)
+}
 
 // SplitVersion undoes JoinVersion. A version that is not from there is nobody's.
-func SplitVersion(v Version) (token, compared string, ok bool) {
+func SplitVersion(v storage.Version) (token, compared string, ok bool) {
 	token, compared, ok = strings.Cut(string(v), " ")
 	return token, compared, ok && token != "" && compared != ""
 }
@@ -71,12 +77,12 @@ func SplitVersion(v Version) (token, compared string, ok bool) {
 // answer was lost or says that somebody else had written: the SDKs try again, and
 // the second try conflicts with a first one that was carried out. get reads the
 // object; otherwise is what the write was answered with.
-func Settle(get func() (token, compared string, err error), token string, otherwise error) (Version, error) {
+func Settle(get func() (token, compared string, err error), token string, otherwise error) (storage.Version, error) {
 	have, compared, err := get()
 	switch {
 	case err == nil && have == token:
 		return JoinVersion(token, compared), nil
-	case err == nil, errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrTooLarge):
+	case err == nil, errors.Is(err, storage.ErrNotFound), errors.Is(err, storage.ErrCorrupt), errors.Is(err, storage.ErrTooLarge):
 		return "", otherwise // somebody else's
 	}
 	return "", fmt.Errorf("whether it was written is not known: %w", err)
