@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/keyagent/keyagent/internal/config"
@@ -89,10 +90,14 @@ func (v *Volume) apply(o crypttab.Option) error {
 	return nil
 }
 
-// addCrypttab adds the volumes that lines of crypttab describe. The first line that is
-// wrong is an error: the machine would come up without its volume, or in another order.
+// addCrypttab adds the volumes that lines of crypttab describe; a file that is not there
+// has none, as for systemd. The first line that is wrong is an error: the machine would
+// come up without its volume, or in another order.
 func (c *Config) addCrypttab(path string) error {
 	data, err := config.ReadPublicFile(path, crypttab.MaxFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}

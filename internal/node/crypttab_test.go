@@ -78,6 +78,11 @@ func TestALineOfCrypttabThatIsWrongIsNamed(t *testing.T) {
 	if _, err := loadWith(t, "", "volumes:\n- {id: a, device: /dev/vda, filesystem: ext4, mount: /a, on_request: true}\n- {id: b, device: /dev/vdb, filesystem: ext4, mount: /a/b}\n"); err == nil || !strings.Contains(err.Error(), "on request") {
 		t.Errorf("a volume that waits for ever: %v", err)
 	}
+	if cfg, err := loadWith(t, "", ""); err != nil || os.Remove(cfg.Crypttab) != nil {
+		t.Fatal(err)
+	} else if cfg, err = Load(filepath.Join(filepath.Dir(cfg.Crypttab), "agent.yaml")); err != nil || len(cfg.Volumes) != 0 {
+		t.Errorf("a file that is not there: %v", err)
+	}
 	if _, err := loadWith(t, strings.Repeat("#", 300<<10), ""); err == nil {
 		t.Error("a file without end is read")
 	}
