@@ -68,11 +68,8 @@ func (a *api) allow(ctx context.Context, operation, volume string) error {
 	if !ok {
 		return answer(failure.Newf(failure.PolicyDenied, "", "the caller is unknown"))
 	}
-	for _, c := range a.cfg.Callers {
-		if *c.UID == p.UID && slices.Contains(c.Operations, operation) &&
-			(volume == "" || slices.ContainsFunc(c.Volumes, func(pattern string) bool { return policy.Match(pattern, volume) })) {
-			return nil
-		}
+	if a.cfg.Allows(p.UID, operation, volume) {
+		return nil
 	}
 	a.log.Warn("local caller refused", "uid", p.UID, "pid", p.PID, "operation", operation, "volume", fmt.Sprintf("%.128q", volume))
 	return failure.Status(failure.Newf(failure.PolicyDenied, "callers in the agent's configuration says who may do what", "refused"),

@@ -118,7 +118,7 @@ func (c *Volumes) OpenLate(ctx context.Context, all []node.Volume) {
 		case <-events:
 		}
 		for _, v := range all {
-			if c.absent(v.ID) && c.needsAreUp(all, &v) {
+			if !v.OnRequest && c.absent(v.ID) && c.needsAreUp(all, &v) {
 				if _, err := c.Open(ctx, v, Intent{NoWait: true}); err == nil {
 					c.Log.Info("a late disk is open", "volume", v.ID)
 				}

@@ -254,6 +254,8 @@ func (c *Volumes) cut(ctx context.Context, d due, why error) {
 	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not cut off a volume that another node has", "volume", d.id, "error", err)
+	} else {
+		c.Log.Info("the volume is cut off its disk", "volume", d.id)
 	}
 	c.warn(d.e, "fence", "cut off its disk: another node has the volume; close it here")
 	c.set(func() { d.e.lastErr = why })

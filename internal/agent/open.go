@@ -136,6 +136,10 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 			}
 		})
 		o.mapping = m
+		// Another process of this node may have made it, one that ended since: nobody
+		// would renew its lease.
+		o.resumeLease(o.e, r)
+		o.reserve(ctx, o.e)
 		return true, nil
 	}
 	return true, o.adopt(ctx, m, r)

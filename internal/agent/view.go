@@ -136,8 +136,7 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 // Recover takes up what an earlier agent of this boot left open.
 func (c *Volumes) Recover(ctx context.Context) {
 	for _, id := range c.remembers() {
-		r, ok := c.recall(id)
-		if !ok {
+		if _, ok := c.recall(id); !ok {
 			continue
 		}
 		e := c.entryOf(id)
@@ -145,7 +144,10 @@ func (c *Volumes) Recover(ctx context.Context) {
 		if err != nil {
 			return
 		}
-		c.found(ctx, e, r)
+		// Again: another process may have been about to open it.
+		if r, ok := c.recall(id); ok {
+			c.found(ctx, e, r)
+		}
 		give()
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation/kinds"
+	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
@@ -48,6 +49,7 @@ type Config struct {
 	DeviceTimeout string `yaml:"device_timeout,omitempty"`
 
 	watch, deviceTimeout time.Duration
+	lines                []string // IDs of the volumes that are lines of crypttab
 }
 
 // ServerConfig is one endpoint of the key service.
@@ -303,7 +305,23 @@ func (c *Config) CheckServing() error {
 	if len(c.Callers) == 0 {
 		return failure.Newf(failure.Configuration, "name at least root, uid: 0", "callers: empty: nobody could use the local API")
 	}
+	for _, id := range c.lines {
+		for _, op := range []string{"open", "close"} {
+			if !c.Allows(0, op, id) {
+				return failure.Newf(failure.Configuration, "add it for uid: 0", "callers: the unit of crypttab's line for volume %q runs as root, which may not %s it", id, op)
+			}
+		}
+	}
 	return nil
+}
+
+// Allows reports whether a rule of callers lets a user do something with a volume, or,
+// if none is named, with any.
+func (c *Config) Allows(uid uint32, operation, volume string) bool {
+	return slices.ContainsFunc(c.Callers, func(one Caller) bool {
+		return *one.UID == uid && slices.Contains(one.Operations, operation) &&
+			(volume == "" || slices.ContainsFunc(one.Volumes, func(p string) bool { return policy.Match(p, volume) }))
+	})
 }
 
 // Volume returns one configured volume.

@@ -44,8 +44,8 @@ func checkLine(l *crypttab.Line) error {
 // apply does to the volume what an option of crypttab says.
 func (v *Volume) apply(o crypttab.Option) error {
 	flag := true // options that have no value
-	if (o.Name == "swap" || o.Name == "tmp") && v.Kind != "" {
-		return errors.New("swap and tmp exclude each other")
+	if (o.Name == "swap" || o.Name == "tmp" || o.Name == "keyagent-format") && (v.Kind != "" || v.Format) {
+		return errors.New("swap, tmp and keyagent-format exclude each other")
 	}
 	switch o.Name {
 	case "keyagent":
@@ -106,7 +106,7 @@ func (c *Config) addCrypttab(path string) error {
 		if err != nil {
 			return fmt.Errorf("%s, line %d, %.80q: %w", path, l.Number, l.Name, err)
 		}
-		c.Volumes = append(c.Volumes, v)
+		c.Volumes, c.lines = append(c.Volumes, v), append(c.lines, v.ID)
 	}
 	return nil
 }

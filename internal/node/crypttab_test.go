@@ -68,7 +68,8 @@ func TestALineOfCrypttabThatIsWrongIsNamed(t *testing.T) {
 		"control /dev/vdb none keyagent=x,_netdev":                      "device-mapper",
 		"one /dev/vdb none keyagent,_netdev":                            "used twice",
 		"data /dev/vda none keyagent,_netdev":                           "used twice",
-		"swap /dev/vdb none keyagent,swap,tmp,_netdev":                  "swap",
+		"swap /dev/vdb none keyagent,swap,tmp,_netdev":                  "exclude",
+		"tmp /dev/vdb none keyagent,tmp,keyagent-format,_netdev":        "exclude",
 	} {
 		_, err := loadWith(t, line+"\n", named)
 		if err == nil || failure.Of(err).Class != failure.Configuration || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "crypttab") {
@@ -85,5 +86,24 @@ func TestALineOfCrypttabThatIsWrongIsNamed(t *testing.T) {
 	}
 	if _, err := loadWith(t, strings.Repeat("#", 300<<10), ""); err == nil {
 		t.Error("a file without end is read")
+	}
+}
+
+// The line's unit asks the agent as root.
+func TestRootMayOpenAndCloseTheLinesOfCrypttab(t *testing.T) {
+	for rule, ok := range map[string]bool{
+		`{uid: 0, operations: [open, close], volumes: ["*"]}`:                                             true,
+		`{uid: 0, operations: [open], volumes: ["*"]}`:                                                    false,
+		`{uid: 0, operations: [open, close], volumes: ["logs"]}`:                                          false,
+		`{uid: 1000, operations: [open, close], volumes: ["*"]}`:                                          false,
+		`{uid: 0, operations: [open], volumes: ["data"]}, {uid: 0, operations: [close], volumes: ["d*"]}`: true,
+	} {
+		cfg, err := loadWith(t, "data /dev/vdb none keyagent,_netdev\n", "callers: ["+rule+"]\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cfg.CheckServing(); (err == nil) != ok {
+			t.Errorf("%s: %v", rule, err)
+		}
 	}
 }

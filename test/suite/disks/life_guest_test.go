@@ -48,3 +48,25 @@ func TestDiskLifeOfAVolume(t *testing.T) {
 		})
 	}
 }
+
+// A volume that another process of this node opened, and ended since, is the running
+// agent's: nobody else would renew its lease.
+func TestDiskAVolumeThatAnotherProcessOpenedKeepsItsLease(t *testing.T) {
+	n := first(t)
+	device := disk(t, diskSize)
+	removed(t, "v-alone")
+	n.configure(t, fmt.Sprintf("{id: v-alone, device: %s, format: true, filesystem: ext4, no_mmp: true, on_request: true}", device))
+	n.fails(t, 4, "agent", "unlock", "--need-agent", "v-alone")
+	running := n.start(t)
+	running.waitFor(t, "msg=ready")
+	if mapped("v-alone") {
+		t.Error("it was opened, and nobody had asked for it")
+	}
+	n.must(t, "unlock", "--standalone", "v-alone")
+	n.must(t, "unlock", "--need-agent", "v-alone")
+	if out := n.must(t, "status"); !strings.Contains(out, "held") {
+		t.Errorf("status says\n%s", out)
+	}
+	n.must(t, "close", "v-alone")
+	running.kill()
+}

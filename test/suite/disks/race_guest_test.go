@@ -220,7 +220,7 @@ func TestRaceASecondWriterIsToldWhoHasTheVolume(t *testing.T) {
 	b.must(t, "unlock")
 	holds(t, filepath.Join(atB, "note"), "of a")
 	put(t, filepath.Join(atB, "note"), "of b")
-	running.waitFor(t, "another node has it")
+	running.waitFor(t, "the volume is cut off its disk")
 	if f, err := os.Create(filepath.Join(atA, "late")); err == nil {
 		if _, err = f.WriteString("late"); err == nil {
 			err = f.Sync()
