@@ -162,6 +162,28 @@ func TestARenewalIsRememberedOrWritten(t *testing.T) {
 	}
 }
 
+// Case 48: a step of the service's clock ends no lease early: what this process granted or
+// renewed ends by a clock that nobody sets.
+func TestALeaseEndsByAClockThatNobodySets(t *testing.T) {
+	w := &world{t, newClock(), memfs.New(), nil}
+	w.Store = newStore(t, w.disk, time.Now, true)
+	w.obtain()
+	c := caller("node-1", "")
+	r := w.active(c, one)
+	for range 3 {
+		if _, _, err := w.Renew(t.Context(), "data-1", c.with(r.Lease.ID), one); err != nil {
+			t.Fatal(err)
+		}
+		r, err := w.Get(t.Context(), "data-1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ends := w.Ends(r); !strings.Contains(ends.String(), " m=+") {
+			t.Fatalf("it ends at %s, by the wall clock", ends)
+		}
+	}
+}
+
 // Case 48: the service starts again, and a grant has a shorter term since. A renewal
 // whose answer is lost must not shorten what the holder was told before the restart.
 func TestAShorterTermAfterARestartTakesNothingBack(t *testing.T) {

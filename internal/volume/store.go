@@ -109,7 +109,9 @@ func (s *Store) until(l *Lease) time.Time {
 		// It was granted before this process began, which does not know of its renewals.
 		mine = s.started.Add(l.Term())
 	}
-	return later(l.Until, mine)
+	// Of two that are equal the one of this process: it has the reading of a clock that
+	// nobody sets, and counts by that.
+	return later(mine, l.Until)
 }
 
 func later(a, b time.Time) time.Time {
@@ -333,7 +335,7 @@ func (s *Store) Renew(ctx context.Context, volume string, c *Caller, t Terms) (r
 func (s *Store) remember(l *Lease) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	until := l.Until
+	until := later(s.now().Add(l.Term()), l.Until)
 	s.lives[l.ID] = later(s.lives[l.ID], until)
 	if len(s.lives) > 4096 && len(s.lives)&(len(s.lives)-1) == 0 {
 		for other, end := range s.lives {
