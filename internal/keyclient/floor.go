@@ -74,6 +74,11 @@ func (f *floor) remember() error {
 	if f.file == "" || f.at.IsZero() {
 		return nil
 	}
+	// Another process may have seen more.
+	if k, ok := f.read(); ok && k.At.Add(f.boot()-k.Boot).After(f.now()) {
+		f.at, f.since = k.At, k.Boot
+		return nil
+	}
 	data, err := json.Marshal(kept{f.at.UTC(), f.since})
 	if err == nil {
 		err = os.MkdirAll(filepath.Dir(f.file), 0o700)
@@ -92,15 +97,18 @@ func (f *floor) remember() error {
 // recall takes up what a process before this one kept, since this machine's start. A
 // file that cannot be read, or is of another start, was never there.
 func (f *floor) recall() {
+	if k, ok := f.read(); ok {
+		f.at, f.since = k.At, k.Boot
+	}
+}
+
+func (f *floor) read() (k kept, ok bool) {
 	if f.file == "" {
-		return
+		return k, false
 	}
 	data, err := config.ReadPublicFile(f.file, 256)
-	var k kept
-	if err != nil || json.Unmarshal(data, &k) != nil || k.Boot <= 0 || k.Boot > f.boot() {
-		return
-	}
-	f.at, f.since = k.At, k.Boot
+	ok = err == nil && json.Unmarshal(data, &k) == nil && k.Boot > 0 && k.Boot <= f.boot()
+	return k, ok
 }
 
 // now is the floor. The lock is held.

@@ -53,6 +53,13 @@ func TestTheFloorOutlivesItsProcess(t *testing.T) {
 	if got := start().Now(); !got.Equal(day(6)) {
 		t.Errorf("the next process says %s", got)
 	}
+	// Of two processes the one that saw less takes nothing back.
+	second := start()
+	first.saw(day(20))
+	second.saw(day(10))
+	if got := start().Now(); !got.Equal(day(20)) || !second.Now().Equal(day(20)) {
+		t.Errorf("after a process that saw less it is %s", got)
+	}
 	for name, text := range map[string]string{
 		"of an earlier start": `{"at":"2100-01-09T00:00:00Z","boot":99999999999999999}`,
 		"without a start":     `{"at":"2100-01-09T00:00:00Z"}`,
