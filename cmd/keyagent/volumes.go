@@ -28,6 +28,7 @@ type volumeVerb struct {
 	config     string
 	socket     string
 	standalone bool
+	needAgent  bool
 	logs       logFlags
 }
 
@@ -35,6 +36,8 @@ func (v *volumeVerb) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&v.config, "config", defaultAgentConfig, "the agent's configuration, for work without a running agent")
 	cmd.Flags().StringVar(&v.socket, "socket", node.DefaultSocket, "the running agent's socket")
 	cmd.Flags().BoolVar(&v.standalone, "standalone", false, "do not look for a running agent")
+	cmd.Flags().BoolVar(&v.needAgent, "need-agent", false, "fail if no agent runs, which would renew leases")
+	cmd.MarkFlagsMutuallyExclusive("standalone", "need-agent")
 	v.logs.add(cmd)
 }
 
@@ -57,6 +60,9 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 		}
 		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, nil, failure.New(failure.Unreachable, fmt.Errorf("agent: %w", err), "--standalone works without the agent")
+		}
+		if v.needAgent {
+			return nil, nil, failure.New(failure.Unreachable, fmt.Errorf("agent: %w", err), "systemctl status keyagent-agent says why it does not run")
 		}
 	}
 	log, err := v.logs.logger(cmd.ErrOrStderr())

@@ -34,11 +34,10 @@ type Option struct {
 func Parse(data []byte) []Line {
 	var out []Line
 	number := 0
-	for text := range strings.SplitSeq(string(data), "\n") {
+	// systemd ends a line at these as well, and knows the white space of C.
+	for text := range strings.SplitSeq(strings.NewReplacer("\r\n", "\n", "\r", "\n", "\x00", "\n").Replace(string(data)), "\n") {
 		number++
-		// systemd ends a line at these as well, and knows the white space of C.
-		text, _, _ = strings.Cut(text, "\x00")
-		words := strings.FieldsFunc(text, func(r rune) bool { return strings.ContainsRune(" \t\v\f\r", r) })
+		words := strings.FieldsFunc(text, func(r rune) bool { return strings.ContainsRune(" \t\v\f", r) })
 		if len(words) < 4 || strings.HasPrefix(words[0], "#") {
 			continue
 		}

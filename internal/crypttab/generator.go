@@ -78,6 +78,7 @@ func quote(s string) string {
 }
 
 func (g *Generator) unit(l *Line) string {
+	needAgent := " --need-agent"
 	order := `# The agent opens it. It is ready when all volumes are open that are not optional.
 Wants=keyagent-agent.service
 After=keyagent-agent.service
@@ -87,7 +88,7 @@ After=remote-fs-pre.target
 	if !l.Has("_netdev") {
 		// What is ordered before the network cannot wait for an agent that needs it.
 		// The line is wrong, and the unit shall say so at once.
-		order, target = "", "cryptsetup.target"
+		order, target, needAgent = "", "cryptsetup.target", ""
 	}
 	if !l.Has("nofail") {
 		order += "Before=" + target + "\n"
@@ -111,16 +112,18 @@ Before=umount.target
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=` + g.Program + ` unlock ` + arguments + `
+# Without an agent nobody would renew the volume's lease. One that was refused for good
+# does not run: then this one tries until somebody has started it again.
+ExecStart=` + g.Program + ` unlock` + needAgent + ` ` + arguments + `
 ExecStop=` + g.Program + ` close ` + arguments + `
 # The key service is tried for as long as the agent's configuration says, and the
-# agent's own unit says which refusals are final.
+# agent's own unit says which refusals are final. A disk that is not there (11) may come.
 TimeoutStartSec=infinity
 Restart=on-failure
 RestartSec=10s
-RestartPreventExitStatus=2 3 5 6 7 8 9 11 12 13 14 15 17
+RestartPreventExitStatus=2 3 5 6 7 8 9 12 13 14 15 17
 StandardInput=null
 StandardOutput=journal
-StandardError=journal+console
+StandardError=journal
 `
 }
