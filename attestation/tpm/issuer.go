@@ -310,9 +310,24 @@ func (a *attempt) quote(q *attestv1.TPMAsk, binder attestation.Binder) (*attestv
 	return quote(a.tpm, a.ak, a.clock, q.GetPcrs(), binder)
 }
 
+// maxQuotes bounds how often a quote is made again because something was measured
+// between it and the reading of the values that it covers.
+const maxQuotes = 5
+
 // quote signs with ak, and refuses to go on if the TPM was reset since clock was
-// read.
+// read. A boot goes on measuring meanwhile: values that the quote does not cover are not
+// evidence of anything wrong, and both are made again.
 func quote(t transport.TPM, ak object, clock tpm2.TPMSClockInfo, pcrs []uint32, binder attestation.Binder) (*attestv1.TPMEvidence, error) {
+	for n := 1; ; n++ {
+		ev, covered, err := quoteOnce(t, ak, clock, pcrs, binder)
+		if err != nil || covered || n == maxQuotes {
+			return ev, err
+		}
+	}
+}
+
+// quoteOnce also reports whether the quote covers the values.
+func quoteOnce(t transport.TPM, ak object, clock tpm2.TPMSClockInfo, pcrs []uint32, binder attestation.Binder) (ev *attestv1.TPMEvidence, covered bool, err error) {
 	qualifying := sha256.Sum256(binder[:])
 	rsp, err := tpm2.Quote{
 		SignHandle:     tpm2.AuthHandle{Handle: ak.handle, Name: ak.name, Auth: tpm2.PasswordAuth(nil)},
@@ -321,25 +336,30 @@ func quote(t transport.TPM, ak object, clock tpm2.TPMSClockInfo, pcrs []uint32, 
 		PCRSelect:      selection(pcrs),
 	}.Execute(t)
 	if err != nil {
-		return nil, fmt.Errorf("quote: %w", err)
+		return nil, false, fmt.Errorf("quote: %w", err)
 	}
 	attest, err := rsp.Quoted.Contents()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if c := attest.ClockInfo; ak.clear && (c.ResetCount != clock.ResetCount || c.RestartCount != clock.RestartCount) {
-		return nil, fmt.Errorf("%w: reset count %d then %d, restart count %d then %d", ErrReset,
+		return nil, false, fmt.Errorf("%w: reset count %d then %d, restart count %d then %d", ErrReset,
 			clock.ResetCount, c.ResetCount, clock.RestartCount, c.RestartCount)
 	}
 	values, err := readPCRs(t, pcrs)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
+	info, err := attest.Attested.Quote()
+	if err != nil {
+		return nil, false, err
+	}
+	digest := sha256.Sum256(slices.Concat(values...))
 	return &attestv1.TPMEvidence{
 		Attest:    rsp.Quoted.Bytes(),
 		Signature: tpm2.Marshal(rsp.Signature),
 		PcrValues: values,
-	}, nil
+	}, bytes.Equal(digest[:], info.PCRDigest.Buffer), nil
 }
 
 // Close implements attestation.Attempt.
