@@ -14,7 +14,6 @@ import (
 // measuring is a TPM of a boot that goes on: something is measured behind a quote.
 type measuring struct {
 	transport.TPM
-	t     testing.TB
 	times int
 	seen  int // quotes
 }
@@ -41,7 +40,7 @@ func TestWhatIsMeasuredDuringAQuoteIsQuotedAgain(t *testing.T) {
 		times, quotes int
 		ok            bool
 	}{{0, 1, true}, {1, 2, true}, {3, 4, true}, {100, maxQuotes, false}} {
-		m := &measuring{TPM: f.tpm, t: t, times: tt.times}
+		m := &measuring{TPM: f.tpm, times: tt.times}
 		ev, err := quote(m, f.ak, f.clock, pcrs, testBinder)
 		if err != nil {
 			t.Fatal(err)
