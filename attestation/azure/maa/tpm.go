@@ -16,7 +16,7 @@ import (
 const nvAKCertificate = 0x01C101D0
 
 // registers is how many PCRs, from 0, the provider is told: what Microsoft's own sample
-// sends. Whoever compares PCRs does it with the quote of package azure.
+// sends. PCRs are compared by the quote of package azure, not by this one.
 const registers = 8
 
 func selection() tpm2.TPMLPCRSelection {
