@@ -146,6 +146,23 @@ func (i *Issuer) Begin(ctx context.Context) (attestation.Attempt, error) {
 	return a, nil
 }
 
+// EK names the endorsement key that this machine offers, as [EKDigest] does.
+func (i *Issuer) EK(ctx context.Context) (string, error) {
+	a := &attempt{issuer: i}
+	if _, err := a.take(ctx); err != nil {
+		return "", err
+	}
+	pub, err := tpm2.Pub(a.ekey.public)
+	if err == nil && a.akCert != nil {
+		err = errors.New("the TPM offers a cloud's attestation key, which has no endorsement key")
+	}
+	var digest string
+	if err == nil {
+		digest, err = EKDigest(pub)
+	}
+	return digest, errors.Join(err, a.Close())
+}
+
 // take waits for the TPM, loads the keys and returns the offer of them.
 func (a *attempt) take(ctx context.Context) (_ []byte, err error) {
 	select {

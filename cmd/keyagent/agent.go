@@ -36,6 +36,11 @@ that appears later is opened then.`,
 			if err != nil {
 				return err
 			}
+			if !check { // which another machine may do
+				if err := cfg.Resolve(cmd.Context()); err != nil {
+					return err
+				}
+			}
 			if err := cfg.CheckServing(); err != nil {
 				return err
 			}

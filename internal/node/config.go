@@ -59,6 +59,7 @@ type ServerConfig struct {
 	CA      string   `yaml:"ca,omitempty"`   // PEM file
 	Pins    []string `yaml:"pins,omitempty"` // sha256:HEX of the public key
 
+	path  string // of ca
 	roots *x509.CertPool
 	pins  [][32]byte
 }
@@ -157,7 +158,7 @@ func (c *Config) check(doc *config.Document, dir string) error {
 
 func (c *Config) checkVolumes(doc *config.Document) error {
 	for i := range c.Volumes {
-		if err := c.Volumes[i].Validate(); err != nil {
+		if err := c.Volumes[i].describe(); err != nil {
 			return doc.Errorf(place("volumes", i, err), "%w", bare(err))
 		}
 	}
@@ -218,6 +219,7 @@ func (s *ServerConfig) check(doc *config.Document, dir string, i int) error {
 		if !filepath.IsAbs(path) {
 			path = filepath.Join(dir, path)
 		}
+		s.path = path
 		text, err := os.ReadFile(path)
 		if err != nil {
 			return doc.Errorf(at("ca"), "%w", err)
@@ -346,4 +348,25 @@ var ErrUnknownVolume = errors.New("volume is not configured here")
 // UnknownVolume is that error with its class.
 func UnknownVolume(id string) error {
 	return failure.Newf(failure.NotFound, "the agent's configuration lists its volumes, and names crypttab if its lines are volumes; both are read when the agent starts", "%w: %.128q", ErrUnknownVolume, id)
+}
+
+// Files are the paths of the files that the configuration names, without its own, as a
+// copy of it elsewhere would need them.
+func (c *Config) Files() ([]string, error) {
+	var out []string
+	for _, s := range c.Servers {
+		if s.path != "" {
+			out = append(out, s.path)
+		}
+	}
+	out = append(out, c.TPM.EKIntermediates...)
+	out = append(out, c.TPM.AKIntermediates...)
+	if c.ServerPolicy != "" {
+		p, err := kinds.LoadPolicy(c.ServerPolicy)
+		if err != nil {
+			return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+		}
+		out = append(append(out, c.ServerPolicy), p.Files()...)
+	}
+	return out, nil
 }
