@@ -112,6 +112,7 @@ type Policy struct {
 	hash     string
 	lifetime time.Duration
 	pcrs     []uint32
+	files    []string
 }
 
 // Load reads and checks the policy file at path, which may speak of these kinds.
@@ -147,6 +148,7 @@ func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
 	if c.err != nil {
 		return nil, c.err
 	}
+	p.files = c.files
 	// Files that the policy names are part of what it says.
 	h := sha256.New()
 	h.Write(data)
@@ -165,6 +167,9 @@ func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
 	p.hash = hex.EncodeToString(h.Sum(nil))
 	return p, nil
 }
+
+// Files are the paths of the files that the policy names and rests on.
+func (p *Policy) Files() []string { return p.files }
 
 // decode hands each part of the file to its kind.
 func (p *Policy) decode(f *file, doc *config.Document) error {
@@ -239,6 +244,7 @@ type Checker struct {
 	doc   *config.Document
 	trust Trusts
 	dir   string
+	files []string // that were read
 	err   error
 }
 

@@ -345,6 +345,7 @@ func (c *Checker) read(path string) ([]byte, error) {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(c.dir, path)
 	}
+	c.files = append(c.files, path)
 	return os.ReadFile(path)
 }
 

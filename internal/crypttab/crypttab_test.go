@@ -44,7 +44,7 @@ func TestUnitsStandInForThoseOfSystemd(t *testing.T) {
 	}
 	text := ""
 	for _, name := range []string{"data", "a-b", "a.b", ".hidden", "under_score", "colon:x", "per%cent", "dollar$", "at@", "ä", "back\\slash", `quo"te`, "a..b", "0"} {
-		for suffix, options := range map[string]string{"": "keyagent,_netdev", "-nf": "keyagent,_netdev,nofail", "-na": "keyagent=x,_netdev,noauto", "-bad": "keyagent"} {
+		for suffix, options := range map[string]string{"": "keyagent,_netdev", "-nf": "keyagent,_netdev,nofail", "-na": "keyagent=x,_netdev,noauto", "-bad": "keyagent", "-root": "keyagent,_netdev,x-initrd.attach"} {
 			text += name + suffix + " /dev/disk/by-id/x none " + options + "\n"
 		}
 	}
@@ -68,7 +68,7 @@ func TestUnitsStandInForThoseOfSystemd(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	mine, their := units(t, ours), units(t, theirs)
-	if len(mine) != 14*4 {
+	if len(mine) != 14*5 {
 		t.Errorf("%d units", len(mine))
 	}
 	for name, unit := range their {

@@ -41,6 +41,9 @@ func (g *Generator) Run() error {
 // UnitName is the name of the unit that opens a mapping.
 func UnitName(mapping string) string { return "systemd-cryptsetup@" + escape(mapping) + ".service" }
 
+// DeviceUnit is the name of the unit of a device's path.
+func DeviceUnit(path string) string { return escape(strings.TrimPrefix(path, "/")) + ".device" }
+
 // escape writes a string as systemd does in the name of a unit: systemd.unit(5).
 func escape(s string) string {
 	var out strings.Builder
@@ -93,7 +96,13 @@ After=remote-fs-pre.target
 	if !l.Has("nofail") {
 		order += "Before=" + target + "\n"
 	}
+	// What is opened in the initrd carries the system itself, and is closed by what ends
+	// after it, if at all.
 	arguments := fmt.Sprintf("--config %s -- %s", quote(g.Config), quote(l.ID()))
+	end, stop := "Conflicts=umount.target\n", "ExecStop="+g.Program+" close "+arguments+"\n"
+	if l.Has("x-initrd.attach") {
+		end, stop = "", ""
+	}
 	return `# Written by keyagent-generator.
 
 [Unit]
@@ -106,8 +115,7 @@ After=cryptsetup-pre.target
 ` + order + `# What is mounted from it comes after it, and goes first.
 Wants=blockdev@dev-mapper-%i.target
 Before=blockdev@dev-mapper-%i.target
-Conflicts=umount.target
-Before=umount.target
+` + end + `Before=umount.target
 
 [Service]
 Type=oneshot
@@ -115,8 +123,7 @@ RemainAfterExit=yes
 # Without an agent nobody would renew the volume's lease. One that was refused for good
 # does not run: then this one tries until somebody has started it again.
 ExecStart=` + g.Program + ` unlock` + needAgent + ` ` + arguments + `
-ExecStop=` + g.Program + ` close ` + arguments + `
-# The key service is tried for as long as the agent's configuration says, and the
+` + stop + `# The key service is tried for as long as the agent's configuration says, and the
 # agent's own unit says which refusals are final. A disk that is not there (11) may come.
 TimeoutStartSec=infinity
 Restart=on-failure
