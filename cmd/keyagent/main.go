@@ -70,7 +70,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return failure.New(failure.Usage, err, fmt.Sprintf("see %s --help", cmd.CommandPath()))
 	})
-	root.CompletionOptions.DisableDefaultCmd = true
+	root.CompletionOptions.HiddenDefaultCmd = true // for who makes packages
 	root.AddGroup(
 		&cobra.Group{ID: "node", Title: "In the confidential VM:"},
 		&cobra.Group{ID: "service", Title: "On the trusted side:"},
@@ -83,7 +83,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newKubeKMS())
+	add("node", newAgent(), newUnlock(), newFormat(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newKubeKMS())
 	add("service", newServe(), newVolume(), newAudit(), newKMS())
 	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())

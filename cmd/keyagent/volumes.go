@@ -43,10 +43,14 @@ func (v *volumeVerb) flags(cmd *cobra.Command) {
 
 // newCore wires the node's core.
 func newCore(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keyclient.Progress) *agent.Volumes {
-	return agent.NewVolumes(agent.Options{
+	return agent.NewVolumes(coreOptions(cfg, keys, log, progress))
+}
+
+func coreOptions(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keyclient.Progress) agent.Options {
+	return agent.Options{
 		Keys: keys, Log: log, StateDir: cfg.StateDir, DeviceWait: cfg.DeviceWait(),
 		AppearWait: min(cfg.RetryPolicy().Budget, time.Minute), Progress: progress,
-	})
+	}
 }
 
 // connect finds the agent. Only where none listens does the verb work alone.
@@ -71,6 +75,9 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 	}
 	cfg, err := node.Load(v.config)
 	if err != nil {
+		return nil, nil, err
+	}
+	if err := cfg.Resolve(cmd.Context()); err != nil {
 		return nil, nil, err
 	}
 	keys, closer, err := cfg.KeyClient(log, nil)

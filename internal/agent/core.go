@@ -54,7 +54,10 @@ type Options struct {
 	DeviceWait time.Duration
 	// AppearWait is how long a disk that is not optional may take to appear.
 	AppearWait time.Duration
-	Progress   keyclient.Progress
+	// Initrd says that this process runs in the initrd, and that another one will take
+	// over what it opens.
+	Initrd   bool
+	Progress keyclient.Progress
 }
 
 // Volumes is the core of the node: it opens, keeps and closes volumes, whatever

@@ -128,7 +128,7 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if m.Cut {
 		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
 	}
-	if known && o.ours(m, r) && !m.Suspended {
+	if known && o.ours(m, r) && !m.Suspended && r.Initrd == o.Initrd {
 		h := o.keptHeader(r)
 		o.set(func() {
 			if o.e.known = r; o.e.header == nil {
@@ -173,7 +173,10 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
-	if !o.ours(m, r) {
+	switch {
+	case o.ours(m, r) && r.Initrd:
+		o.Log.Info("took over a mapping from the initrd; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
+	case !o.ours(m, r):
 		o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
 	}
 	o.warn(o.e, "fence", "")
@@ -295,7 +298,7 @@ func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 // state is what is remembered of the volume.
 func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
-		Spec: o.v, Dynamic: o.e.dynamic, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
+		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
 		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device),
 	}
 	if l := key.Lease; l != nil {

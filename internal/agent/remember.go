@@ -35,6 +35,9 @@ type remembered struct {
 	// mapping of the same name that somebody else made has another one.
 	Sequence uint64 `json:"sequence,omitempty"`
 	Mount    string `json:"mount,omitempty"` // canonical
+	// Initrd says that it was opened there. The system that runs since then is another
+	// one, and proves anew that it may have the volume.
+	Initrd bool `json:"initrd,omitempty"`
 	// Failed is why the volume is mapped and no more: a filesystem that needs repair.
 	Failed  string `json:"failed,omitempty"`
 	LeaseID []byte `json:"lease_id,omitempty"`
