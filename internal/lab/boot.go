@@ -220,9 +220,10 @@ func (o *Options) arguments(vars string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
+		// What socat says goes nowhere: QEMU would send it into the guest.
 		// With a command QEMU starts one process for each connection; the form
 		// without one would put all of the guest's connections into a single one.
-		network += fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s - TCP:%s", f.Guest, socat, f.Host)
+		network += fmt.Sprintf(",guestfwd=tcp:%s-cmd:%s -lf /dev/null - TCP:%s", f.Guest, socat, f.Host)
 	}
 	// No option ROM: firmware would read it, measure it, and offer to boot from it.
 	return append(args, "-netdev", network, "-device", "virtio-net-pci,netdev=net,romfile=,mac=52:54:00:12:34:56"), nil

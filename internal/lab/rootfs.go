@@ -63,19 +63,20 @@ func (c *Cache) rootfs(ctx context.Context, r Rootfs, out string) error {
 	return os.Rename(temp, out)
 }
 
-// Debian returns the path of a tar file with a minimal Debian 12.
-func (c *Cache) Debian(ctx context.Context) (string, error) {
+// Debian returns the path of a tar file with a minimal Debian 12 and more packages.
+func (c *Cache) Debian(ctx context.Context, more ...string) (string, error) {
 	sources, content, err := aptSources()
 	if err != nil {
 		return "", err
 	}
-	inputs := append([]string{"bookworm", content}, rootPackages...)
+	packages := append(rootPackages[:len(rootPackages):len(rootPackages)], more...)
+	inputs := append([]string{"bookworm", content}, packages...)
 	dir, err := c.entry(ctx, "debian", inputs, func(dir string) error {
 		if os.Geteuid() != 0 {
 			return fmt.Errorf("only root can make files of other owners: run as root once, afterwards it is cached")
 		}
 		_, err := run(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--mode=root",
-			"--include="+strings.Join(rootPackages, ","),
+			"--include="+strings.Join(packages, ","),
 			`--aptopt=Acquire::Languages "none"`, "--skip=check/empty",
 			"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
 			"--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -161,6 +162,21 @@ func makeBase(ctx context.Context, dir, tar string, k *Kernel, files []File) err
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return err
 	}
+	if err := unpackBase(ctx, tree, tar, files); err != nil {
+		return err
+	}
+	if _, err := run(ctx, "depmod", "-b", tree, k.Release); err != nil {
+		return err
+	}
+	if _, err := run(ctx, "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree,
+		filepath.Join(dir, "base.img"), "384M"); err != nil {
+		return err
+	}
+	return os.RemoveAll(tree)
+}
+
+// unpackBase unpacks Debian into a tree, and places files in it.
+func unpackBase(ctx context.Context, tree, tar string, files []File) error {
 	if _, err := run(ctx, "tar", "-C", tree, "-xf", tar); err != nil {
 		return err
 	}
@@ -174,14 +190,7 @@ func makeBase(ctx context.Context, dir, tar string, k *Kernel, files []File) err
 			return fmt.Errorf("file %s: %w", f.Path, err)
 		}
 	}
-	if _, err := run(ctx, "depmod", "-b", tree, k.Release); err != nil {
-		return err
-	}
-	if _, err := run(ctx, "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree,
-		filepath.Join(dir, "base.img"), "384M"); err != nil {
-		return err
-	}
-	return os.RemoveAll(tree)
+	return nil
 }
 
 // placeFile puts a file into a tree in which nothing of the caller's stands: a

@@ -36,6 +36,32 @@ const diskSize = 64 << 20
 // that kernel command line. The service runs.
 func newNode(t *testing.T, command string) *node {
 	t.Helper()
+	n := newMachine(t)
+	must(t, lab.BuildRootInitrd(t.Context(), n.kernel, n.initrd))
+	uki, _ := n.image(t, "expected", command)
+	profile, err := n.service.Run(t.Context(), "measure", "--name", "guest", "--trust", "root:demo", "--uki", uki,
+		"--phase", "sysinit", "--phase", "sysinit:ready", "--event-log", "trusted.log", "--pcrs", "0,1,2,3,4,5,6,7,11")
+	must(t, err)
+	must(t, n.service.WritePolicy("tpm-maker.pem", profile))
+	n.start(t)
+	return n
+}
+
+// start starts the key service.
+func (n *node) start(t *testing.T) {
+	t.Helper()
+	// Not the test's context: it ends before the clean-up stops the service.
+	must(t, n.service.Start(context.WithoutCancel(t.Context())))
+	t.Cleanup(func() {
+		if err := n.service.Stop(); err != nil {
+			t.Errorf("the key service: %v", err)
+		}
+	})
+}
+
+// newMachine makes a machine and a key service that does not run yet and has no policy.
+func newMachine(t *testing.T) *node {
+	t.Helper()
 	n := &node{dir: t.TempDir()}
 	n.disk, n.initrd = n.path("disk.img"), n.path("initrd")
 	var err error
@@ -52,20 +78,6 @@ func newNode(t *testing.T, command string) *node {
 	must(t, os.WriteFile(n.path("service/trusted.log"), trustedLog(t), 0o600))
 	must(t, os.WriteFile(n.disk, nil, 0o600))
 	must(t, os.Truncate(n.disk, diskSize))
-	must(t, lab.BuildRootInitrd(t.Context(), n.kernel, n.initrd))
-
-	uki, _ := n.image(t, "expected", command)
-	profile, err := n.service.Run(t.Context(), "measure", "--name", "guest", "--trust", "root:demo", "--uki", uki,
-		"--phase", "sysinit", "--phase", "sysinit:ready", "--event-log", "trusted.log", "--pcrs", "0,1,2,3,4,5,6,7,11")
-	must(t, err)
-	must(t, n.service.WritePolicy("tpm-maker.pem", profile))
-	// Not the test's context: it ends before the clean-up stops the service.
-	must(t, n.service.Start(context.WithoutCancel(t.Context())))
-	t.Cleanup(func() {
-		if err := n.service.Stop(); err != nil {
-			t.Errorf("the key service: %v", err)
-		}
-	})
 	return n
 }
 
