@@ -66,7 +66,7 @@ func resume(ctx context.Context, name, uuid string, flags uint32) error {
 	if err != nil {
 		return err
 	}
-	answer, err := dmCall{command: dmDevSuspend, uuid: uuid, flags: flags, event: udev.event}.run()
+	answer, err := dmCall{command: dmDevSuspend, flags: flags, event: udev.event}.on(name, uuid).run()
 	if err != nil {
 		udev.drop()
 		return fmt.Errorf("resume mapping %s: %w", name, err)
@@ -75,13 +75,13 @@ func resume(ctx context.Context, name, uuid string, flags uint32) error {
 	return nil
 }
 
-// remove removes a mapping by its UUID.
+// remove removes a mapping by its UUID, or by its name if it has none.
 func remove(ctx context.Context, name, uuid string) error {
 	udev, err := newCookie()
 	if err != nil {
 		return err
 	}
-	answer, err := dmCall{command: dmDevRemove, uuid: uuid, event: udev.event}.run()
+	answer, err := dmCall{command: dmDevRemove, event: udev.event}.on(name, uuid).run()
 	if err != nil {
 		udev.drop()
 	}

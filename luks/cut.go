@@ -26,18 +26,23 @@ func cut(ctx context.Context, name, uuid string) error {
 		return err
 	}
 	defer release()
-	dm := live.uuid
 	sectors, err := liveSectors(live, name)
 	if err != nil {
 		return err
 	}
+	return intoError(ctx, live, name, sectors)
+}
+
+// intoError gives a mapping a table that answers everything with an error.
+func intoError(ctx context.Context, live liveMapping, name string, sectors int64) error {
 	return kernelCall(ctx, "cutting "+name, func() error {
-		if _, err := (dmCall{command: dmTableLoad, uuid: dm, targets: 1, payload: target(sectors, cutKind, "")}).run(); err != nil {
+		load := dmCall{command: dmTableLoad, targets: 1, payload: target(sectors, cutKind, "")}
+		if _, err := load.on(name, live.uuid).run(); err != nil {
 			return fmt.Errorf("load its table: %w", err)
 		}
 		// The kernel stops it, without waiting for what is under way, exchanges the
 		// table, which drops the key, and lets it go on into the error.
-		return resume(ctx, name, dm, dmSkipLockFS|dmNoFlush)
+		return resume(ctx, name, live.uuid, dmSkipLockFS|dmNoFlush)
 	}, nil)
 }
 

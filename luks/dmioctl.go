@@ -64,6 +64,14 @@ type dmCall struct {
 	payload []byte
 }
 
+// on names the mapping that the call is about. The kernel takes one of the two.
+func (c dmCall) on(name, uuid string) dmCall {
+	if c.uuid = uuid; uuid == "" {
+		c.name = name
+	}
+	return c
+}
+
 // run makes the call and returns the kernel's answer.
 func (c dmCall) run() ([]byte, error) {
 	control, err := os.OpenFile(dmControl, os.O_RDWR|unix.O_CLOEXEC, 0)

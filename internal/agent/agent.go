@@ -50,6 +50,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	if err != nil {
 		return failure.New(failure.Configuration, err, "")
 	}
+	keySockets, err := a.keySockets()
+	if err != nil {
+		return err
+	}
 	a.volumes.Recover(ctx)
 	server := newNodeServer(ctx, a.volumes, a.cfg, a.log)
 	stop := ctx
@@ -70,6 +74,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	group.Go(func() error { a.volumes.KeepLeases(ctx); return nil })
 	group.Go(func() error { a.volumes.WatchHeaders(ctx, a.cfg.WatchEvery()); return nil })
+	group.Go(func() error { return a.serveKeys(ctx, keySockets) })
 	if a.cfg.Metrics != "" {
 		group.Go(func() error { return a.volumes.ServeMetrics(ctx, a.cfg.Metrics) })
 	}

@@ -104,6 +104,7 @@ type entry struct {
 	created   bool
 	alarms    int          // how often the header was found overwritten
 	unreserve func() error // of the disk's reservation; nil without one
+	anew      func()       // somebody asks for the key again
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
@@ -130,7 +131,7 @@ func (c *Volumes) entryOf(id string) *entry {
 func (c *Volumes) entryLocked(id string) *entry {
 	e, ok := c.entries[id]
 	if !ok {
-		e = &entry{turn: make(chan struct{}, 1), condition: condition{state: Absent}, warnings: map[string]string{}}
+		e = &entry{turn: make(chan struct{}, 1), condition: condition{state: Absent}, warnings: map[string]string{}, anew: func() {}}
 		c.entries[id] = e
 	}
 	return e

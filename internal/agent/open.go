@@ -30,6 +30,11 @@ type Intent struct {
 // is created on a blank device if the intent or the volume itself says so. Opening
 // an open volume succeeds.
 func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, error) {
+	return c.opened(ctx, v, in, (*opening).run)
+}
+
+// opened brings a volume up by way of run, whoever maps it.
+func (c *Volumes) opened(ctx context.Context, v node.Volume, in Intent, run func(*opening, context.Context) error) (Volume, error) {
 	if err := v.Validate(); err != nil {
 		return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")
 	}
@@ -54,7 +59,7 @@ func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, e
 	started := time.Now()
 	o := &opening{Volumes: c, e: e, v: v, intent: in}
 	o.intent.Format = in.Format || v.Format
-	err = classify(o.run(luks.WithPatience(ctx, c.DeviceWait)))
+	err = classify(run(o, luks.WithPatience(ctx, c.DeviceWait)))
 	c.finish(o, err)
 	if err != nil {
 		f := failure.Of(err)

@@ -82,7 +82,7 @@ trust:
 grants:
   - name: guest-data
     profiles: [guest]
-    volumes: ["data", "data-logs"]
+    volumes: ["data", "data-*"]
     operations: [open, format]
 profiles:
 %s...

@@ -40,6 +40,8 @@ type Config struct {
 	// Crypttab is a file of crypttab(5), whose lines with the option keyagent are
 	// volumes too. Empty: none.
 	Crypttab string `yaml:"crypttab,omitempty"`
+	// KeySocket hands keys to systemd-cryptsetup. Empty: nobody is given a key.
+	KeySocket KeySocket `yaml:"key_socket,omitempty"`
 	// Watch is how often the headers of open volumes are compared with their disks.
 	// Default 5m, off for never.
 	Watch string `yaml:"watch,omitempty"`
@@ -170,6 +172,9 @@ func (c *Config) checkVolumes(doc *config.Document) error {
 		if err := c.addCrypttab(c.Crypttab); err != nil {
 			return doc.Errorf([]any{"crypttab"}, "%w", err)
 		}
+	}
+	if err := c.checkKeySocket(doc); err != nil {
+		return err
 	}
 	switch i, err := CheckVolumes(c.Volumes); {
 	case err != nil && i >= named:

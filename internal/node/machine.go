@@ -167,6 +167,14 @@ func (c *Config) Resolve(ctx context.Context) error {
 			}
 		}
 	}
+	for i := range c.KeySocket.Consumers {
+		one := &c.KeySocket.Consumers[i]
+		id, err := fill(one.Volume, value)
+		if err != nil {
+			return failure.New(failure.Of(err).Class, fmt.Errorf("key_socket.consumers[%d]: volume: %w", i, err), "")
+		}
+		one.Volume = id
+	}
 	if i, err := CheckVolumes(c.Volumes); err != nil {
 		return failure.New(failure.Configuration, fmt.Errorf("volumes[%d], on this machine: %w", i, err), "")
 	}

@@ -28,7 +28,8 @@ func TestAVolumeIsNamedByItsMachine(t *testing.T) {
 	p := swtpm.New(t, nil)
 	c, err := loadText(t, "tpm: {device: \""+p.Device+"\"}\nvolumes:\n"+
 		"  - {id: \"root-{tpm.ek}\", name: root, device: /dev/vda}\n"+
-		"  - {id: \"data-{tpm.ek}\", name: data, device: /dev/vdb, after: [\"root-{tpm.ek}\"]}\n")
+		"  - {id: \"data-{tpm.ek}\", name: data, device: /dev/vdb, after: [\"root-{tpm.ek}\"]}\n"+
+		"key_socket: {path: /run/keyagent/keys.sock, consumers: [{volume: \"data-{tpm.ek}\", unit: systemd-cryptsetup@data.service}]}\n")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +40,7 @@ func TestAVolumeIsNamedByItsMachine(t *testing.T) {
 	if !found || len(ek) != 64 || strings.Trim(ek, "0123456789abcdef") != "" {
 		t.Errorf("%q", c.Volumes[0].ID)
 	}
-	if c.Volumes[1].ID != "data-"+ek || c.Volumes[1].After[0] != c.Volumes[0].ID || c.Volumes[0].Name != "root" {
+	if c.Volumes[1].ID != "data-"+ek || c.Volumes[1].After[0] != c.Volumes[0].ID || c.Volumes[0].Name != "root" || c.KeySocket.Consumers[0].Volume != c.Volumes[1].ID {
 		t.Errorf("%+v", c.Volumes)
 	}
 	if err := c.Resolve(t.Context()); err != nil || c.Volumes[1].ID != "data-"+ek {

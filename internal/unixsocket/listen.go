@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -100,10 +101,7 @@ const firstInherited = 3
 // socket that listens. The variables that announced it are removed, so that no
 // child takes it for its own.
 func Inherited() (*net.UnixListener, error) {
-	pid, n := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS")
-	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
-		_ = os.Unsetenv(name)
-	}
+	pid, n := announced()
 	switch {
 	case pid == "" || n == "":
 		return nil, failure.Newf(failure.Configuration, "--endpoint unix:///PATH, or start this from a socket unit", "no endpoint is named, and systemd handed over no socket")
@@ -113,6 +111,41 @@ func Inherited() (*net.UnixListener, error) {
 		return nil, failure.Newf(failure.Configuration, "the socket unit has one ListenStream=", "systemd handed over %.16q sockets, exactly one is expected", n)
 	}
 	return inherited(firstInherited)
+}
+
+// maxInherited bounds what systemd hands over.
+const maxInherited = 256
+
+// InheritedAll returns all sockets that systemd hands over to this process, which may be
+// none. Each is as [Inherited] says.
+func InheritedAll() ([]*net.UnixListener, error) {
+	pid, text := announced()
+	if pid != fmt.Sprint(os.Getpid()) {
+		return nil, nil
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 0 || n > maxInherited {
+		return nil, failure.Newf(failure.Configuration, "", "systemd handed over %.16q sockets, at most %d are expected", text, maxInherited)
+	}
+	var out []*net.UnixListener
+	for fd := range n {
+		l, err := inherited(firstInherited + fd)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, l)
+	}
+	return out, nil
+}
+
+// announced returns for which process there are how many sockets, and removes what says
+// so.
+func announced() (pid, n string) {
+	pid, n = os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS")
+	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+		_ = os.Unsetenv(name)
+	}
+	return pid, n
 }
 
 func inherited(fd int) (*net.UnixListener, error) {

@@ -166,3 +166,68 @@ func TestWhatSystemdHandsOver(t *testing.T) {
 		})
 	}
 }
+
+// TestAllThatSystemdHandsOver is the same for a unit with several sockets, or none.
+func TestAllThatSystemdHandsOver(t *testing.T) {
+	if os.Getenv("INHERIT") != "" {
+		all, err := InheritedAll()
+		if err != nil {
+			os.Stdout.WriteString("ERROR " + err.Error())
+			return
+		}
+		os.Stdout.WriteString("OK")
+		for _, l := range all {
+			os.Stdout.WriteString(" " + filepath.Base(l.Addr().String()))
+		}
+		os.Stdout.WriteString("; LISTEN_FDS=" + os.Getenv("LISTEN_FDS"))
+		return
+	}
+	dir := folder(t)
+	var files []*os.File
+	for _, name := range []string{"one", "two"} {
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, name), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		f, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		files = append(files, f)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { null.Close() })
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		files []*os.File
+		env   string
+		want  string
+	}{
+		"two sockets":         {files, "LISTEN_FDS=2 LISTEN_PID=$$ LISTEN_FDNAMES=a:b", "OK one two; LISTEN_FDS=\n"},
+		"nothing":             {nil, "", "OK; LISTEN_FDS=\n"},
+		"none":                {nil, "LISTEN_FDS=0 LISTEN_PID=$$", "OK; LISTEN_FDS=\n"},
+		"for another process": {files, "LISTEN_FDS=2 LISTEN_PID=1", "OK; LISTEN_FDS=\n"},
+		"a file among them":   {append(files[:1:1], null), "LISTEN_FDS=2 LISTEN_PID=$$", "ERROR what systemd handed over is not a socket"},
+		"more than there are": {files, "LISTEN_FDS=3 LISTEN_PID=$$", "ERROR what systemd handed over is not a socket"},
+		"too many":            {files, "LISTEN_FDS=257 LISTEN_PID=$$", "at most 256"},
+		"a word":              {files, "LISTEN_FDS=two LISTEN_PID=$$", "at most 256"},
+		"less than none":      {files, "LISTEN_FDS=-1 LISTEN_PID=$$", "at most 256"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command("/bin/sh", "-c", "export INHERIT=1 "+tt.env+`; exec "$0" -test.run='^TestAllThatSystemdHandsOver$'`, self)
+			cmd.ExtraFiles = tt.files
+			out, err := cmd.CombinedOutput()
+			if err != nil || !strings.Contains(strings.ReplaceAll(string(out), "PASS", "\n"), tt.want) {
+				t.Errorf("%v: %q", err, out)
+			}
+		})
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/demo"
 	"github.com/keyagent/keyagent/internal/lab"
@@ -28,6 +29,7 @@ type node struct {
 	tpm     *lab.TPM
 	service *demo.Service
 	disk    string
+	limit   time.Duration // of a boot; 0: the bed's
 }
 
 const diskSize = 64 << 20
@@ -122,7 +124,7 @@ func unitFile(t *testing.T, name string) []byte {
 func (n *node) boot(t *testing.T, esp, root string) *lab.Guest {
 	t.Helper()
 	g, err := lab.Boot(t.Context(), lab.Options{
-		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk,
+		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk, Timeout: n.limit,
 		Forward: []lab.Forward{{Guest: demo.KeyServiceAddress, Host: n.service.Address}},
 		Console: func(l lab.Line) {
 			if !strings.Contains(l.Text, "KEYAGENT-DATA") {
