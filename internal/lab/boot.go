@@ -54,6 +54,7 @@ type Options struct {
 	// SecureBoot starts only what [Sign] signed.
 	SecureBoot bool
 	Forward    []Forward
+	Clock      time.Time     // of the machine at power on; zero: the right time
 	Memory     int           // MiB; 0: 512
 	CPUs       int           // 0: 2
 	Console    func(Line)    // called for each console line, in order; may be nil
@@ -200,6 +201,9 @@ func (o *Options) arguments(vars string) ([]string, error) {
 	}
 	if o.SecureBoot {
 		args = append(args, "-global", "driver=cfi.pflash01,property=secure,value=on")
+	}
+	if !o.Clock.IsZero() {
+		args = append(args, "-rtc", "base="+o.Clock.UTC().Format("2006-01-02T15:04:05"))
 	}
 	disk := func(name, file, extra string) {
 		args = append(args,

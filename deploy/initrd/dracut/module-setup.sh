@@ -28,7 +28,7 @@ install() {
 	# to nothing that runs later. dracut's own module for them wants tpm2-tools as well.
 	inst_multiple -o "$systemdutildir"/systemd-pcrphase "$systemdutildir"/systemd-pcrextend \
 		"$systemdsystemunitdir"/systemd-pcrphase-initrd.service "$systemdsystemunitdir"/initrd.target.wants/systemd-pcrphase-initrd.service
-	inst_libdir_file "libtss2-esys.so*" "libtss2-mu.so*" "libtss2-rc.so*" "libtss2-tcti-device.so*"
+	inst_libdir_file "libtss2-esys.so*" "libtss2-mu.so*" "libtss2-rc.so*" "libtss2-sys.so*" "libtss2-tcti-device.so*"
 	# No failure may end in a shell or a prompt: the console is the host's.
 	local unit
 	for unit in emergency rescue dracut-emergency; do

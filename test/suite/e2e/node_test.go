@@ -30,6 +30,7 @@ type node struct {
 	service *demo.Service
 	disk    string
 	limit   time.Duration // of a boot; 0: the bed's
+	clock   time.Time     // of the machine; zero: the right one
 }
 
 const diskSize = 64 << 20
@@ -124,7 +125,7 @@ func unitFile(t *testing.T, name string) []byte {
 func (n *node) boot(t *testing.T, esp, root string) *lab.Guest {
 	t.Helper()
 	g, err := lab.Boot(t.Context(), lab.Options{
-		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk, Timeout: n.limit,
+		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk, Timeout: n.limit, Clock: n.clock,
 		Forward: []lab.Forward{{Guest: demo.KeyServiceAddress, Host: n.service.Address}},
 		Console: func(l lab.Line) {
 			if !strings.Contains(l.Text, "KEYAGENT-DATA") {
