@@ -46,6 +46,7 @@ func newCore(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keycl
 	return agent.NewVolumes(agent.Options{
 		Keys: keys, Log: log, StateDir: cfg.StateDir, DeviceWait: cfg.DeviceWait(),
 		AppearWait: min(cfg.RetryPolicy().Budget, time.Minute), Progress: progress,
+		Register: cfg.Register(log),
 	})
 }
 

@@ -7,10 +7,12 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/luks"
 )
@@ -55,6 +57,9 @@ type Options struct {
 	// AppearWait is how long a disk that is not optional may take to appear.
 	AppearWait time.Duration
 	Progress   keyclient.Progress
+	// Register is where volumes are measured. Nil: nowhere, and a volume that has to be
+	// is not opened.
+	Register measured.Register
 }
 
 // Volumes is the core of the node: it opens, keeps and closes volumes, whatever
@@ -66,6 +71,9 @@ type Volumes struct {
 	mu      sync.Mutex
 	entries map[string]*entry
 	formats chan struct{} // one for each that may write a header
+	// measured is whether this process measured a volume: evidence of before says less
+	// of the machine.
+	measured atomic.Bool
 }
 
 // maxFormats bounds the headers that are written beside each other: 16 MiB each, to its
@@ -105,6 +113,9 @@ type entry struct {
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
 func NewVolumes(o Options) *Volumes {
+	if o.Register == nil {
+		o.Register = measured.First{}
+	}
 	if o.Progress == nil {
 		o.Progress = func(string, time.Duration) {}
 	}

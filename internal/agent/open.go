@@ -11,6 +11,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/filesystem"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/internal/mount"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/luks"
@@ -95,11 +96,15 @@ type opening struct {
 	intent  Intent
 	mapping luks.Mapping
 	created bool
+	measure measuring
 }
 
 func (o *opening) run(ctx context.Context) error {
 	if o.v.Throwaway() {
 		return o.throwaway(ctx)
+	}
+	if err := o.measurable(ctx); err != nil {
+		return err
 	}
 	there, err := o.existing(ctx)
 	if err != nil {
@@ -128,7 +133,7 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if m.Cut {
 		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
 	}
-	if known && o.ours(m, r) && !m.Suspended {
+	if known && o.ours(m, r) && !m.Suspended && o.isMeasured(r) {
 		h := o.keptHeader(r)
 		o.set(func() {
 			if o.e.known = r; o.e.header == nil {
@@ -173,11 +178,15 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
+	o.measure.done = r.Measured
 	if !o.ours(m, r) {
 		o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
 	}
 	o.warn(o.e, "fence", "")
-	return o.keep(ctx, key)
+	if err := o.keep(ctx, key); err != nil {
+		return err
+	}
+	return o.measureOnce(ctx)
 }
 
 // goOn takes up a first format that was cut off while the volume was mapped. The
@@ -229,13 +238,16 @@ func (o *opening) unlock(ctx context.Context) error {
 		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
-	return o.keep(ctx, key)
+	if err := o.keep(ctx, key); err != nil {
+		return err
+	}
+	return o.measureOrClose(ctx)
 }
 
 // key asks for the key of an existing volume. If there is none and the intent is
 // to create it, it asks the key service to begin that.
 func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
-	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly}
+	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, Left: o.evidenceOf()}
 	if known, ok := o.recall(o.v.ID); ok {
 		r.LeaseID = known.LeaseID
 	}
@@ -251,6 +263,13 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		}
 		return err
 	})
+	if err == nil && o.v.Measure {
+		// Now: a first format wipes the DEK long before it is done.
+		if o.measure.event, err = measured.Of(key.DEK, o.v.Name, key.UUID); err != nil {
+			o.giveBack(ctx, key, err)
+			return nil, errors.Join(err, key.Close())
+		}
+	}
 	return key, err
 }
 
@@ -296,7 +315,7 @@ func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
 		Spec: o.v, Dynamic: o.e.dynamic, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
-		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device),
+		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
 	}
 	if l := key.Lease; l != nil {
 		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until

@@ -44,6 +44,9 @@ type Volume struct {
 	// made. With it an opening after a crash takes eleven seconds or more; the lease
 	// protects without it, too, and so does a disk's reservation.
 	NoMMP bool `yaml:"no_mmp,omitempty"`
+	// Measure writes into a register of the machine that the volume was opened, so that
+	// later evidence shows it.
+	Measure bool `yaml:"measure,omitempty"`
 	// Integrity names authenticated encryption. None is built yet.
 	Integrity string `yaml:"integrity,omitempty"`
 	// After names volumes that are opened before this one.
@@ -139,6 +142,9 @@ func (v *Volume) checkKind() error {
 	}
 	if v.ReadOnly {
 		return errors.New("cannot be read-only: it begins empty")
+	}
+	if v.Measure {
+		return errors.New("cannot be measured: its key is another one at each start")
 	}
 	return nil
 }

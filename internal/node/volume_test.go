@@ -42,6 +42,7 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"itself as what it comes after": {func(v *Volume) { v.After = []string{"data"} }, "after"},
 		"created and read-only":         {func(v *Volume) { v.Format, v.ReadOnly = true, true }, "read_only"},
 		"swap with a filesystem":        {func(v *Volume) { v.Kind, v.Format = Swap, true }, "kind"},
+		"measured swap":                 {func(v *Volume) { v.Kind, v.Format, v.Measure, v.Mount, v.Filesystem = Swap, true, true, "", "" }, "kind"},
 		"swap without format":           {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
 		"another kind":                  {func(v *Volume) { v.Kind = "tape" }, "kind"},
 	} {
