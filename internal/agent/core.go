@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -71,9 +70,6 @@ type Volumes struct {
 	mu      sync.Mutex
 	entries map[string]*entry
 	formats chan struct{} // one for each that may write a header
-	// measured is whether this process measured a volume: evidence of before says less
-	// of the machine.
-	measured atomic.Bool
 }
 
 // maxFormats bounds the headers that are written beside each other: 16 MiB each, to its

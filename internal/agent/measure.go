@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/luks"
@@ -33,16 +32,6 @@ func (o *opening) isMeasured(r remembered) bool {
 	return !o.v.Measure || r.Measured == r.Sequence
 }
 
-// evidenceOf is how much longer the verdict has to hold under which a key comes. A policy
-// may demand volumes that were measured since the session began, on which keys of
-// others travel: it is longer than any verdict holds, so that the machine attests again.
-func (o *opening) evidenceOf() time.Duration {
-	if o.Volumes.measured.Load() {
-		return 48 * time.Hour
-	}
-	return 0
-}
-
 // measureOnce measures a mapping, unless that was done before. A mapping that is made
 // anew is another one, also of the same volume.
 func (o *opening) measureOnce(ctx context.Context) error {
@@ -56,7 +45,6 @@ func (o *opening) measureOnce(ctx context.Context) error {
 			return fmt.Errorf("measure the volume: %w", err)
 		}
 		o.Log.Info("volume is measured", "volume", o.v.ID, "register", r.Register, "digest", hex.EncodeToString(r.Digest), "text", o.measure.event.Text)
-		o.Volumes.measured.Store(true)
 		o.set(func() { o.e.known.Measured = number })
 		return o.remember(o.e.known)
 	})

@@ -247,7 +247,7 @@ func (o *opening) unlock(ctx context.Context) error {
 // key asks for the key of an existing volume. If there is none and the intent is
 // to create it, it asks the key service to begin that.
 func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
-	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, Left: o.evidenceOf()}
+	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly}
 	if known, ok := o.recall(o.v.ID); ok {
 		r.LeaseID = known.LeaseID
 	}

@@ -157,7 +157,9 @@ func TestALogThatCannotBeWritten(t *testing.T) {
 	}
 }
 
-func unextended(t *testing.T, device string) bool { return bytes.Equal(pcr15(t, device), make([]byte, 32)) }
+func unextended(t *testing.T, device string) bool {
+	return bytes.Equal(pcr15(t, device), make([]byte, 32))
+}
 
 // The kernel's file takes one digest and shows the register's value.
 func TestATDsRegisterGetsTheLongDigest(t *testing.T) {
