@@ -21,6 +21,9 @@ import (
 type Intent struct {
 	// Format creates the volume if it does not exist.
 	Format bool
+	// From is what it then begins with, in place of what the volume says. Nil: as that
+	// says.
+	From *node.Image
 	// Dynamic says that no configuration names the volume.
 	Dynamic bool
 	// NoWait does not wait for a disk that is not there.
@@ -31,6 +34,9 @@ type Intent struct {
 // is created on a blank device if the intent or the volume itself says so. Opening
 // an open volume succeeds.
 func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, error) {
+	if in.From != nil {
+		v.From = in.From
+	}
 	if err := v.Validate(); err != nil {
 		return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")
 	}
@@ -96,6 +102,7 @@ type opening struct {
 	intent  Intent
 	mapping luks.Mapping
 	created bool
+	left    bool // an earlier attempt's copy of the image, unfinished
 	measure measuring
 }
 
@@ -255,7 +262,10 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		key, err = o.Keys.GetKey(ctx, r)
 		if class := failure.Of(err).Class; err != nil && o.intent.Format && (class == failure.NotFound || class == failure.State) {
 			// Before the key service is told of an attempt to write to it.
-			if err = luks.Fits(ctx, o.v.DevicePath()); err != nil {
+			if err = luks.Fits(ctx, o.v.DevicePath()); err == nil {
+				err = o.imageFits(ctx)
+			}
+			if err != nil {
 				return err
 			}
 			r.Format = true
@@ -379,7 +389,11 @@ func (o *opening) mount(ctx context.Context) error {
 		if err != nil {
 			return filesystem.Damaged(source.Path, o.v.Filesystem, err)
 		}
-		return o.mountedOn(canonical)
+		if err := o.mountedOn(canonical); err != nil {
+			return err
+		}
+		o.growCopy(ctx, canonical)
+		return nil
 	})
 }
 

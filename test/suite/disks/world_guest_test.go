@@ -251,7 +251,7 @@ volumes:
 
 // command is keyagent on this node, without an agent.
 func (m *machine) command(args ...string) *exec.Cmd {
-	verbs := []string{"unlock", "format", "close", "status", "resize", "suspend", "resume", "backup-header", "restore-header"}
+	verbs := []string{"unlock", "format", "provision", "close", "status", "resize", "suspend", "resume", "backup-header", "restore-header"}
 	if slices.Contains(verbs, args[0]) {
 		args = append([]string{args[0], "--config", filepath.Join(m.dir, "agent.yaml")}, args[1:]...)
 	}
