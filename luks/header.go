@@ -251,3 +251,7 @@ func (d *disk) adopt(id Identity, dek *Key) (*Header, error) {
 
 // HeaderSize is how much of a backup file is the header, in bytes.
 const HeaderSize = guardedSize
+
+// DataOffset is where the data begins on a volume's device, in bytes: the volume is that
+// much smaller.
+const DataOffset = dataOffset

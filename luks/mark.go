@@ -83,6 +83,30 @@ func (m *FilesystemMark) Present(ctx context.Context, device string) (bool, erro
 	return hmac.Equal(sector, m.sector), nil
 }
 
+// MarkLeft says whether the mark of any attempt to create this volume is on the device:
+// what stands behind the header was never finished, since a mark is cleared before the
+// volume is used.
+func MarkLeft(ctx context.Context, device string, id Identity, dek *Key) (bool, error) {
+	d, err := openShared(ctx, device)
+	if err != nil {
+		return false, fmt.Errorf("look for a filesystem mark: %w", err)
+	}
+	defer d.Close()
+	sector, err := d.readMark()
+	if err != nil {
+		return false, fmt.Errorf("look for a filesystem mark: %w", err)
+	}
+	attempt := [16]byte(sector[offMarkAttempt:])
+	if !isMark(sector) || attempt == [16]byte{} {
+		return false, nil
+	}
+	want, err := NewFilesystemMark(id, attempt, dek)
+	if err != nil {
+		return false, err
+	}
+	return hmac.Equal(sector, want.sector), nil
+}
+
 // onMark opens a device for writing although dm-crypt has claimed it.
 func onMark(ctx context.Context, device, what string, f func(*disk) error) error {
 	d, err := openWritable(ctx, device)

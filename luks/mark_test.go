@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"bytes"
 	"context"
 	"testing"
 	"time"
@@ -33,6 +34,25 @@ func TestAFilesystemMarkIsOfOneAttempt(t *testing.T) {
 		got, err := c.ask.Present(ctx, path)
 		if err != nil || got != c.want {
 			t.Errorf("present is %v, %v, want %v", got, err, c.want)
+		}
+	}
+	// Whichever attempt it was of: it was of this volume, and by who had its key.
+	other := mark(t, idData, 1)
+	other.sector[sectorSize-1] ^= 1
+	for name, c := range map[string]struct {
+		sector []byte
+		want   bool
+	}{
+		"one attempt's": {ours.sector, true}, "another's": {later.sector, true}, "of another generation": {mark(t, next, 1).sector, false},
+		"of another volume": {mark(t, idLogs, 1).sector, false}, "a forged one": {other.sector, false}, "none": {make([]byte, sectorSize), false},
+		"of no attempt": {append(bytes.Clone(ours.sector[:offMarkAttempt]), make([]byte, sectorSize-offMarkAttempt)...), false},
+	} {
+		patch(t, path, c.sector, markOffset)
+		if got, err := MarkLeft(ctx, path, idData, dataKey(t)); err != nil || got != c.want {
+			t.Errorf("%s: left is %v, %v", name, got, err)
+		}
+		if got, err := MarkLeft(ctx, path, idData, key(t, 101, 32)); err != nil || got {
+			t.Errorf("%s, under another key: left is %v, %v", name, got, err)
 		}
 	}
 	wantError(t, ours.Set(ctx, path), ErrNotBlockDevice)

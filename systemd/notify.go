@@ -5,7 +5,9 @@ package systemd
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 )
@@ -25,7 +27,21 @@ func (n *Notifier) send(state string) {
 }
 
 // Ready ends the start-up.
-func (n *Notifier) Ready(status string) { n.send("READY=1\nSTATUS=" + status) }
+func (n *Notifier) Ready(status string) { n.send("READY=1\nSTATUS=" + line(status)) }
+
+// Failed says why the service ends. systemctl status shows it until the next start.
+func (n *Notifier) Failed(why string) { n.send("STATUS=" + line(why)) }
+
+// line is text without the ends of lines, behind which systemd would read another word
+// than what somebody else's error says.
+func line(text string) string {
+	const most = 512 // for a person
+	text = strings.Join(strings.FieldsFunc(text, unicode.IsControl), " ")
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return text
+}
 
 // Stopping begins the shutdown.
 func (n *Notifier) Stopping() { n.send(daemon.SdNotifyStopping) }
@@ -33,7 +49,7 @@ func (n *Notifier) Stopping() { n.send(daemon.SdNotifyStopping) }
 // Waiting says what a start-up waits for, and asks for the time that the wait
 // may take, plus some for what follows.
 func (n *Notifier) Waiting(what string, d time.Duration) {
-	n.send(fmt.Sprintf("STATUS=%s\nEXTEND_TIMEOUT_USEC=%d", what, (d + time.Minute).Microseconds()))
+	n.send(fmt.Sprintf("STATUS=%s\nEXTEND_TIMEOUT_USEC=%d", line(what), (d + time.Minute).Microseconds()))
 }
 
 // Watch answers the unit's watchdog, if it has one, until ctx ends.

@@ -288,9 +288,9 @@ func (c *Checker) check(p *Policy, f *file) {
 		if t == nil {
 			continue
 		}
-		for _, r := range t.PCRs {
-			if r.PCR != nil && !slices.Contains(p.pcrs, *r.PCR) {
-				p.pcrs = append(p.pcrs, *r.PCR)
+		for _, r := range t.registers() {
+			if !slices.Contains(p.pcrs, r) {
+				p.pcrs = append(p.pcrs, r)
 			}
 		}
 	}

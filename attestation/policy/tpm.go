@@ -21,7 +21,19 @@ type TPMProfile struct {
 	Bank     string      `yaml:"bank"`      // sha256
 	EventLog string      `yaml:"event_log"` // required or optional
 	PCRs     []PCR       `yaml:"pcrs"`
+	// Measured are volumes that were opened on the machine since it started, see
+	// docs/spec/measured-volume.md. Empty: none is demanded.
+	Measured []MeasuredVolume `yaml:"measured_volumes,omitempty"`
 }
+
+// MeasuredVolume is a volume that a machine's agent measured into PCR 15.
+type MeasuredVolume struct {
+	Volume string   `yaml:"volume"` // for people
+	Accept []string `yaml:"accept"` // SHA-256 digests in hex: one for each DEK that it may have
+}
+
+// measuredPCR is the register that volumes are measured into.
+const measuredPCR = 15
 
 // GCEProfile says which instances of Google Compute Engine are meant: everybody
 // can rent one that Google vouches for.
@@ -59,6 +71,32 @@ func (t *TPMProfile) Check(c *Checker, pr *Profile, at Path) {
 	c.Vouchers(t.Trust, known, at.To("trust"))
 	t.checkGCE(c, at.To("gce"))
 	c.checkPCRs(t.PCRs, sha256.Size, at.To("pcrs"))
+	t.checkMeasured(c, at.To("measured_volumes"))
+}
+
+func (t *TPMProfile) checkMeasured(c *Checker, at Path) {
+	seen := map[string]bool{}
+	for n, v := range t.Measured {
+		c.Demand(ValidVolume(v.Volume), "must be a volume's ID", at.To(n, "volume")...)
+		c.Demand(!seen[v.Volume], "is named twice", at.To(n, "volume")...)
+		seen[v.Volume] = true
+		c.Demand(len(v.Accept) > 0, "empty: no digest would be accepted", at.To(n, "accept")...)
+		c.Hexes(v.Accept, sha256.Size, at.To(n, "accept"))
+	}
+}
+
+// registers are those that the section compares.
+func (t *TPMProfile) registers() []uint32 {
+	var out []uint32
+	for _, r := range t.PCRs {
+		if r.PCR != nil {
+			out = append(out, *r.PCR)
+		}
+	}
+	if len(t.Measured) > 0 {
+		out = append(out, measuredPCR)
+	}
+	return out
 }
 
 // checkGCE demands that a profile that trusts Google's vTPMs says whose.
@@ -139,6 +177,23 @@ func (t *TPMProfile) Compare(d *Differences, claims attestation.Claims) {
 		}
 	}
 	d.pcrs("", t.PCRs)
+	t.compareMeasured(d, claims)
+}
+
+// compareMeasured demands the event of each volume. A register has events only if they
+// lead to the value that the quote covers, so that each of them was extended.
+func (t *TPMProfile) compareMeasured(d *Differences, claims attestation.Claims) {
+	got := claims.Measurements[fmt.Sprintf("pcr%d", measuredPCR)]
+	for _, v := range t.Measured {
+		if slices.ContainsFunc(got.Events, func(e attestation.Event) bool { return slices.Contains(v.Accept, e.Digest) }) {
+			continue
+		}
+		found := cmp.Or(got.Unexplained, fmt.Sprintf("%d other events in pcr%d", len(got.Events), measuredPCR))
+		if len(got.Events) == 0 && got.Unexplained == "" {
+			found = fmt.Sprintf("no log that leads to pcr%d, or nothing was measured into it", measuredPCR)
+		}
+		d.Refuse("measured_volumes."+v.Volume, v.Accept, found)
+	}
 }
 
 // compareLog demands that the log leads to each register that needs it. What it

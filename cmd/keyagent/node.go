@@ -53,8 +53,34 @@ func (l *local) open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.Volume
 		v = node.Volume{ID: r.GetId(), Device: r.GetDevice(), Name: r.GetName(), Filesystem: r.GetFilesystem(), Mount: r.GetMountPoint(),
 			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards()}
 	}
+	defer l.leases(ctx)()
 	out, err := l.v.Open(ctx, v, agent.Intent{Format: r.GetFormat(), Dynamic: !configured})
 	return alone(out), err
+}
+
+// provision creates a configured volume from an image, or opens it if it exists.
+func (l *local) provision(ctx context.Context, id string, from *node.Image) (*nodev1.Volume, error) {
+	v, ok := l.cfg.Volume(id)
+	if !ok {
+		return nil, node.UnknownVolume(id)
+	}
+	in := agent.Intent{Format: true}
+	if *from != (node.Image{}) {
+		in.From = from
+	} else if v.From == nil {
+		return nil, failure.Newf(failure.Usage, "--from names an image, and so does from in the configuration", "volume %q begins with no image", id)
+	}
+	defer l.leases(ctx)()
+	out, err := l.v.Open(ctx, v, in)
+	return alone(out), err
+}
+
+// leases keeps the leases of volumes that are being opened, which takes long where one is
+// created. stop ends that.
+func (l *local) leases(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	go l.v.KeepLeases(ctx)
+	return cancel
 }
 
 // alone is a volume that this process opened and will not look after.
@@ -67,6 +93,7 @@ func alone(v agent.Volume) *nodev1.Volume {
 }
 
 func (l *local) openAll(ctx context.Context) ([]opened, error) {
+	defer l.leases(ctx)()
 	wait, err := l.v.OpenAll(ctx, l.cfg.Volumes)
 	wait()
 	var out []opened

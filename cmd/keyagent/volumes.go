@@ -50,6 +50,7 @@ func coreOptions(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress k
 	return agent.Options{
 		Keys: keys, Log: log, StateDir: cfg.StateDir, DeviceWait: cfg.DeviceWait(),
 		AppearWait: min(cfg.RetryPolicy().Budget, time.Minute), Progress: progress,
+		Register: cfg.Register(log),
 	}
 }
 
@@ -69,6 +70,11 @@ func (v *volumeVerb) connect(cmd *cobra.Command) (volumes, func(), error) {
 			return nil, nil, failure.New(failure.Unreachable, fmt.Errorf("agent: %w", err), "systemctl status keyagent-agent says why it does not run")
 		}
 	}
+	return v.alone(cmd)
+}
+
+// alone does the work in this process.
+func (v *volumeVerb) alone(cmd *cobra.Command) (*local, func(), error) {
 	log, err := v.logs.logger(cmd.ErrOrStderr())
 	if err != nil {
 		return nil, nil, err
@@ -275,6 +281,44 @@ formatted again. What was interrupted goes on where it stopped.`,
 	}
 	v.flags(cmd)
 	d.flags(cmd)
+	return cmd
+}
+
+func newProvision() *cobra.Command {
+	v, from := &volumeVerb{}, &node.Image{}
+	cmd := &cobra.Command{
+		Use:   "provision VOLUME",
+		Short: "Create a volume from an image, once, and open it",
+		Long: `Create a configured volume on a blank disk, once, as a copy of an image, and open it.
+
+The image is a file or a block device. Either its SHA-256 is given, which is compared
+before the volume may be used; or it is a dm-verity mapping with the given root hash,
+whose blocks the kernel checks as they are read. An ext4 or XFS in it then grows to the
+volume's size. Without --from the volume's from in the configuration is the image.
+
+As keyagent format it never writes over a volume that exists, and goes on where it was
+interrupted. It works without the agent, which renews the volume's lease afterwards.`,
+		Example: `  keyagent provision root --from /dev/mapper/image --root-hash 4f1c…
+  keyagent provision data --from /srv/data.img --sha256 9b2e…`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, ids []string) error {
+			vs, done, err := v.alone(cmd)
+			if err != nil {
+				return err
+			}
+			defer done()
+			one, err := vs.provision(cmd.Context(), ids[0], from)
+			if err == nil {
+				report(cmd, ids[0], one)
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVar(&v.config, "config", defaultAgentConfig, "the agent's configuration")
+	cmd.Flags().StringVar(&from.Path, "from", "", "path of the image; default the configuration's from")
+	cmd.Flags().StringVar(&from.SHA256, "sha256", "", "of all of the image, 64 hex digits")
+	cmd.Flags().StringVar(&from.RootHash, "root-hash", "", "of the dm-verity mapping that the image is")
+	v.logs.add(cmd)
 	return cmd
 }
 

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -82,6 +83,17 @@ func (a *Agent) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
+// inOneLine is an error as systemctl status shows it: its class, where the other side
+// has more to say about it, and what to do.
+func inOneLine(err error) string {
+	f := failure.Of(err)
+	text := fmt.Sprintf("failed, %s: %v", f.Class, err)
+	if f.CorrelationID != "" && !strings.Contains(text, f.CorrelationID) {
+		text += " (correlation id " + f.CorrelationID + ")"
+	}
+	return text
+}
+
 // boot opens what the configuration names, and then what comes late.
 func (a *Agent) boot(ctx, stop context.Context) error {
 	_, err := a.volumes.OpenAll(ctx, a.cfg.Volumes)
@@ -89,6 +101,7 @@ func (a *Agent) boot(ctx, stop context.Context) error {
 		if stop.Err() != nil {
 			return nil // asked to stop while it waited
 		}
+		a.notify.Failed(inOneLine(err))
 		return err
 	}
 	a.log.Info("ready", "volumes", len(a.cfg.Volumes), "uptime_s", uptime())

@@ -11,6 +11,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/luks"
 )
@@ -58,6 +59,9 @@ type Options struct {
 	// over what it opens.
 	Initrd   bool
 	Progress keyclient.Progress
+	// Register is where volumes are measured. Nil: nowhere, and a volume that has to be
+	// is not opened.
+	Register measured.Register
 }
 
 // Volumes is the core of the node: it opens, keeps and closes volumes, whatever
@@ -109,6 +113,9 @@ type entry struct {
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
 func NewVolumes(o Options) *Volumes {
+	if o.Register == nil {
+		o.Register = measured.First{}
+	}
 	if o.Progress == nil {
 		o.Progress = func(string, time.Duration) {}
 	}

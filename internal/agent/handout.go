@@ -99,6 +99,9 @@ func (o *opening) handOut(ctx context.Context, to Recipient) error {
 	if o.v.Throwaway() {
 		return errThrowaway
 	}
+	if err := o.measurable(ctx); err != nil {
+		return err
+	}
 	if _, err := luks.Status(ctx, o.v.Name); !errors.Is(err, luks.ErrNotActive) {
 		o.Log.Info("the volume is mapped already: its key would open nothing, and stays here", "volume", o.v.ID)
 		return o.takeOver(ctx)
@@ -244,7 +247,14 @@ func (o *opening) compared(ctx context.Context, key *keyclient.Key, h *luks.Head
 	o.keepHeader(o.v.ID, h)
 	o.warn(o.e, "header", "")
 	o.warn(o.e, "fence", "")
-	return o.keep(ctx, key)
+	if err := o.keep(ctx, key); err != nil {
+		return err
+	}
+	if err := o.measureOnce(ctx); err != nil {
+		o.remove(ctx, "a mapping that was made with a key of ours cannot be measured; taking it out of use", err)
+		return err
+	}
+	return nil
 }
 
 // asDescribed holds the options of a mapping against those of the volume.
@@ -260,14 +270,19 @@ func (o *opening) asDescribed(m luks.Mapping) error {
 	return nil
 }
 
-func (o *opening) sever(ctx context.Context, why error) error {
+// remove takes a mapping out of use that nobody may use.
+func (o *opening) remove(ctx context.Context, text string, why error) {
 	o.drop(ctx, o.e)
-	o.Log.Error("ALARM: the mapping that was made with a key of ours is not what was checked; taking it out of use", "volume", o.v.ID, "mapping", o.v.Name, "error", why)
+	o.Log.Error(text, "volume", o.v.ID, "mapping", o.v.Name, "error", why)
 	err := luks.Sever(ctx, o.v.Name)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		o.Log.Error("could not take it out of use", "volume", o.v.ID, "mapping", o.v.Name, "error", err)
-		o.warn(o.e, "fence", "a mapping that is not this volume's has its name, and could not be removed: "+err.Error())
+		o.warn(o.e, "fence", "a mapping that nobody may use has the volume's name, and could not be removed: "+err.Error())
 	}
+}
+
+func (o *opening) sever(ctx context.Context, why error) error {
+	o.remove(ctx, "ALARM: the mapping that was made with a key of ours is not what was checked; taking it out of use", why)
 	class := failure.Tampered
 	if errors.Is(why, luks.ErrIO) || errors.Is(why, luks.ErrDeviceHung) {
 		class = failure.DeviceBusy // nobody knows

@@ -11,6 +11,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/filesystem"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/internal/mount"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/luks"
@@ -20,6 +21,9 @@ import (
 type Intent struct {
 	// Format creates the volume if it does not exist.
 	Format bool
+	// From is what it then begins with, in place of what the volume says. Nil: as that
+	// says.
+	From *node.Image
 	// Dynamic says that no configuration names the volume.
 	Dynamic bool
 	// NoWait does not wait for a disk that is not there.
@@ -30,6 +34,9 @@ type Intent struct {
 // is created on a blank device if the intent or the volume itself says so. Opening
 // an open volume succeeds.
 func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, error) {
+	if in.From != nil {
+		v.From = in.From
+	}
 	return c.opened(ctx, v, in, (*opening).run)
 }
 
@@ -100,11 +107,16 @@ type opening struct {
 	intent  Intent
 	mapping luks.Mapping
 	created bool
+	left    bool // an earlier attempt's copy of the image, unfinished
+	measure measuring
 }
 
 func (o *opening) run(ctx context.Context) error {
 	if o.v.Throwaway() {
 		return o.throwaway(ctx)
+	}
+	if err := o.measurable(ctx); err != nil {
+		return err
 	}
 	there, err := o.existing(ctx)
 	if err != nil {
@@ -133,7 +145,7 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if m.Cut {
 		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
 	}
-	if known && o.ours(m, r) && !m.Suspended && r.Initrd == o.Initrd {
+	if known && o.ours(m, r) && !m.Suspended && r.Initrd == o.Initrd && o.isMeasured(r) {
 		h := o.keptHeader(r)
 		o.set(func() {
 			if o.e.known = r; o.e.header == nil {
@@ -178,6 +190,7 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
+	o.measure.done = r.Measured
 	switch {
 	case o.ours(m, r) && r.Initrd:
 		o.Log.Info("took over a mapping from the initrd; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
@@ -185,7 +198,10 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		o.Log.Warn("took over a mapping that this node did not remember; it has the volume's key", "volume", o.v.ID, "mapping", m.Name)
 	}
 	o.warn(o.e, "fence", "")
-	return o.keep(ctx, key)
+	if err := o.keep(ctx, key); err != nil {
+		return err
+	}
+	return o.measureOnce(ctx)
 }
 
 // goOn takes up a first format that was cut off while the volume was mapped. The
@@ -237,7 +253,10 @@ func (o *opening) unlock(ctx context.Context) error {
 		o.giveBack(ctx, key, err)
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
-	return o.keep(ctx, key)
+	if err := o.keep(ctx, key); err != nil {
+		return err
+	}
+	return o.measureOrClose(ctx)
 }
 
 // key asks for the key of an existing volume. If there is none and the intent is
@@ -251,7 +270,10 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		key, err = o.Keys.GetKey(ctx, r)
 		if class := failure.Of(err).Class; err != nil && o.intent.Format && (class == failure.NotFound || class == failure.State) {
 			// Before the key service is told of an attempt to write to it.
-			if err = luks.Fits(ctx, o.v.DevicePath()); err != nil {
+			if err = luks.Fits(ctx, o.v.DevicePath()); err == nil {
+				err = o.imageFits(ctx)
+			}
+			if err != nil {
 				return err
 			}
 			r.Format = true
@@ -259,6 +281,13 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		}
 		return err
 	})
+	if err == nil && o.v.Measure {
+		// Now: a first format wipes the DEK long before it is done.
+		if o.measure.event, err = measured.Of(key.DEK, o.v.Name, key.UUID); err != nil {
+			o.giveBack(ctx, key, err)
+			return nil, errors.Join(err, key.Close())
+		}
+	}
 	return key, err
 }
 
@@ -304,7 +333,7 @@ func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
 		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
-		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device),
+		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
 	}
 	if l := key.Lease; l != nil {
 		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until
@@ -368,7 +397,11 @@ func (o *opening) mount(ctx context.Context) error {
 		if err != nil {
 			return filesystem.Damaged(source.Path, o.v.Filesystem, err)
 		}
-		return o.mountedOn(canonical)
+		if err := o.mountedOn(canonical); err != nil {
+			return err
+		}
+		o.growCopy(ctx, canonical)
+		return nil
 	})
 }
 

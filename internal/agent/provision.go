@@ -27,6 +27,12 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	if err != nil {
 		return err
 	}
+	if o.v.From != nil {
+		// A copy takes long enough for a power cut, after which the attempt is another.
+		if o.left, err = luks.MarkLeft(ctx, o.v.DevicePath(), identity(key), key.DEK); err != nil {
+			return err
+		}
+	}
 	if err := o.remember(o.state(key)); err != nil {
 		return err
 	}
@@ -37,6 +43,8 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	if err := key.Close(); err != nil {
 		return err
 	}
+	// From here on a lease that is lost, or ends, ends the writing too.
+	o.set(func() { o.e.known = o.state(key) })
 	o.hold(o.e, key.Lease)
 	o.reserve(ctx, o.e)
 	err = o.fill(ctx, mark)
@@ -49,6 +57,7 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	if err != nil {
 		// A volume that is not active is not left open: nobody may use it yet.
 		o.drop(ctx, o.e)
+		o.set(func() { o.e.known = remembered{} })
 		return errors.Join(err, luks.Close(context.WithoutCancel(ctx), o.closeRequest(o.mapping)))
 	}
 	key.State, o.created = keyclient.Active, true
@@ -83,12 +92,13 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 	return o.Keys.HeaderStands(ctx, key)
 }
 
-// fill makes the filesystem of a volume that is not active yet. What somebody wrote
-// to it before is never overwritten, whatever the record says: a record that came
-// back from a backup may call a volume new that is in use. Only what an attempt of
-// this record left unfinished is made again, and the mark on the disk says so.
+// fill makes the filesystem of a volume that is not active yet, or copies the image that
+// it begins with. What somebody wrote to it before is never overwritten, whatever the
+// record says: a record that came back from a backup may call a volume new that is in
+// use. Only what an attempt of this record left unfinished is made again, and the mark
+// on the disk says so.
 func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
-	if o.v.Filesystem == "none" {
+	if o.v.Filesystem == "none" && o.v.From == nil {
 		return nil
 	}
 	device := o.v.DevicePath()
@@ -96,7 +106,7 @@ func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 	if err != nil {
 		return err
 	}
-	if !again {
+	if !again && !o.left {
 		untouched, err := luks.DataUntouched(ctx, device)
 		if err != nil {
 			return err
@@ -104,9 +114,14 @@ func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 		if !untouched {
 			return o.inUse(ctx)
 		}
+	}
+	if !again {
 		if err := mark.Set(ctx, device); err != nil {
 			return err
 		}
+	}
+	if o.v.From != nil {
+		return o.copyImage(ctx)
 	}
 	return o.step(ctx, "filesystem", func() error {
 		return filesystem.Make(ctx, o.mapping.Path, o.v.Filesystem, filesystem.Options{Label: o.v.Label, OneWriter: o.e.lease != nil && !o.v.NoMMP})

@@ -34,6 +34,9 @@ type remembered struct {
 	// Sequence is the kernel's number of the mapping, which is never used twice: a
 	// mapping of the same name that somebody else made has another one.
 	Sequence uint64 `json:"sequence,omitempty"`
+	// Measured is the Sequence of the mapping that was measured, which is not to be
+	// measured again.
+	Measured uint64 `json:"measured,omitempty"`
 	Mount    string `json:"mount,omitempty"` // canonical
 	// Initrd says that it was opened there. The system that runs since then is another
 	// one, and proves anew that it may have the volume.

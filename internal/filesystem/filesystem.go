@@ -170,6 +170,9 @@ func needsRepair(k kind, device string, err error) error {
 	return failure.New(failure.NeedsRepair, err, "the mapping is open and nothing is mounted: make a copy of the disk, then "+fmt.Sprintf(k.repair, device))
 }
 
+// GrowsUnmounted says whether [Grow] needs no mount point.
+func GrowsUnmounted(fstype string) bool { return !kinds[fstype].onMount }
+
 // Grow makes a mounted filesystem as large as its device.
 func Grow(ctx context.Context, device, mountPoint, fstype string) error {
 	k, err := of(fstype)

@@ -22,6 +22,8 @@ type link struct {
 	endpoints []*endpoint
 	progress  Progress
 	connect   func(context.Context, *endpoint) (*session, error)
+	holds     func(*session, time.Duration) bool // its verdict, for that much longer
+	renew     func(context.Context, *session) error
 	after     func(time.Duration) <-chan time.Time
 
 	mu        sync.Mutex
@@ -43,6 +45,8 @@ type flight struct {
 
 func newLink(endpoints []*endpoint, progress Progress) *link {
 	return &link{endpoints: endpoints, progress: progress, after: time.After,
+		holds:   (*session).fresh,
+		renew:   func(ctx context.Context, s *session) error { return s.renew(ctx) },
 		connect: func(ctx context.Context, e *endpoint) (*session, error) { return e.connect(ctx) }}
 }
 
@@ -51,7 +55,7 @@ func newLink(endpoints []*endpoint, progress Progress) *link {
 func (l *link) session(ctx context.Context, left time.Duration) (s *session, fresh bool, err error) {
 	for {
 		l.mu.Lock()
-		if s := l.current; s != nil && s.fresh(left) {
+		if s := l.current; s != nil && l.holds(s, left) {
 			l.mu.Unlock()
 			return s, false, nil
 		}
@@ -108,7 +112,7 @@ func (l *link) start() *flight {
 
 // refresh renews the session that there is, else it makes another one.
 func (l *link) refresh(ctx context.Context, old *session) (*session, error) {
-	if old != nil && old.renew(ctx) == nil {
+	if old != nil && l.renew(ctx, old) == nil {
 		return old, nil
 	}
 	return l.race(ctx)
@@ -240,7 +244,9 @@ func (l *link) leave() (last bool) {
 
 // call runs f in a session. An error that says nothing of the key service's
 // decision ends the session, and so does a refusal of its evidence: the policy
-// may have changed since, and evidence of this moment may fit it.
+// may have changed since, and evidence of this moment may fit it. So it may where the
+// policy denies something: this machine may have measured a volume since. The session
+// is attested again then, and goes on for those who need it.
 func (l *link) call(ctx context.Context, f func(context.Context, *session) error) error {
 	return l.callWith(ctx, 0, f)
 }
@@ -259,15 +265,21 @@ func (l *link) callWith(ctx context.Context, left time.Duration, f func(context.
 		if err == nil {
 			return nil
 		}
-		refused := failure.Of(err).Class == failure.EvidenceRefused
-		if refused || !isAnswer(err) {
+		class := failure.Of(err).Class
+		if class == failure.EvidenceRefused || !isAnswer(err) {
 			l.forget(s)
 		}
-		if !refused || fresh {
+		if class != failure.EvidenceRefused && class != failure.PolicyDenied || fresh {
 			return withContext(err, s.address)
+		}
+		if class == failure.PolicyDenied {
+			left = longerThanAnyVerdict
 		}
 	}
 }
+
+// longerThanAnyVerdict has a session attested again whatever its verdict.
+const longerThanAnyVerdict = 48 * time.Hour
 
 // close ends the link.
 func (l *link) close() {

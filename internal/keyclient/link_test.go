@@ -189,6 +189,40 @@ func TestACallerWhoJoinsADesertedAttemptGetsAnother(t *testing.T) {
 	})
 }
 
+// A machine that measured a volume fits another profile than it did when the session
+// began. A session of now that is denied is the key service's last word, and nothing
+// ends the session, which a first format of another volume may need.
+func TestADenialIsHeardAgainWithEvidenceOfThisMoment(t *testing.T) {
+	denied := failure.New(failure.PolicyDenied, errors.New("no grant"), "")
+	for _, tt := range []struct {
+		name         string
+		given        bool // to a session that was attested again
+		calls, again int
+	}{{"fits another profile by now", true, 2, 1}, {"fits none", false, 2, 1}} {
+		l, asked := scripted(good("first"))
+		l.holds = func(_ *session, left time.Duration) bool { return left < 24*time.Hour }
+		again := 0
+		l.renew = func(context.Context, *session) error { again++; return nil }
+		if err := l.call(t.Context(), func(context.Context, *session) error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+		was, calls := l.current, 0
+		err := l.call(t.Context(), func(context.Context, *session) error {
+			if calls++; again > 0 && tt.given {
+				return nil
+			}
+			return denied
+		})
+		if (err == nil) != tt.given || err != nil && failure.Of(err).Class != failure.PolicyDenied {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if calls != tt.calls || again != tt.again || len(*asked) != 1 || l.current != was {
+			t.Errorf("%s: %d calls, attested again %d times, connected %v, the session stays: %v", tt.name, calls, again, *asked, l.current == was)
+		}
+		l.current = nil // it has no connection to be closed
+	}
+}
+
 // TestTheSessionOfKeysEndsWithTheLastKey: who keeps a recording of it and later reads
 // this machine's memory must not find what opens it.
 func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {

@@ -60,6 +60,8 @@ func (v *Volume) apply(o crypttab.Option) error {
 		}
 	case "keyagent-no-mmp":
 		v.NoMMP = true
+	case "keyagent-measure":
+		v.Measure = true
 	case "readonly", "read-only":
 		v.ReadOnly = true
 	case "discard", "allow-discards":

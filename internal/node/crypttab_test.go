@@ -34,10 +34,11 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Format: true, OnRequest: true},
 		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-no-mmp,_netdev": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, NoMMP: true},
-		"data /dev/vdb none _netdev,keyagent,read-only": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", ReadOnly: true},
-		"sw /dev/vdb none keyagent,swap,_netdev":        {ID: "sw", Kind: Swap, Name: "sw", Device: "/dev/vdb", Filesystem: "none", Format: true},
-		"tmp /dev/vdb none keyagent,tmp,_netdev":        {ID: "tmp", Kind: Scratch, Name: "tmp", Device: "/dev/vdb", Filesystem: "ext4", Format: true},
-		"tmp /dev/vdb none keyagent,tmp=btrfs,_netdev":  {ID: "tmp", Kind: Scratch, Name: "tmp", Device: "/dev/vdb", Filesystem: "btrfs", Format: true},
+		"data /dev/vdb none keyagent,keyagent-measure,_netdev": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Measure: true},
+		"data /dev/vdb none _netdev,keyagent,read-only":        {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", ReadOnly: true},
+		"sw /dev/vdb none keyagent,swap,_netdev":               {ID: "sw", Kind: Swap, Name: "sw", Device: "/dev/vdb", Filesystem: "none", Format: true},
+		"tmp /dev/vdb none keyagent,tmp,_netdev":               {ID: "tmp", Kind: Scratch, Name: "tmp", Device: "/dev/vdb", Filesystem: "ext4", Format: true},
+		"tmp /dev/vdb none keyagent,tmp=btrfs,_netdev":         {ID: "tmp", Kind: Scratch, Name: "tmp", Device: "/dev/vdb", Filesystem: "btrfs", Format: true},
 	} {
 		want.Options = mount
 		cfg, err := loadWith(t, "# a comment\nplain /dev/vdz none luks\n"+line+"\n", "")
@@ -53,6 +54,8 @@ func TestALineOfCrypttabThatIsWrongIsNamed(t *testing.T) {
 		"data /dev/vdb none keyagent":                                   "_netdev",
 		"data /dev/vdb /key keyagent,_netdev":                           "third field",
 		"data /dev/vdb none keyagent,_netdev more":                      "four fields",
+		"data /dev/vdb none keyagent,swap,keyagent-measure,_netdev":     "cannot be measured",
+		"data /dev/vdb none keyagent,keyagent-measure=15,_netdev":       "takes no value",
 		"data /dev/vdb none keyagent=,_netdev":                          "names no volume",
 		"data /dev/vdb none keyagent,keyagent-format=,_netdev":          "names no filesystem",
 		"data /dev/vdb none keyagent,keyagent-fromat,_netdev":           "keyagent-fromat",

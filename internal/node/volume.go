@@ -33,6 +33,8 @@ type Volume struct {
 	Label      string   `yaml:"label,omitempty"`   // of the filesystem, when it is made
 	Mount      string   `yaml:"mount,omitempty"`   // absolute path; zero: nowhere
 	Options    []string `yaml:"options,omitempty"` // of the mount, as mount(8) knows them; nil: nosuid, nodev
+	// From is what a new volume begins with, in place of an empty filesystem. Nil: nothing.
+	From *Image `yaml:"from,omitempty"`
 	// Format is explicit intent: create the volume if it does not exist.
 	Format   bool `yaml:"format,omitempty"`
 	ReadOnly bool `yaml:"read_only,omitempty"`
@@ -44,10 +46,20 @@ type Volume struct {
 	// made. With it an opening after a crash takes eleven seconds or more; the lease
 	// protects without it, too, and so does a disk's reservation.
 	NoMMP bool `yaml:"no_mmp,omitempty"`
+	// Measure writes into a register of the machine that the volume was opened, so that
+	// later evidence shows it.
+	Measure bool `yaml:"measure,omitempty"`
 	// Integrity names authenticated encryption. None is built yet.
 	Integrity string `yaml:"integrity,omitempty"`
 	// After names volumes that are opened before this one.
 	After []string `yaml:"after,omitempty"`
+}
+
+// Image is copied into a new volume. It is proved by one of the two.
+type Image struct {
+	Path     string `yaml:"path"`                // of a file or a block device, absolute
+	SHA256   string `yaml:"sha256,omitempty"`    // of all of it, lower-case hex
+	RootHash string `yaml:"root_hash,omitempty"` // of the dm-verity mapping at Path, lower-case hex
 }
 
 // FieldError names the field of a volume that is wrong. It wraps [ErrVolume].
@@ -96,7 +108,7 @@ func (v *Volume) Validate() error {
 		check func() error
 	}{
 		{"id", v.checkID}, {"kind", v.checkKind}, {"name", v.checkName}, {"device", v.checkDevice}, {"filesystem", v.checkFilesystem},
-		{"label", v.checkLabel}, {"mount", v.checkMount}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
+		{"label", v.checkLabel}, {"mount", v.checkMount}, {"from", v.checkFrom}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
 	} {
 		if err := c.check(); err != nil {
 			return &FieldError{c.field, -1, err}
@@ -139,6 +151,9 @@ func (v *Volume) checkKind() error {
 	}
 	if v.ReadOnly {
 		return errors.New("cannot be read-only: it begins empty")
+	}
+	if v.Measure {
+		return errors.New("cannot be measured: its key is another one at each start")
 	}
 	return nil
 }
@@ -233,6 +248,35 @@ func (v *Volume) checkMount() error {
 		return fmt.Errorf("needs a filesystem: %s", strings.Join(Filesystems, ", "))
 	}
 	v.Mount = filepath.Clean(v.Mount)
+	return nil
+}
+
+var (
+	sha256Hex = pattern.New(`^[0-9a-f]{64}$`)
+	rootHash  = pattern.New(`^[0-9a-f]{64}([0-9a-f]{64})?$`)
+)
+
+func (v *Volume) checkFrom() error {
+	f := v.From
+	switch {
+	case f == nil:
+	case !filepath.IsAbs(f.Path) || strings.ContainsRune(f.Path, 0) || len(f.Path) > 4096:
+		return errors.New("path must be absolute")
+	case (f.SHA256 == "") == (f.RootHash == ""):
+		return errors.New("needs sha256 or root_hash, one of them: the image lies where others may write")
+	case f.SHA256 != "" && !sha256Hex.MatchString(f.SHA256):
+		return errors.New("sha256 must be 64 lower-case hex digits")
+	case f.RootHash != "" && !rootHash.MatchString(f.RootHash):
+		return errors.New("root_hash must be 64 or 128 lower-case hex digits")
+	case v.Throwaway():
+		return fmt.Errorf("a %s volume begins empty", v.Kind)
+	case v.Filesystem == "btrfs":
+		return errors.New("btrfs would take the image and its copy, which have one UUID, for one filesystem")
+	case v.Label != "":
+		return errors.New("the image has a label of its own: leave out label")
+	case v.ReadOnly || slices.Contains(v.Options, "ro"):
+		return errors.New("a volume that is created is written: leave out read_only")
+	}
 	return nil
 }
 

@@ -42,8 +42,28 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"itself as what it comes after": {func(v *Volume) { v.After = []string{"data"} }, "after"},
 		"created and read-only":         {func(v *Volume) { v.Format, v.ReadOnly = true, true }, "read_only"},
 		"swap with a filesystem":        {func(v *Volume) { v.Kind, v.Format = Swap, true }, "kind"},
-		"swap without format":           {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
-		"another kind":                  {func(v *Volume) { v.Kind = "tape" }, "kind"},
+		"measured swap":                 {func(v *Volume) { v.Kind, v.Format, v.Measure, v.Mount, v.Filesystem = Swap, true, true, "", "" }, "kind"},
+		"image by a relative path":      {func(v *Volume) { v.From = &Image{Path: "root.img", SHA256: strings.Repeat("0", 64)} }, "from"},
+		"image without a proof":         {func(v *Volume) { v.From = &Image{Path: "/root.img"} }, "from"},
+		"image with a short digest":     {func(v *Volume) { v.From = &Image{Path: "/root.img", SHA256: "ab"} }, "from"},
+		"image in upper case":           {func(v *Volume) { v.From = &Image{Path: "/root.img", RootHash: strings.Repeat("A", 64)} }, "from"},
+		"image with two proofs": {func(v *Volume) {
+			v.From = &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64), RootHash: strings.Repeat("0", 64)}
+		}, "from"},
+		"image of btrfs": {func(v *Volume) {
+			v.Filesystem, v.From = "btrfs", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
+		}, "from"},
+		"image and a label": {func(v *Volume) {
+			v.Filesystem, v.Label, v.From = "ext4", "root", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
+		}, "from"},
+		"image and read-only": {func(v *Volume) {
+			v.ReadOnly, v.Format, v.From = true, false, &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
+		}, "from"},
+		"image into swap": {func(v *Volume) {
+			v.Kind, v.Format, v.Mount, v.Filesystem, v.From = Swap, true, "", "", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
+		}, "from"},
+		"swap without format": {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
+		"another kind":        {func(v *Volume) { v.Kind = "tape" }, "kind"},
 	} {
 		v := good
 		tt.change(&v)

@@ -4,6 +4,7 @@ package disks
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -205,6 +206,7 @@ type machine struct {
 	*world
 	name, dir string
 	tpm       *swtpm.TPM
+	eventLog  string // of the firmware; empty: none
 	more      string // lines of the configuration
 	patient   bool   // with the program's own limits in place of short ones
 }
@@ -231,13 +233,13 @@ func (m *machine) configure(t testing.TB, volumes ...string) {
 		limits = ""
 	}
 	text := fmt.Sprintf(`servers: [{address: "127.0.0.1:%s", ca: %s/ca.pem}]
-tpm: {device: "%s", event_log: /nonexistent}
+tpm: {device: "%s", event_log: "%s"}
 state_dir: %s/state
 socket: %s/agent.sock
 callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, backup-header, restore-header], volumes: ["*"]}]
 %s%s
 volumes:
-`, m.port, m.world.dir, m.tpm.Device, m.dir, m.dir, limits, m.more)
+`, m.port, m.world.dir, m.tpm.Device, cmp.Or(m.eventLog, "/nonexistent"), m.dir, m.dir, limits, m.more)
 	if len(volumes) == 0 {
 		text = strings.TrimSuffix(text, "volumes:\n")
 	}
@@ -249,7 +251,7 @@ volumes:
 
 // command is keyagent on this node, without an agent.
 func (m *machine) command(args ...string) *exec.Cmd {
-	verbs := []string{"unlock", "format", "close", "status", "resize", "suspend", "resume", "backup-header", "restore-header"}
+	verbs := []string{"unlock", "format", "provision", "close", "status", "resize", "suspend", "resume", "backup-header", "restore-header"}
 	if slices.Contains(verbs, args[0]) {
 		args = append([]string{args[0], "--config", filepath.Join(m.dir, "agent.yaml")}, args[1:]...)
 	}

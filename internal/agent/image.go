@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/filesystem"
+	"github.com/keyagent/keyagent/internal/image"
+	"github.com/keyagent/keyagent/luks"
+)
+
+func (o *opening) openImage() (*image.Source, error) {
+	return image.Open(o.v.From.Path, image.Proof{SHA256: o.v.From.SHA256, RootHash: o.v.From.RootHash})
+}
+
+// imageFits refuses an image that is another, as far as that is seen without reading it,
+// or too large, before the key service is told of an attempt to write.
+func (o *opening) imageFits(ctx context.Context) error {
+	if o.v.From == nil {
+		return nil
+	}
+	s, err := o.openImage()
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	f, err := os.Open(o.v.DevicePath())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	return s.Fits(size - luks.DataOffset)
+}
+
+// copyImage fills a volume that is not active yet. A run that is cut off, or that finds
+// another image, leaves it so, and the next one begins again.
+func (o *opening) copyImage(ctx context.Context) error {
+	s, err := o.openImage()
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	o.Log.Info("copying the image", "volume", o.v.ID, "from", o.v.From.Path, "bytes", s.Bytes)
+	if err := o.step(ctx, "copied", func() error { return s.CopyTo(ctx, o.mapping.Path) }); err != nil {
+		return err
+	}
+	if o.v.Filesystem == "none" {
+		return nil
+	}
+	found, err := luks.Signatures(ctx, o.mapping.Path)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(found, func(s luks.Signature) bool { return s.Type == o.v.Filesystem }) {
+		return failure.Newf(failure.Configuration, "say which filesystem it has, or none", "the image holds no %s: %v", o.v.Filesystem, found)
+	}
+	if err := filesystem.Suits(o.mapping.Path, o.v.Filesystem); err != nil {
+		return err
+	}
+	if !filesystem.GrowsUnmounted(o.v.Filesystem) {
+		return nil
+	}
+	return o.step(ctx, "grown", func() error { return filesystem.Grow(ctx, o.mapping.Path, "", o.v.Filesystem) })
+}
+
+// growCopy makes the filesystem of an image that was just copied as large as its volume,
+// where that needs a mount. The volume is good without it.
+func (o *opening) growCopy(ctx context.Context, mountPoint string) {
+	if !o.created || o.v.From == nil || filesystem.GrowsUnmounted(o.v.Filesystem) {
+		return
+	}
+	if err := filesystem.Grow(ctx, o.mapping.Path, mountPoint, o.v.Filesystem); err != nil {
+		o.warn(o.e, "filesystem", fmt.Sprintf("the filesystem is as large as its image, and no larger: keyagent resize %s", o.v.ID))
+		o.Log.Warn("the filesystem did not grow to the size of its volume", "volume", o.v.ID, "error", err)
+	}
+}
