@@ -7,6 +7,7 @@
 package measured
 
 import (
+	"cmp"
 	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
@@ -15,7 +16,9 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"strings"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
 )
@@ -98,13 +101,15 @@ func (f First) Extend(ctx context.Context, e Event) (Record, error) {
 }
 
 func (f First) choose(ctx context.Context) (Register, error) {
-	errs := []error{ErrNoRegister}
+	var why []string
 	for _, one := range f {
 		err := one.Ready(ctx)
 		if err == nil {
 			return one, nil
 		}
-		errs = append(errs, err)
+		// Each has a hint of its own, for evidence that lacks its device.
+		text, _, _ := strings.Cut(err.Error(), " (hint: ")
+		why = append(why, strings.TrimPrefix(text, attestation.ErrNoDevice.Error()+": "))
 	}
-	return nil, failure.New(failure.NoDevice, errors.Join(errs...), "measure needs a TPM, or a TD whose kernel is Linux 6.16 or later; leave it out where neither is")
+	return nil, failure.New(failure.NoDevice, fmt.Errorf("%w: %s", ErrNoRegister, cmp.Or(strings.Join(why, "; "), "the evidence covers no register")), "measure needs a TPM, or a TD whose kernel is Linux 6.16 or later; leave it out where neither is")
 }
