@@ -33,6 +33,15 @@ func TestThePackageIsInstalledUpgradedAndPurged(t *testing.T) {
 	if digest(t, first) != digest(t, deb(t, "v0.1.0")) {
 		t.Error("the same program makes two packages")
 	}
+	for _, tool := range []string{"lintian", "man"} {
+		_, err := exec.LookPath(tool)
+		if err != nil {
+			t.Fatalf("%v (hint: make deps)", err)
+		}
+	}
+	if out, err := exec.Command("lintian", "--allow-root", "--fail-on", "error", first).CombinedOutput(); err != nil {
+		t.Errorf("lintian: %v: %s", err, out)
+	}
 	cache, _ := debian(t)
 	tar, err := cache.Debian(t.Context())
 	must(t, err)
@@ -61,18 +70,24 @@ func TestThePackageIsInstalledUpgradedAndPurged(t *testing.T) {
 		inside("dpkg", "-i", "/keyagent.deb")
 		must(t, os.Remove(filepath.Join(root, "keyagent.deb")))
 		if version == first {
-			if there(wanted) {
-				t.Error("a unit is enabled before it is configured")
+			if !there(wanted) || !strings.Contains(inside("cat", "/usr/lib/systemd/system/keyagent-agent.service"), "ConditionPathExists=/etc/keyagent/agent.yaml") {
+				t.Error("the agent is not enabled, or runs before it is configured")
+			}
+			if there("etc/systemd/system/sockets.target.wants/keyagent-keys.socket") || there("etc/systemd/system/multi-user.target.wants/keyagent-serve.service") {
+				t.Error("what is for other machines is enabled")
 			}
 			for path, text := range kept {
 				write(path, text)
 			}
-			inside("systemctl", "enable", "keyagent-agent.service")
-		}
-		if !there(wanted) {
-			t.Error("what the administrator enabled is not enabled")
+			inside("systemctl", "disable", "keyagent-agent.service")
+		} else if there(wanted) {
+			t.Error("what the administrator disabled is enabled again")
 		}
 		inside("keyagent", "version")
+		page := exec.Command("man", "-l", "-Tutf8", "-P", "cat", filepath.Join(root, "usr/share/man/man1/keyagent.1.gz"))
+		if text, err := page.CombinedOutput(); err != nil || !strings.Contains(string(text), "confidential VMs") {
+			t.Errorf("man keyagent: %v: %s", err, text)
+		}
 		inside("systemd-analyze", "verify", "--man=no", "keyagent-agent.service", "keyagent-serve.service")
 		write("etc/crypttab", "data /dev/vdb none keyagent,_netdev\n")
 		inside("/usr/lib/systemd/system-generators/keyagent-generator", "/tmp")
