@@ -183,5 +183,16 @@ echo $! >SAVED.pid`, "header"},
 	}
 	eventually(t, "it is open again", func() bool { return strings.Contains(n.must(t, "status"), "held") })
 	n.must(t, "close", id)
+	// An agent that dies before it has looked leaves that to the next one.
+	swapped := strings.NewReplacer("UUID", uuid, "DEV", device).Replace(swap)
+	if out, ok := n.ask(t, id, fmt.Sprintf("kill -KILL %d\n"+swapped+opens, running.cmd.Process.Pid, device, id)); !ok {
+		t.Fatal(out)
+	}
+	running = n.start(t)
+	running.waitFor(t, "ALARM")
+	running.waitFor(t, "volume is not open")
+	if mapped(id) {
+		t.Error("the next agent lets it be used")
+	}
 	running.kill()
 }

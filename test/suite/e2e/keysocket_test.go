@@ -81,6 +81,7 @@ show again
 # The agent is stopped while volumes are open, and takes them up.
 systemctl restart keyagent-agent.service
 await open data data-drop data-cred
+systemd-analyze verify --man=no keyagent-keys.socket && echo "E2E verified keys"
 journalctl -b -o cat --no-pager -u keyagent-agent.service -u systemd-cryptsetup@data.service -u 'systemd-cryptsetup@data\x2ddrop.service' -u vault.service -u keyagent-keys.socket
 echo "E2E asked for a passphrase: $(journalctl -b --no-pager | grep -c -i 'enter passphrase') times"
 `
@@ -187,8 +188,11 @@ func TestAKeySocketOpensALineOfCrypttab(t *testing.T) {
 		wantLines(t, g, append(first,
 			"E2E working: active active active active", "E2E open data data-drop data-cred", "E2E absent data data-cred",
 			"E2E again: written by the first boot, written by the first boot", "E2E again: active active active active",
-			"E2E asked for a passphrase: 0 times")...)
+			"E2E verified keys", "E2E asked for a passphrase: 0 times")...)
 		forged(t, g)
+		if hasLine(g, "ALARM") {
+			t.Errorf("boot %d: an honest mapping was taken out of use", i+1)
+		}
 		if formatted := hasLine(g, `"step":"formatted"`); formatted != (i == 0) {
 			t.Errorf("boot %d: formatted: %v", i+1, formatted)
 		}

@@ -63,6 +63,7 @@ type rootSystem struct {
 func newRootSystem(t *testing.T) *rootSystem {
 	t.Helper()
 	s := &rootSystem{node: newMachine(t)}
+	s.limit = 8 * time.Minute
 	must(t, os.Truncate(s.disk, 640<<20))
 	ca, err := os.ReadFile(s.service.CA())
 	must(t, err)
