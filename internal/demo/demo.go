@@ -141,7 +141,7 @@ func (s *story) measure(ctx context.Context) error {
 		return err
 	}
 	s.say("guest image built: %s", size(uki))
-	log, err := Reference(ctx, s.dir, s.images.kernel, s.tpm)
+	log, err := Reference(ctx, s.dir, s.images.kernel, s.tpm, false)
 	if err != nil {
 		return err
 	}

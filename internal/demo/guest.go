@@ -110,17 +110,25 @@ func (im images) build(ctx context.Context, name, script, command, program, ca s
 
 // Reference boots the firmware once with an image that is not the product's,
 // and returns its event log: the trusted boot for everything that the image
-// itself does not decide.
-func Reference(ctx context.Context, dir string, kernel *lab.Kernel, tpm *lab.TPM) ([]byte, error) {
-	_, esp, err := images{dir, kernel}.build(ctx, "reference", referenceScript, lab.CommandLine(), "", "")
+// itself does not decide. With secure the firmware has Secure Boot.
+func Reference(ctx context.Context, dir string, kernel *lab.Kernel, tpm *lab.TPM, secure bool) ([]byte, error) {
+	uki, esp, err := images{dir, kernel}.build(ctx, "reference", referenceScript, lab.CommandLine(), "", "")
 	if err != nil {
 		return nil, err
+	}
+	if secure {
+		if err := lab.Sign(ctx, uki, uki); err != nil {
+			return nil, err
+		}
+		if err := lab.BuildESP(ctx, uki, esp); err != nil {
+			return nil, err
+		}
 	}
 	data := filepath.Join(dir, "reference.data")
 	if err := os.WriteFile(data, make([]byte, 1<<20), 0o600); err != nil {
 		return nil, err
 	}
-	g, err := lab.Boot(ctx, lab.Options{ESP: esp, TPM: tpm, Data: data})
+	g, err := lab.Boot(ctx, lab.Options{ESP: esp, TPM: tpm, Data: data, SecureBoot: secure})
 	if err != nil {
 		return nil, err
 	}

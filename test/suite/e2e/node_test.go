@@ -31,6 +31,7 @@ type node struct {
 	disk    string
 	limit   time.Duration // of a boot; 0: the bed's
 	clock   time.Time     // of the machine; zero: the right one
+	secure  bool          // Secure Boot
 }
 
 const diskSize = 64 << 20
@@ -39,7 +40,7 @@ const diskSize = 64 << 20
 // that kernel command line. The service runs.
 func newNode(t *testing.T, command string) *node {
 	t.Helper()
-	n := newMachine(t)
+	n := newMachine(t, false)
 	must(t, lab.BuildRootInitrd(t.Context(), n.kernel, n.initrd))
 	uki, _ := n.image(t, "expected", command)
 	profile, err := n.service.Run(t.Context(), "measure", "--name", "guest", "--trust", "root:demo", "--uki", uki,
@@ -63,9 +64,9 @@ func (n *node) start(t *testing.T) {
 }
 
 // newMachine makes a machine and a key service that does not run yet and has no policy.
-func newMachine(t *testing.T) *node {
+func newMachine(t *testing.T, secure bool) *node {
 	t.Helper()
-	n := &node{dir: t.TempDir()}
+	n := &node{dir: t.TempDir(), secure: secure}
 	n.disk, n.initrd = n.path("disk.img"), n.path("initrd")
 	var err error
 	n.cache, n.kernel = debian(t)
@@ -78,7 +79,7 @@ func newMachine(t *testing.T) *node {
 	maker, err := os.ReadFile(ca.IssuerCert())
 	must(t, err)
 	must(t, os.WriteFile(n.path("service/tpm-maker.pem"), maker, 0o644))
-	must(t, os.WriteFile(n.path("service/trusted.log"), trustedLog(t), 0o600))
+	must(t, os.WriteFile(n.path("service/trusted.log"), trustedLog(t, secure), 0o600))
 	must(t, os.WriteFile(n.disk, nil, 0o600))
 	must(t, os.Truncate(n.disk, diskSize))
 	return n
@@ -91,6 +92,9 @@ func (n *node) image(t *testing.T, name, command string) (uki, esp string) {
 	t.Helper()
 	uki, esp = n.path(name+".efi"), n.path(name+".esp")
 	must(t, lab.UKI{Kernel: n.kernel, Initrd: n.initrd, Command: command}.Build(t.Context(), uki))
+	if n.secure {
+		must(t, lab.Sign(t.Context(), uki, uki))
+	}
 	must(t, lab.BuildESP(t.Context(), uki, esp))
 	return uki, esp
 }
@@ -125,7 +129,7 @@ func unitFile(t *testing.T, name string) []byte {
 func (n *node) boot(t *testing.T, esp, root string) *lab.Guest {
 	t.Helper()
 	g, err := lab.Boot(t.Context(), lab.Options{
-		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk, Timeout: n.limit, Clock: n.clock,
+		ESP: esp, Root: root, TPM: n.tpm, Data: n.disk, Timeout: n.limit, Clock: n.clock, SecureBoot: n.secure,
 		Forward: []lab.Forward{{Guest: demo.KeyServiceAddress, Host: n.service.Address}},
 		Console: func(l lab.Line) {
 			if !strings.Contains(l.Text, "KEYAGENT-DATA") {
@@ -179,23 +183,30 @@ func debian(t *testing.T) (*lab.Cache, *lab.Kernel) {
 	return cache, kernel
 }
 
-var (
-	trustedOnce sync.Once
-	trusted     []byte
-	errTrusted  error
-)
+// trusted are the event logs of boots without Secure Boot and with it.
+var trusted = map[bool]func(context.Context, string, *lab.Kernel) ([]byte, error){false: once(false), true: once(true)}
 
 // trustedLog is the event log of a boot that is trusted, with another image and
 // another TPM: what the firmware does depends on neither.
-func trustedLog(t *testing.T) []byte {
+func trustedLog(t *testing.T, secure bool) []byte {
 	t.Helper()
 	_, kernel := debian(t)
-	trustedOnce.Do(func() { trusted, errTrusted = referenceBoot(t.Context(), t.TempDir(), kernel) })
-	must(t, errTrusted)
-	return trusted
+	log, err := trusted[secure](t.Context(), t.TempDir(), kernel)
+	must(t, err)
+	return log
 }
 
-func referenceBoot(ctx context.Context, dir string, kernel *lab.Kernel) ([]byte, error) {
+func once(secure bool) func(context.Context, string, *lab.Kernel) ([]byte, error) {
+	var first sync.Once
+	var log []byte
+	var err error
+	return func(ctx context.Context, dir string, kernel *lab.Kernel) ([]byte, error) {
+		first.Do(func() { log, err = referenceBoot(ctx, dir, kernel, secure) })
+		return log, err
+	}
+}
+
+func referenceBoot(ctx context.Context, dir string, kernel *lab.Kernel, secure bool) ([]byte, error) {
 	ca, err := lab.NewCA(filepath.Join(dir, "ca"), "reference")
 	if err != nil {
 		return nil, err
@@ -204,7 +215,7 @@ func referenceBoot(ctx context.Context, dir string, kernel *lab.Kernel) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	return demo.Reference(ctx, dir, kernel, tpm)
+	return demo.Reference(ctx, dir, kernel, tpm, secure)
 }
 
 // digest is the SHA-256 of a file.

@@ -62,7 +62,7 @@ type rootSystem struct {
 
 func newRootSystem(t *testing.T) *rootSystem {
 	t.Helper()
-	s := &rootSystem{node: newMachine(t)}
+	s := &rootSystem{node: newMachine(t, true)}
 	s.limit = 8 * time.Minute
 	must(t, os.Truncate(s.disk, 640<<20))
 	ca, err := os.ReadFile(s.service.CA())
