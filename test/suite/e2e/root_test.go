@@ -118,7 +118,7 @@ func (s *rootSystem) accept(t *testing.T, name, initrd string, phases ...string)
 
 // image2 makes what the machine starts from, with more words on the command line.
 func (s *rootSystem) image2(t *testing.T, name, more string) (uki, esp string) {
-	return s.node.image(t, name, strings.TrimSpace(lab.CommandLine("root=/dev/mapper/root", "rw", "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:none")+" "+more))
+	return s.node.image(t, name, strings.TrimSpace(lab.CommandLine("root=/dev/mapper/root", "rw", "systemd.gpt_auto=0", "nohibernate", "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:none")+" "+more))
 }
 
 // policy writes the policy, and starts the key service.
@@ -160,8 +160,8 @@ profiles:
 func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 	s := newRootSystem(t)
 	classic := s.accept(t, "classic", "initrd.img-"+s.kernel.Release, "", "sysinit", "sysinit:ready")
-	dracut := s.accept(t, "dracut", "dracut.img", "enter-initrd", "enter-initrd:leave-initrd:sysinit", "enter-initrd:leave-initrd:sysinit:ready")
 	keyscript := s.accept(t, "keyscript", "keyscript.img", "", "sysinit", "sysinit:ready")
+	dracut := s.accept(t, "dracut", "dracut.img", "enter-initrd", "enter-initrd:leave-initrd:sysinit", "enter-initrd:leave-initrd:sysinit:ready")
 	s.policy(t, "classic", "dracut", "keyscript")
 
 	good := []string{classic, dracut, keyscript}
