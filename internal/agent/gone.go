@@ -8,7 +8,8 @@ import (
 )
 
 // WatchMapped gives back the leases of those volumes that another program closes: it
-// asked for the key, and nobody else says when it is done. It ends with ctx.
+// asked for the key, and nobody else says when it is done. A mapping that nobody has
+// compared yet is compared as soon as that can be done. It ends with ctx.
 func (c *Volumes) WatchMapped(ctx context.Context, ids []string) {
 	events := deviceEvents(ctx, retryEvery)
 	for {
@@ -19,6 +20,9 @@ func (c *Volumes) WatchMapped(ctx context.Context, ids []string) {
 		}
 		for _, id := range ids {
 			c.sweep(ctx, id)
+			if e := c.find(id); e != nil && c.unlooked(ctx, id, e) {
+				_ = c.TakeOver(ctx, e.spec) // what is wrong is in the log, and is tried again
+			}
 		}
 	}
 }
@@ -47,6 +51,20 @@ func (c *Volumes) sweep(ctx context.Context, id string) {
 	}
 	c.release(ctx, id, r.LeaseID)
 	c.Log.Info("another program closed the volume", "volume", id)
+}
+
+// unlooked reports whether a volume is mapped with a key that was handed out, and nobody
+// has compared it: its agent ended, or had no key service to ask for the key.
+func (c *Volumes) unlooked(ctx context.Context, id string, e *entry) bool {
+	c.mu.Lock()
+	busy := e.condition.state == Opening || e.condition.state == Closing
+	c.mu.Unlock()
+	r, ok := c.recall(id)
+	if busy || !ok || r.Sequence != 0 {
+		return false
+	}
+	_, err := luks.Status(ctx, r.Spec.Name)
+	return !errors.Is(err, luks.ErrNotActive)
 }
 
 // vanished reports whether a volume was mapped, and is not any more.

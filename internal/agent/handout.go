@@ -38,6 +38,9 @@ const (
 var (
 	errNotMapped = errors.New("nobody mapped the volume with the key that was handed out")
 	errOtherKey  = errors.New("what was mapped is not what was checked")
+	// errUnlooked leaves lease and state as they are: what comes later is compared then, by
+	// WatchMapped of this agent or the next.
+	errUnlooked = errors.New("a mapping may still come of the key that was handed out, and is compared then")
 )
 
 // HandOut is [Volumes.Open] for a volume that another program maps: the header is checked
@@ -140,7 +143,9 @@ func (o *opening) withKeyOf(ctx context.Context, f func(*keyclient.Key) error) e
 		err = f(key)
 	}
 	if err != nil {
-		o.giveBack(ctx, key, err)
+		if !errors.Is(err, errUnlooked) {
+			o.giveBack(ctx, key, err)
+		}
 		return failure.WithID(classify(err), key.CorrelationID)
 	}
 	return nil
@@ -199,7 +204,11 @@ func (o *opening) awaitMapping(ctx context.Context, gone <-chan struct{}) error 
 	})
 }
 
+// awaitMapping waits within bounds, as the key and the volume's turn are held meanwhile. A
+// disk that the host lets hang outlasts any: as long as somebody is there who may still map
+// the volume, that is not the end of it.
 func awaitMapping(ctx context.Context, gone, anew <-chan struct{}, look func() (there, complete bool)) error {
+	watched := gone != nil
 	limit, tick := time.NewTimer(mapWithin), time.NewTicker(mapLook)
 	defer limit.Stop()
 	defer tick.Stop()
@@ -221,6 +230,8 @@ func awaitMapping(ctx context.Context, gone, anew <-chan struct{}, look func() (
 		switch there, complete := look(); {
 		case complete, there && over:
 			return nil
+		case !there && over && watched && !late:
+			return failure.New(failure.State, errUnlooked, "the journal of the unit that asked says what it waits for")
 		case !there && (late || over):
 			return failure.New(failure.State, errNotMapped, "the journal of the unit that asked says why")
 		}

@@ -220,17 +220,28 @@ func (p *caller) inode() (string, error) {
 	defer f.Close()
 	// The kernel writes the first zero of an abstract name as @, and names are plain.
 	name := "@" + string(p.raw[1:])
+	found := ""
 	lines := bufio.NewScanner(f)
 	for lines.Scan() {
 		// Num RefCount Protocol Flags Type St Inode Path
-		if fields := strings.Fields(lines.Text()); len(fields) == 8 && fields[7] == name {
-			return fields[6], nil
+		fields := strings.Fields(lines.Text())
+		if len(fields) != 8 || fields[7] != name {
+			continue
 		}
+		// The kernel writes names as they are: one with a line's end in it can say
+		// anything. There are not two sockets of one name.
+		if found != "" {
+			return "", errNotHolder
+		}
+		found = fields[6]
 	}
 	if err := lines.Err(); err != nil {
 		return "", err
 	}
-	return "", errNotHolder
+	if found == "" {
+		return "", errNotHolder
+	}
+	return found, nil
 }
 
 func readSome(path string, most int64) (string, error) {
