@@ -308,10 +308,16 @@ interrupted. It works without the agent, which renews the volume's lease afterwa
 			}
 			defer done()
 			one, err := vs.provision(cmd.Context(), ids[0], from)
-			if err == nil {
-				report(cmd, ids[0], one)
+			if err != nil {
+				return err
 			}
-			return err
+			report(cmd, ids[0], one)
+			// A running agent finds the volume by this, and renews its lease.
+			if agent, leave, err := dialAgent(v.agentSocket(cmd)); err == nil {
+				defer leave()
+				_, _ = agent.status(cmd.Context(), ids[0])
+			}
+			return nil
 		},
 	}
 	cmd.Flags().StringVar(&v.config, "config", defaultAgentConfig, "the agent's configuration")

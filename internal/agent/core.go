@@ -72,6 +72,7 @@ type Volumes struct {
 
 	mu      sync.Mutex
 	entries map[string]*entry
+	keeping sync.Mutex    // of files in StateDir; taken before mu
 	formats chan struct{} // one for each that may write a header
 }
 

@@ -212,7 +212,7 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 	waits := current && fenced && d.e.condition.state == Suspended
 	c.mu.Unlock()
 	if current && known.UUID != "" {
-		if err := c.remember(known); err != nil {
+		if err := c.rememberKnown(d.e); err != nil {
 			c.Log.Warn("could not keep the state of a volume", "volume", d.id, "error", err)
 		}
 	}

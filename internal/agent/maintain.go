@@ -192,7 +192,7 @@ func (o *opening) throwaway(ctx context.Context) error {
 	o.set(func() {
 		o.e.known = remembered{Spec: o.v, Dynamic: o.e.dynamic, UUID: m.UUID, Device: m.DataDevice, Sequence: sequence(m.Device)}
 	})
-	if err := o.remember(o.e.known); err != nil {
+	if err := o.rememberKnown(o.e); err != nil {
 		return err
 	}
 	if fresh {

@@ -46,7 +46,10 @@ func (o *opening) measureOnce(ctx context.Context) error {
 		}
 		o.Log.Info("volume is measured", "volume", o.v.ID, "register", r.Register, "digest", hex.EncodeToString(r.Digest), "text", o.measure.event.Text)
 		o.set(func() { o.e.known.Measured = number })
-		return o.remember(o.e.known)
+		if err := o.rememberKnown(o.e); err != nil {
+			o.Log.Warn("could not keep the state of a volume: the next agent measures it again", "volume", o.v.ID, "error", err)
+		}
+		return nil
 	})
 }
 

@@ -347,7 +347,7 @@ func (o *opening) keep(ctx context.Context, key *keyclient.Key) error {
 	o.set(func() { o.e.known = r })
 	o.hold(o.e, key.Lease)
 	o.reserve(ctx, o.e)
-	return o.remember(r)
+	return o.rememberKnown(o.e)
 }
 
 // giveBack returns the lease of a volume that did not come to be open here.
@@ -408,7 +408,7 @@ func (o *opening) mount(ctx context.Context) error {
 // mountedOn remembers where the volume is.
 func (o *opening) mountedOn(canonical string) error {
 	o.set(func() { o.e.known.Mount = canonical })
-	return o.remember(o.e.known)
+	return o.rememberKnown(o.e)
 }
 
 // mountOptions are a volume's own and what makes them safe.

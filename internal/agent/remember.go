@@ -59,6 +59,23 @@ func (c *Volumes) statePath(id string) string { return filepath.Join(c.StateDir,
 // remember stores what is known. It is done before a mapping is made, too: a full
 // file system must not leave a mapping that nobody knows.
 func (c *Volumes) remember(r remembered) error {
+	c.keeping.Lock()
+	defer c.keeping.Unlock()
+	return c.write(r)
+}
+
+// rememberKnown stores what is known of a volume at this moment: who has its turn may do
+// so while its lease is renewed.
+func (c *Volumes) rememberKnown(e *entry) error {
+	c.keeping.Lock()
+	defer c.keeping.Unlock()
+	c.mu.Lock()
+	r := e.known
+	c.mu.Unlock()
+	return c.write(r)
+}
+
+func (c *Volumes) write(r remembered) error {
 	data, err := json.Marshal(r)
 	if err == nil {
 		err = os.MkdirAll(c.StateDir, 0o700)

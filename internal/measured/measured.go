@@ -15,6 +15,7 @@ import (
 	"crypto/sha512"
 	"errors"
 	"fmt"
+	"io/fs"
 	"hash"
 	"strings"
 
@@ -102,10 +103,14 @@ func (f First) Extend(ctx context.Context, e Event) (Record, error) {
 
 func (f First) choose(ctx context.Context) (Register, error) {
 	var why []string
-	for _, one := range f {
+	for i, one := range f {
 		err := one.Ready(ctx)
 		if err == nil {
 			return one, nil
+		}
+		// One that is there, and busy or broken, is the one that a profile means.
+		if i < len(f)-1 && !errors.Is(err, fs.ErrNotExist) {
+			return nil, failure.New(failure.DeviceBusy, err, "a profile wants it measured there: name evidence in the configuration if it is another register")
 		}
 		// Each has a hint of its own, for evidence that lacks its device.
 		text, _, _ := strings.Cut(err.Error(), " (hint: ")
