@@ -15,8 +15,8 @@ import (
 	"crypto/sha512"
 	"errors"
 	"fmt"
-	"io/fs"
 	"hash"
+	"io/fs"
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation"
