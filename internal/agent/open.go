@@ -40,7 +40,7 @@ func (c *Volumes) Open(ctx context.Context, v node.Volume, in Intent) (Volume, e
 	return c.opened(ctx, v, in, (*opening).run)
 }
 
-// opened brings a volume up by way of run, whoever maps it.
+// opened brings a volume up by way of run, which may have another program map it.
 func (c *Volumes) opened(ctx context.Context, v node.Volume, in Intent, run func(*opening, context.Context) error) (Volume, error) {
 	if err := v.Validate(); err != nil {
 		return Volume{ID: v.ID}, failure.New(failure.Usage, err, "")

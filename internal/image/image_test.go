@@ -53,7 +53,7 @@ func TestAnImageIsCopiedWhole(t *testing.T) {
 	}
 }
 
-// Whoever owns the disk may change it before the copy and during it.
+// The owner of the disk may change it before the copy and during it.
 func TestAnotherImageIsRefused(t *testing.T) {
 	content := bytes.Repeat([]byte("image"), chunk)
 	from, sum := file(t, content)

@@ -246,7 +246,7 @@ func TestAUnitThatIsNamedGetsItsKeyVerbatim(t *testing.T) {
 	}
 }
 
-// Case 70: whoever forges the name, or is not quite the unit, gets nothing.
+// A caller that forges the name, or is not quite the unit, gets nothing.
 func TestAForgedCallerGetsNothing(t *testing.T) {
 	b := newBed(t)
 	for what, tt := range map[string]struct {
