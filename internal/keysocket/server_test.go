@@ -330,6 +330,22 @@ func TestTheCallerHoldsItsSocket(t *testing.T) {
 			}
 		})
 	}
+	// Somebody else makes the kernel's list say the same name again.
+	own, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(own)
+	must(t, unix.Bind(own, &unix.SockaddrUnix{Name: "@ab20/cryptsetup/data"}))
+	var st unix.Stat_t
+	must(t, unix.Fstat(own, &st))
+	twice := &caller{pid: int32(os.Getpid()), raw: []byte("\x00ab20/cryptsetup/data")}
+	must(t, twice.holdsSocket())
+	forged, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	must(t, err)
+	defer unix.Close(forged)
+	must(t, unix.Bind(forged, &unix.SockaddrUnix{Name: fmt.Sprintf("@x\n0 1 2 3 4 5 %d @ab20/cryptsetup/data", st.Ino)}))
+	if err := twice.holdsSocket(); !errors.Is(err, errNotHolder) {
+		t.Errorf("a name that stands there twice: %v", err)
+	}
 	// Another process than the one that bound it.
 	other := exec.Command("sleep", "60")
 	must(t, other.Start())

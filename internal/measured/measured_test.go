@@ -181,6 +181,25 @@ func TestATDsRegisterGetsTheLongDigest(t *testing.T) {
 	}
 }
 
+// A TPM that is there and cannot be used is the one that a profile means: the volume is not
+// measured elsewhere instead.
+func TestARegisterThatIsThereIsNotPassedOver(t *testing.T) {
+	dir := t.TempDir()
+	broken, rtmr := filepath.Join(dir, "tpm"), filepath.Join(dir, "rtmr3:sha384")
+	for path, size := range map[string]int{broken: 0, rtmr: sha512.Size384} {
+		if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := First{&TPM{Device: broken}, &RTMR{Path: rtmr}}
+	if _, err := r.Extend(t.Context(), event(t, testName)); failure.Of(err).Class != failure.DeviceBusy {
+		t.Errorf("%v", err)
+	}
+	if written, err := os.ReadFile(rtmr); err != nil || !bytes.Equal(written, make([]byte, sha512.Size384)) {
+		t.Errorf("the other register got %x, %v", written, err)
+	}
+}
+
 func TestAMachineWithoutARegisterSaysSo(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none")
 	short := filepath.Join(t.TempDir(), "short")

@@ -58,8 +58,8 @@ func emptyEventLog() []byte {
 	return append(binary.LittleEndian.AppendUint32(out, uint32(len(id))), id...)
 }
 
-// A volume that is opened is in PCR 15, once for each mapping; whoever demands it gets
-// it, and who comes before it is refused.
+// A volume that is opened is in PCR 15, once for each mapping. A profile that demands it
+// fits afterwards, and refuses the machine before.
 func TestDiskAnOpenVolumeIsMeasured(t *testing.T) {
 	m := first(t)
 	m.eventLog = filepath.Join(t.TempDir(), "eventlog")
