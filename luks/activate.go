@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -12,6 +13,7 @@ import (
 // table, the switch to that table, its node.
 type creation struct {
 	name, uuid string // of the device-mapper
+	kind       string // of the target
 	readOnly   bool
 	bytes      int64
 	params     string
@@ -47,13 +49,17 @@ func (c creation) mode() uint32 {
 func (c creation) load() error {
 	_, err := dmCall{
 		command: dmTableLoad, uuid: c.uuid, flags: dmSecureData | c.mode(),
-		targets: 1, payload: target(c.bytes/sectorSize, "crypt", c.params),
+		targets: 1, payload: target(c.bytes/sectorSize, c.kind, c.params),
 	}.run()
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: the device below %s is mounted, mapped or claimed", ErrDeviceBusy, c.name)
 	case errors.Is(err, unix.EROFS), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: open %s read-only", ErrReadOnlyDevice, c.name)
+	case c.kind != cryptKind && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT)):
+		return fmt.Errorf("%w: dm-integrity (CONFIG_DM_INTEGRITY), unless the disk below %s is smaller than it was: %w", ErrKernel, c.name, err)
+	case strings.HasPrefix(c.params, authenticated.cipher) && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT)):
+		return fmt.Errorf("%w: HMAC-SHA256 beside encryption (CONFIG_CRYPTO_AUTHENC, CONFIG_CRYPTO_HMAC): %w", ErrKernel, err)
 	case err != nil:
 		return fmt.Errorf("load the table of %s: %w", c.name, err)
 	}

@@ -108,7 +108,7 @@ func TestAttack03HeaderSwappedBetweenCheckAndOpen(t *testing.T) {
 	must(t, err)
 
 	patch(t, v.device, hostileHeaders[0].forge(t, good), 0)
-	m, err := d.activate(ctx, "victim", header, v.dek, OpenOptions{})
+	m, err := d.activate(ctx, OpenRequest{Name: "victim"}, header, v.dek)
 	must(t, err)
 	defer v.close("victim")
 	if table := run(t, "dmsetup", "table", "victim"); !strings.Contains(table, " crypt aes-xts-plain64 :64:logon:") {

@@ -142,7 +142,7 @@ func (d *disk) state(id Identity, dek *Key) (State, error) {
 	if ours {
 		// An interrupted format wrote nothing beyond the guarded bytes. Data
 		// there is not from it, and is kept.
-		state, skip = StateInterrupted, guardedSize
+		state, skip = StateInterrupted, maxGuardedSize
 	}
 	switch err := d.checkBlank(skip); {
 	case err == nil:

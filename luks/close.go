@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -41,6 +42,11 @@ func closeMapping(ctx context.Context, req CloseRequest) error {
 	}
 	defer release()
 	live, err := inspect(req.Name)
+	if errors.Is(err, ErrNotActive) && !req.Throwaway {
+		// Only the upper one of two was removed. As long as the lower one is there, it may
+		// write, so this is no volume that is closed.
+		return cmp.Or(removeTags(ctx, req.Name, req.UUID), err)
+	}
 	if err != nil {
 		return err
 	}
@@ -66,6 +72,9 @@ func closeMapping(ctx context.Context, req CloseRequest) error {
 	err = kernelCall(ctx, "removing "+req.Name, func() error { return remove(ctx, req.Name, live.uuid) }, nil)
 	if err == nil {
 		dropNode(req.Name, live.dev)
+	}
+	if err == nil && !req.Throwaway {
+		err = removeTags(ctx, req.Name, req.UUID)
 	}
 	return err
 }

@@ -148,6 +148,27 @@ func (s *session) addKeyslot(dek *Key) error {
 	})
 }
 
+// addUnboundKeyslot puts a fresh key of that size into keyslot 0 under the DEK, bound
+// to no segment: libcryptsetup makes a header with integrity only where it can map the
+// device at once. bindKeyslot does the rest.
+func (s *session) addUnboundKeyslot(size int, dek *Key) error {
+	vk, err := secret.Random(size)
+	if err != nil {
+		return err
+	}
+	defer vk.Close()
+	return vk.Use(func(volume []byte) error {
+		return dek.Use(func(key []byte) error {
+			r := C.crypt_keyslot_add_by_key(s.cd, 0, charPtr(volume), C.size_t(len(volume)),
+				charPtr(key), C.size_t(len(key)), C.CRYPT_VOLUME_KEY_NO_SEGMENT)
+			if r < 0 {
+				return s.failed("add keyslot", r)
+			}
+			return nil
+		})
+	})
+}
+
 // test opens keyslot 0 with the DEK and maps nothing.
 func (s *session) test(dek *Key) error {
 	return dek.Use(func(key []byte) error {
@@ -156,9 +177,10 @@ func (s *session) test(dek *Key) error {
 	})
 }
 
-// volumeKey opens keyslot 0 with the DEK and returns what it holds.
-func (s *session) volumeKey(dek *Key) (*secret.Bytes, error) {
-	vk, err := secret.New(volumeKeySize)
+// volumeKey opens keyslot 0 with the DEK and returns the key of that size that it
+// holds.
+func (s *session) volumeKey(bytes int, dek *Key) (*secret.Bytes, error) {
+	vk, err := secret.New(bytes)
 	if err != nil {
 		return nil, err
 	}
@@ -166,7 +188,7 @@ func (s *session) volumeKey(dek *Key) (*secret.Bytes, error) {
 		return dek.Use(func(key []byte) error {
 			size := C.size_t(len(into))
 			r := C.crypt_volume_key_get(s.cd, 0, charPtr(into), &size, charPtr(key), C.size_t(len(key)))
-			if r >= 0 && size != volumeKeySize {
+			if r >= 0 && int(size) != bytes {
 				return fmt.Errorf("%w: volume key has %d bytes", ErrLibrary, size)
 			}
 			return s.unlocked(r)

@@ -1,7 +1,9 @@
 package luks
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 )
 
@@ -22,6 +24,9 @@ func Cut(ctx context.Context, name, uuid string) error {
 
 func cut(ctx context.Context, name, uuid string) error {
 	live, release, err := claimMapping(ctx, name, uuid)
+	if errors.Is(err, ErrNotActive) {
+		return cmp.Or(cutTags(ctx, name, uuid), err) // the lower one of two may be left
+	}
 	if err != nil {
 		return err
 	}
@@ -30,7 +35,7 @@ func cut(ctx context.Context, name, uuid string) error {
 	if err != nil {
 		return err
 	}
-	return intoError(ctx, live, name, sectors)
+	return errors.Join(intoError(ctx, live, name, sectors), cutTags(ctx, name, uuid))
 }
 
 // intoError gives a mapping a table that answers everything with an error.

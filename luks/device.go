@@ -224,12 +224,12 @@ func (d *disk) checkSize() error {
 // may end within one; what is left over is not used.
 func (d *disk) plainBytes() int64 { return d.size&^(dataSectorSize-1) - dataOffset }
 
-// readGuarded reads the bytes that the guard and the MAC cover, once.
+// readGuarded reads the bytes that the guard and the MAC cover in whatever form, once.
 func (d *disk) readGuarded() ([]byte, error) {
 	if d.size < guardedSize {
 		return nil, fmt.Errorf("%w: %s has %d bytes", ErrShortHeader, d.path, d.size)
 	}
-	raw := make([]byte, guardedSize)
+	raw := make([]byte, min(d.size, maxGuardedSize))
 	if err := d.read(raw, 0); err != nil {
 		return nil, err
 	}

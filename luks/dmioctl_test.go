@@ -63,7 +63,7 @@ func FuzzNames(f *testing.F) {
 
 func TestATableThatIsWrittenIsTheOneThatIsAccepted(t *testing.T) {
 	for _, opts := range []OpenOptions{{}, {AllowDiscards: true}, {Workqueues: true}, {ReadOnly: true, AllowDiscards: true, Workqueues: true}} {
-		params := cryptParams(volumeKeyRef(idData.UUID), DevNum{7, 0}, dataOffset, opts)
+		params := cryptParams(plain, plain.volumeKeyRef(idData.UUID), DevNum{7, 0}, dataOffset, opts)
 		m, err := parseLive(liveAnswer("uuid", 8192, "crypt", params))
 		must(t, err)
 		m.readOnly = opts.ReadOnly

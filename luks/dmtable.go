@@ -24,6 +24,7 @@ type liveMapping struct {
 	suspended bool
 	empty     bool // no table is in force; one may be loaded
 	table     []liveTarget
+	tags      *liveMapping // the lower mapping, of one that verifies tags
 }
 
 type liveTarget struct {
@@ -43,7 +44,22 @@ func inspect(name string) (liveMapping, error) {
 	case err != nil:
 		return liveMapping{}, fmt.Errorf("ask the device-mapper for %s: %w", name, err)
 	}
-	return parseLive(buf)
+	m, err := parseLive(buf)
+	if err != nil || !m.verifiesTags() {
+		return m, err
+	}
+	lower, err := inspect(tagsName(name))
+	if err != nil {
+		return liveMapping{}, err
+	}
+	m.tags = &lower
+	return m, nil
+}
+
+// verifiesTags says whether a mapping is that of an authenticated volume, or pretends
+// to be.
+func (m liveMapping) verifiesTags() bool {
+	return strings.HasPrefix(m.uuid, dmPrefix) && len(m.table) == 1 && m.table[0].kind == cryptKind && strings.HasPrefix(m.table[0].params, authenticated.cipher+" ")
 }
 
 // parseLive reads the kernel's answer. The kernel is trusted, but a slip here
@@ -90,14 +106,16 @@ func cString(p []byte) string {
 	return string(text)
 }
 
+const dmPrefix = "CRYPT-LUKS2-"
+
 // dmUUID is the UUID that libcryptsetup gives a mapping.
 func dmUUID(uuid, name string) string {
-	return "CRYPT-LUKS2-" + strings.ReplaceAll(uuid, "-", "") + "-" + name
+	return dmPrefix + strings.ReplaceAll(uuid, "-", "") + "-" + name
 }
 
 // luksUUID is the inverse: the LUKS UUID of one of our mappings, or false.
 func luksUUID(dm, name string) (string, bool) {
-	rest, prefixed := strings.CutPrefix(dm, "CRYPT-LUKS2-")
+	rest, prefixed := strings.CutPrefix(dm, dmPrefix)
 	hex, named := strings.CutSuffix(rest, "-"+name)
 	if !prefixed || !named || len(hex) != 32 {
 		return "", false

@@ -10,8 +10,10 @@
 //
 //   - A mapping that [Open] returns is aes-xts-plain64 with a 512-bit volume key,
 //     4096-byte sectors and the data at 16 MiB of the device that the header was
-//     read from, as the kernel's live table says afterwards. A mapping that was there
-//     before is adopted only if it decrypts with the key of the guarded header.
+//     read from, as the kernel's live table says afterwards. With [HMACSHA256] it
+//     also verifies a tag of each sector, which a dm-integrity mapping below it keeps.
+//     A mapping that was there before is adopted only if it decrypts with the key of
+//     the guarded header.
 //   - No mapping is made before the header has satisfied the guard and its MAC,
 //     and no key derivation runs: [Adopt], for which there is no MAC yet, runs one
 //     of the cost that the guard allows.
@@ -30,7 +32,7 @@
 // The caller keeps a record of each volume that the host cannot change, and is
 // the only one that may decide to format:
 //
-//	h, err := luks.NewHeader(ctx, id, dek)      // in memory
+//	h, err := luks.NewHeader(ctx, id, luks.Layout{}, dek)      // in memory
 //	until := luks.DeadlineIn(2 * time.Minute)   // counted from before the next line
 //	…                                           // the record names this attempt and h.MACs()
 //	err = luks.Write(ctx, luks.WriteRequest{device, id, h, until}, dek)
@@ -55,7 +57,8 @@
 // # The guard
 //
 // Version 1 of the whitelist admits one form of LUKS2 metadata, the one that
-// NewHeader makes: two copies of 16 KiB whose checksums (SHA-256) hold and whose
+// NewHeader makes of a plain [Layout], and version 2 that of a volume with integrity,
+// which docs/spec/luks2-header.md describes. Version 1: two copies of 16 KiB whose checksums (SHA-256) hold and whose
 // sequence numbers, UUIDs and JSON areas agree; no label, no subsystem, unused
 // bytes zero. The JSON has one keyslot (PBKDF2-SHA256 with 1000 iterations, 64
 // bytes under aes-xts-plain64, 4000 stripes, in its exact place), one segment,

@@ -75,6 +75,14 @@ var (
 	// decrypt with the volume's key: something else made it.
 	ErrNotOurs = errors.New("mapping was not made with this volume's key")
 
+	// ErrNoIntegrity means that a volume has less integrity than was asked for. It
+	// cannot be added to one that exists.
+	ErrNoIntegrity = errors.New("volume was made without the integrity that is asked for")
+
+	// ErrNoGrowth means that a volume with integrity does not grow: how much of it has
+	// tags would be the disk's word, and what is wiped anew reads as good data.
+	ErrNoGrowth = errors.New("a volume with integrity does not grow")
+
 	// ErrSuspended means that a mapping is suspended. [Resume] ends that.
 	ErrSuspended = errors.New("mapping is suspended")
 

@@ -21,7 +21,7 @@ func ExampleOpen() {
 	defer dek.Close()
 	ctx := context.Background()
 	id := luks.Identity{Volume: "data", UUID: "d02c4966-a638-425d-bb5c-bac748d9e6de", Generation: 1}
-	h, err := luks.NewHeader(ctx, id, dek) // in memory, once in a volume's life
+	h, err := luks.NewHeader(ctx, id, luks.Layout{}, dek) // in memory, once in a volume's life
 	if err != nil {
 		fmt.Println(err)
 		return

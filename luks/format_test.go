@@ -135,7 +135,7 @@ func TestAMarkerDoesNotExcuseDataElsewhere(t *testing.T) {
 	m, err := newMarker(idData, dataKey(t))
 	must(t, err)
 	patch(t, path, m, 0)
-	patch(t, path, []byte("data"), guardedSize)
+	patch(t, path, []byte("data"), maxGuardedSize)
 	before := digest(t, path)
 	_, err = formatImage(path, idData, dataKey(t))
 	wantError(t, err, ErrNotBlank)
@@ -221,7 +221,7 @@ func TestMalformedArgumentsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
 		{Volume: "data", UUID: strings.ReplaceAll(idData.UUID, "-", "")},
 		{Volume: "data", UUID: idData.UUID + "\n"},
 	} {
-		_, err := NewHeader(ctx, id, dataKey(t))
+		_, err := NewHeader(ctx, id, Layout{}, dataKey(t))
 		wantError(t, err, ErrInvalid)
 		wantError(t, Write(ctx, WriteRequest{"/nonexistent", id, nil, Deadline{}}, dataKey(t)), ErrInvalid)
 		_, err = Adopt(ctx, "/nonexistent", id, dataKey(t))
@@ -245,7 +245,7 @@ func TestMalformedArgumentsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
 	}
 	closed := key(t, 1, 32)
 	must(t, closed.Close())
-	_, err := NewHeader(ctx, idData, closed)
+	_, err := NewHeader(ctx, idData, Layout{}, closed)
 	wantError(t, err, secret.ErrClosed)
 }
 

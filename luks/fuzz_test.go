@@ -24,7 +24,7 @@ func FuzzHeaderJSON(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text []byte) {
 		root, err := parseJSON(text)
 		if err == nil {
-			err = whitelist.check("", root)
+			err = plain.whitelist.check("", root)
 		}
 		if err != nil {
 			wantError(t, err, ErrHeaderRefused)

@@ -3,129 +3,161 @@ package luks
 import (
 	"bytes"
 	"encoding/base64"
+	"fmt"
+	"strconv"
 	"strings"
 )
 
 // guarded is a header that satisfies the guard. Nothing is known yet of who
 // wrote it: that is [Header].
 type guarded struct {
-	raw  []byte // the guarded bytes, guardedSize of them
+	raw  []byte // the guarded bytes, as many as the form has
 	uuid string
+	form *form
+	// bytes is the length of a volume with integrity; 0: as long as the device.
+	bytes int64
 }
 
-// guard checks the first guardedSize bytes of a device against version 1 of the
-// whitelist. Whatever the whitelist does not name is refused.
+// guard checks the first bytes of a device against the whitelist, and takes as many
+// of them as the header's form has. Whatever the whitelist does not name is refused.
 func guard(raw []byte) (guarded, error) {
-	if len(raw) != guardedSize {
+	if len(raw) < guardedSize {
 		return guarded{}, ErrShortHeader
 	}
-	uuid, err := guardMetadata(raw[:areasOffset])
+	g, err := guardMetadata(raw[:areasOffset])
 	if err != nil {
 		return guarded{}, err
 	}
-	return guarded{raw: raw, uuid: uuid}, nil
+	return g.within(raw)
 }
 
-// guardMetadata checks the two copies of the metadata and returns the UUID.
-func guardMetadata(metadata []byte) (string, error) {
+// within takes the guarded bytes from raw.
+func (g guarded) within(raw []byte) (guarded, error) {
+	if len(raw) < g.form.size() {
+		return guarded{}, ErrShortHeader
+	}
+	g.raw = raw[:g.form.size():g.form.size()]
+	return g, nil
+}
+
+// guardMetadata checks the two copies of the metadata.
+func guardMetadata(metadata []byte) (guarded, error) {
 	first, err := parseBinary(metadata[:metadataSize], 0)
 	if err != nil {
-		return "", err
+		return guarded{}, err
 	}
 	second, err := parseBinary(metadata[metadataSize:areasOffset], 1)
 	if err != nil {
-		return "", err
+		return guarded{}, err
 	}
 	switch {
 	case first.uuid != second.uuid:
-		return "", refuse(RuleCopies, "secondary UUID", second.uuid)
+		return guarded{}, refuse(RuleCopies, "secondary UUID", second.uuid)
 	case first.seqID != second.seqID:
-		return "", refuse(RuleCopies, "secondary sequence number", "")
+		return guarded{}, refuse(RuleCopies, "secondary sequence number", "")
 	case !bytes.Equal(first.json, second.json):
-		return "", refuse(RuleCopies, "secondary JSON area", "")
+		return guarded{}, refuse(RuleCopies, "secondary JSON area", "")
 	}
-	return first.uuid, first.guardJSON()
+	return first.guardJSON()
 }
 
-// guardCopy checks one copy of the metadata by itself and returns the UUID.
-func guardCopy(metadata []byte, i int) (string, error) {
+// guardCopy checks one copy of the metadata by itself.
+func guardCopy(metadata []byte, i int) (guarded, error) {
 	h, err := parseBinary(metadata, i)
 	if err != nil {
-		return "", err
+		return guarded{}, err
 	}
-	return h.uuid, h.guardJSON()
+	return h.guardJSON()
 }
 
-func (h binaryHeader) guardJSON() error {
+func (h binaryHeader) guardJSON() (guarded, error) {
 	root, err := parseArea(h.json)
 	if err != nil {
-		return err
+		return guarded{}, err
 	}
-	return whitelist.check("", root)
+	g := guarded{uuid: h.uuid, form: formIn(root)}
+	if err := g.form.whitelist.check("", root); err != nil {
+		return guarded{}, err
+	}
+	if g.form == authenticated {
+		g.bytes, err = parseLength(root.at("segments", "0", "size").text)
+	}
+	return g, err
 }
 
-// whitelist is version 1: the one form of metadata that this package writes and
-// opens.
-var whitelist = object{
-	{"keyslots", object{
-		{"0", object{
-			{"type", text{"luks2", RuleKeyslotType}},
-			{"key_size", number{"64", RuleKeySize}},
-			{"af", object{
-				{"type", text{"luks1", RuleKeyslotType}},
-				{"stripes", number{"4000", RuleKeyslotType}},
-				{"hash", text{"sha256", RuleKeyslotType}},
+// newWhitelist is the one form of metadata that this package writes and opens for a
+// form. That of a plain volume is version 1, that of an authenticated one version 2.
+func newWhitelist(f *form) object {
+	integrity, size := rule(forbidden{RuleIntegrity}), rule(text{"dynamic", RuleSize})
+	if f.integrity != "" {
+		size = length{}
+		integrity = object{
+			{"type", text{"hmac(sha256)", RuleIntegrity}},
+			{"journal_encryption", text{"none", RuleIntegrity}},
+			{"journal_integrity", text{"none", RuleIntegrity}},
+		}
+	}
+	return object{
+		{"keyslots", object{
+			{"0", object{
+				{"type", text{"luks2", RuleKeyslotType}},
+				{"key_size", number{fmt.Sprint(f.keySize), RuleKeySize}},
+				{"af", object{
+					{"type", text{"luks1", RuleKeyslotType}},
+					{"stripes", number{"4000", RuleKeyslotType}},
+					{"hash", text{"sha256", RuleKeyslotType}},
+				}},
+				{"area", object{
+					{"type", text{"raw", RuleKeyslotArea}},
+					{"encryption", cipher{}},
+					{"key_size", number{"64", RuleKeySize}},
+					{"offset", text{"32768", RuleKeyslotArea}},
+					{"size", text{fmt.Sprint(f.areaSize), RuleKeyslotArea}},
+				}},
+				{"kdf", object{
+					{"type", text{"pbkdf2", RuleKDF}},
+					{"hash", text{"sha256", RuleKDF}},
+					{"iterations", number{"1000", RuleKDFCost}},
+					{"salt", binaryText{32, RuleKDF}},
+				}},
 			}},
-			{"area", object{
-				{"type", text{"raw", RuleKeyslotArea}},
+			{"*", forbidden{RuleKeyslotCount}},
+		}},
+		{"segments", object{
+			{"0", object{
+				{"type", text{"crypt", RuleSegmentType}},
 				{"encryption", cipher{}},
-				{"key_size", number{"64", RuleKeySize}},
-				{"offset", text{"32768", RuleKeyslotArea}},
-				{"size", text{"258048", RuleKeyslotArea}},
+				{"offset", text{"16777216", RuleOffset}},
+				{"size", size},
+				{"iv_tweak", text{"0", RuleIVTweak}},
+				{"sector_size", number{"4096", RuleSectorSize}},
+				{"flags", forbidden{RuleSegmentFlags}},
+				{"integrity", integrity},
 			}},
-			{"kdf", object{
-				{"type", text{"pbkdf2", RuleKDF}},
-				{"hash", text{"sha256", RuleKDF}},
+			{"*", forbidden{RuleSegmentCount}},
+		}},
+		{"digests", object{
+			{"0", object{
+				{"type", text{"pbkdf2", RuleDigest}},
+				{"keyslots", only{"0", RuleDigest}},
+				{"segments", only{"0", RuleDigest}},
+				{"hash", text{"sha256", RuleDigest}},
 				{"iterations", number{"1000", RuleKDFCost}},
-				{"salt", binaryText{32, RuleKDF}},
+				{"salt", binaryText{32, RuleDigest}},
+				{"digest", binaryText{32, RuleDigest}},
 			}},
+			{"*", forbidden{RuleDigest}},
 		}},
-		{"*", forbidden{RuleKeyslotCount}},
-	}},
-	{"segments", object{
-		{"0", object{
-			{"type", text{"crypt", RuleSegmentType}},
-			{"encryption", cipher{}},
-			{"offset", text{"16777216", RuleOffset}},
-			{"size", text{"dynamic", RuleSize}},
-			{"iv_tweak", text{"0", RuleIVTweak}},
-			{"sector_size", number{"4096", RuleSectorSize}},
-			{"flags", forbidden{RuleSegmentFlags}},
-			{"integrity", forbidden{RuleIntegrity}},
+		{"tokens", object{
+			{"*", forbidden{RuleToken}},
 		}},
-		{"*", forbidden{RuleSegmentCount}},
-	}},
-	{"digests", object{
-		{"0", object{
-			{"type", text{"pbkdf2", RuleDigest}},
-			{"keyslots", only{"0", RuleDigest}},
-			{"segments", only{"0", RuleDigest}},
-			{"hash", text{"sha256", RuleDigest}},
-			{"iterations", number{"1000", RuleKDFCost}},
-			{"salt", binaryText{32, RuleDigest}},
-			{"digest", binaryText{32, RuleDigest}},
+		{"config", object{
+			{"json_size", text{"12288", RuleConfig}},
+			{"keyslots_size", text{"16744448", RuleConfig}},
+			{"flags", forbidden{RuleFlags}},
+			{"requirements", forbidden{RuleRequirement}},
 		}},
-		{"*", forbidden{RuleDigest}},
-	}},
-	{"tokens", object{
-		{"*", forbidden{RuleToken}},
-	}},
-	{"config", object{
-		{"json_size", text{"12288", RuleConfig}},
-		{"keyslots_size", text{"16744448", RuleConfig}},
-		{"flags", forbidden{RuleFlags}},
-		{"requirements", forbidden{RuleRequirement}},
-	}},
+	}
 }
 
 // rule is what the whitelist demands of one value.
@@ -203,6 +235,27 @@ func (u number) check(where string, n *node) error {
 		return refuse(u.rule, where, n.text)
 	}
 	return nil
+}
+
+// length demands a number of bytes, of whole sectors, in its one spelling.
+type length struct{}
+
+func (length) check(where string, n *node) error {
+	if _, err := parseLength(n.text); n.kind != kindText || err != nil {
+		return refuse(RuleSize, where, n.text)
+	}
+	return nil
+}
+
+// maxLength keeps sums of lengths from going over.
+const maxLength = 1 << 60
+
+func parseLength(text string) (int64, error) {
+	n, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || n < dataSectorSize || n > maxLength || n%dataSectorSize != 0 || strconv.FormatInt(n, 10) != text {
+		return 0, refuse(RuleSize, "segments.0.size", text)
+	}
+	return n, nil
 }
 
 // cipher demands the one cipher, and gives the null cipher its own refusal: with

@@ -56,7 +56,7 @@ func newVolume(t testing.TB, id Identity, dek *secret.Bytes) volume {
 
 // formatDevice does what a caller with a pending record does.
 func formatDevice(device string, id Identity, dek *secret.Bytes) (*Header, error) {
-	h, err := NewHeader(context.Background(), id, dek)
+	h, err := NewHeader(context.Background(), id, Layout{}, dek)
 	if err != nil {
 		return nil, err
 	}

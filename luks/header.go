@@ -15,6 +15,8 @@ import (
 type Header struct {
 	raw     []byte // the guarded bytes
 	uuid    string
+	form    *form
+	bytes   int64 // of a volume with integrity
 	macs    MACs
 	damaged int // the copy on the disk that was bad, or undamaged
 }
@@ -31,7 +33,11 @@ func (h *Header) MACs() MACs { return h.macs }
 // UUID returns the UUID of the volume.
 func (h *Header) UUID() string { return h.uuid }
 
-// Bytes returns a copy of the first 290816 bytes of the device, as they should be.
+// Integrity says how the volume's data is authenticated.
+func (h *Header) Integrity() Integrity { return h.form.integrity }
+
+// Bytes returns a copy of the first bytes of the device, as they should be: 290816, or
+// 417792 of an authenticated volume.
 func (h *Header) Bytes() []byte { return append([]byte(nil), h.raw...) }
 
 // WriteBackup writes a backup file of [BackupSize] bytes: the header, then zeros.
@@ -39,7 +45,7 @@ func (h *Header) WriteBackup(w io.Writer) error {
 	if _, err := w.Write(h.raw); err != nil {
 		return err
 	}
-	_, err := w.Write(make([]byte, BackupSize-guardedSize))
+	_, err := w.Write(make([]byte, BackupSize-len(h.raw)))
 	return err
 }
 
@@ -52,19 +58,32 @@ func (h *Header) Damaged() (copy string, damaged bool) {
 	return copyNames[h.damaged], true
 }
 
+// Layout is how a new volume's data lies on its device. The zero value is plain.
+type Layout struct {
+	Integrity Integrity
+	// DeviceBytes is the size of the device. A volume with integrity has a length from
+	// the start, [Room] of it, which its header says; another one may leave it out.
+	DeviceBytes int64
+}
+
 // NewHeader makes a header in memory, with a fresh volume key in a keyslot under
 // the DEK. Its MACs go into the volume's record before [Write] puts it on a disk.
-func NewHeader(ctx context.Context, id Identity, dek *Key) (*Header, error) {
-	h, err := newHeader(ctx, id, dek)
+func NewHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, error) {
+	h, err := newHeader(ctx, id, l, dek)
 	if err != nil {
 		return nil, fmt.Errorf("make header of volume %q: %w", id.Volume, err)
 	}
 	return h, nil
 }
 
-func newHeader(ctx context.Context, id Identity, dek *Key) (*Header, error) {
-	if err := cmp.Or(id.validate(), validateKey(dek), ctx.Err()); err != nil {
+func newHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, error) {
+	f, err := formOf(l.Integrity)
+	if err := cmp.Or(err, id.validate(), validateKey(dek), ctx.Err()); err != nil {
 		return nil, err
+	}
+	bytes := Room(l.DeviceBytes, l.Integrity)
+	if f == authenticated && bytes < minDataSize {
+		return nil, fmt.Errorf("%w: it has %d bytes, needed are %d with integrity", ErrDeviceSize, l.DeviceBytes, Need(minDataSize, l.Integrity))
 	}
 	made, err := newHeaderCopy()
 	if err != nil {
@@ -75,12 +94,18 @@ func newHeader(ctx context.Context, id Identity, dek *Key) (*Header, error) {
 		if err := s.format(id.UUID); err != nil {
 			return err
 		}
+		if f == authenticated {
+			return s.addUnboundKeyslot(f.keySize, dek)
+		}
 		return s.addKeyslot(dek)
 	})
 	if err != nil {
 		return nil, err
 	}
-	raw, err := made.guardedBytes()
+	raw, err := made.guardedBytes(f)
+	if err == nil && f == authenticated {
+		err = bindKeyslot(raw, bytes)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +127,7 @@ func vouch(raw []byte, id Identity, dek *Key) (*Header, error) {
 	if g.uuid != id.UUID {
 		return nil, mismatch(g, id)
 	}
-	h := &Header{raw: g.raw, uuid: g.uuid, damaged: undamaged}
+	h := &Header{raw: g.raw, uuid: g.uuid, form: g.form, bytes: g.bytes, damaged: undamaged}
 	if err := h.opens(dek); err != nil {
 		return nil, err
 	}
@@ -134,7 +159,7 @@ func (h *Header) opens(dek *Key) error {
 // volumeKey returns the key that the header's keyslot holds.
 func (h *Header) volumeKey(dek *Key) (vk *secret.Bytes, err error) {
 	err = h.withSession(func(s *session) error {
-		vk, err = s.volumeKey(dek)
+		vk, err = s.volumeKey(h.form.keySize, dek)
 		return err
 	})
 	return vk, err
@@ -249,8 +274,8 @@ func (d *disk) adopt(id Identity, dek *Key) (*Header, error) {
 	return vouch(raw, id, dek)
 }
 
-// HeaderSize is how much of a backup file is the header, in bytes.
-const HeaderSize = guardedSize
+// HeaderSize is how much of a backup file is the header at most, in bytes.
+const HeaderSize = maxGuardedSize
 
 // DataOffset is where the data begins on a volume's device, in bytes: the volume is that
 // much smaller.

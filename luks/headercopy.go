@@ -51,8 +51,8 @@ func copyOf(h *Header) (*headerCopy, error) {
 func (c *headerCopy) path() string { return fmt.Sprintf("/proc/self/fd/%d", c.file.Fd()) }
 
 // guardedBytes reads back what the guard covers.
-func (c *headerCopy) guardedBytes() ([]byte, error) {
-	raw := make([]byte, guardedSize)
+func (c *headerCopy) guardedBytes(f *form) ([]byte, error) {
+	raw := make([]byte, f.size())
 	if _, err := c.file.ReadAt(raw, 0); err != nil {
 		return nil, fmt.Errorf("read header copy: %w", err)
 	}

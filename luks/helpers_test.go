@@ -60,7 +60,7 @@ func inTime() error { return nil }
 
 // formatImage does to a regular file what Write does to a device, and refuses a file.
 func formatImage(path string, id Identity, dek *secret.Bytes) (*Header, error) {
-	h, err := NewHeader(context.Background(), id, dek)
+	h, err := NewHeader(context.Background(), id, Layout{}, dek)
 	if err != nil {
 		return nil, err
 	}
@@ -91,7 +91,7 @@ var goodHeader = sync.OnceValues(func() ([]byte, error) {
 		return nil, err
 	}
 	defer dek.Close()
-	h, err := newHeader(context.Background(), idData, dek)
+	h, err := newHeader(context.Background(), idData, Layout{}, dek)
 	if err != nil {
 		return nil, err
 	}

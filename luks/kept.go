@@ -14,5 +14,5 @@ func KeptHeader(raw []byte, uuid string, macs MACs) (*Header, error) {
 	if g.uuid != uuid {
 		return nil, fmt.Errorf("header that was kept: %w: its UUID is %s, expected is %s", ErrVolumeMismatch, g.uuid, uuid)
 	}
-	return &Header{raw: g.raw, uuid: g.uuid, macs: macs, damaged: undamaged}, nil
+	return &Header{raw: g.raw, uuid: g.uuid, form: g.form, bytes: g.bytes, macs: macs, damaged: undamaged}, nil
 }

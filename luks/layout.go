@@ -16,6 +16,13 @@ const (
 	minDataSize  = 1 << 20
 	minDevice    = dataOffset + minDataSize
 
+	// Of the authenticated form.
+	authAreaSize   = 385024 // 96 bytes × 4000 stripes, rounded up to 4096
+	maxGuardedSize = areasOffset + authAreaSize
+	macKeySize     = 32
+	tagSize        = 32 // for each sector of data
+	superblockSize = 4096
+
 	dataSectorSize = 4096
 	volumeKeySize  = 64
 	kdfIterations  = 1000

@@ -124,7 +124,7 @@ func TestLiveTableThatIsNotOursIsAMismatch(t *testing.T) {
 
 func TestLiveOptionsReachTheKernelAndAreReadBack(t *testing.T) {
 	v := newVolume(t, idData, dataKey(t))
-	for _, o := range []OpenOptions{{}, {ReadOnly: true}, {AllowDiscards: true}, {Workqueues: true}, {true, true, true}} {
+	for _, o := range []OpenOptions{{}, {ReadOnly: true}, {AllowDiscards: true}, {Workqueues: true}, {ReadOnly: true, AllowDiscards: true, Workqueues: true}} {
 		t.Run(fmt.Sprintf("%+v", o), func(t *testing.T) {
 			m, err := v.openWith("data", o)
 			must(t, err)

@@ -15,7 +15,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 // macVector is one line of testdata/vectors.json. Another implementation of the
 // formats can be checked against them: the message is i mod 251 for i below length,
 // and the attempt is 16 bytes that count up from 1. A message that is as long as a
-// header has MACs of its copies.
+// header of either form has MACs of its copies.
 type macVector struct {
 	Name       string `json:"name"`
 	DEK        string `json:"dek"`
@@ -64,7 +64,7 @@ func TestTheVectorsHold(t *testing.T) {
 		mark, err := NewFilesystemMark(id, attempt, dek)
 		must(t, err)
 		got.Mark = hex.EncodeToString(mark.sector)
-		if v.Length == guardedSize {
+		if v.Length == guardedSize || v.Length == maxGuardedSize {
 			macs, err := headerMACs(guarded{raw: message}, id, dek)
 			must(t, err)
 			got.Primary, got.Secondary = hex.EncodeToString(macs.Copies[0][:]), hex.EncodeToString(macs.Copies[1][:])
@@ -86,7 +86,7 @@ func TestTheMACIsOfOneHeaderOneIdentityAndOneDEK(t *testing.T) {
 	raw, dek := header(t), dataKey(t)
 	mac, err := headerMAC(guarded{raw: raw}, idData, dek)
 	must(t, err)
-	if err := authenticate(guarded{raw, idData.UUID}, idData, mac, dek); err != nil {
+	if err := authenticate(guarded{raw: raw, uuid: idData.UUID}, idData, mac, dek); err != nil {
 		t.Fatal(err)
 	}
 	other := func(edit func(*Identity)) Identity { id := idData; edit(&id); return id }
@@ -108,7 +108,7 @@ func TestTheMACIsOfOneHeaderOneIdentityAndOneDEK(t *testing.T) {
 		{"the last byte of the keyslot's area", idData, dek, guardedSize - 1},
 	} {
 		t.Run(c.name+" does not verify", func(t *testing.T) {
-			g := guarded{append([]byte(nil), raw...), idData.UUID}
+			g := guarded{raw: append([]byte(nil), raw...), uuid: idData.UUID}
 			if c.flip >= 0 {
 				g.raw[c.flip] ^= 1
 			}
@@ -116,7 +116,7 @@ func TestTheMACIsOfOneHeaderOneIdentityAndOneDEK(t *testing.T) {
 			wantError(t, err, ErrHeaderMAC)
 		})
 	}
-	err = authenticate(guarded{raw, idLogs.UUID}, idData, mac, dek)
+	err = authenticate(guarded{raw: raw, uuid: idLogs.UUID}, idData, mac, dek)
 	wantError(t, err, ErrVolumeMismatch)
 }
 

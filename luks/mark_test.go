@@ -92,7 +92,7 @@ func TestACompleteHeaderIsReplacedOnlyBeforeUntouchedData(t *testing.T) {
 	}{
 		"the first byte of the data":     {dataOffset, []byte{1}, false},
 		"the last byte of the data":      {20<<20 - 1, []byte{1}, false},
-		"a byte between header and data": {guardedSize, []byte{1}, true},
+		"a byte between header and data": {maxGuardedSize, []byte{1}, true},
 		"a torn mark":                    {markOffset, []byte("KEYAGENT\x00MK"), true},
 	} {
 		t.Run(name, func(t *testing.T) {

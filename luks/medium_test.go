@@ -230,7 +230,7 @@ func TestAFormatWhoseWriteFailsSaysSo(t *testing.T) {
 
 func newTestHeader(t testing.TB, id Identity, dek *secret.Bytes) *Header {
 	t.Helper()
-	h, err := NewHeader(context.Background(), id, dek)
+	h, err := NewHeader(context.Background(), id, Layout{}, dek)
 	must(t, err)
 	return h
 }

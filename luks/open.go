@@ -25,6 +25,8 @@ type Mapping struct {
 	Suspended  bool // reads and writes wait for Resume
 	Throwaway  bool // made by OpenThrowaway
 	Cut        bool // taken off its disk by Cut: it only gives errors, and has no DataDevice
+	Integrity  Integrity
+	NoJournal  bool // of the tags
 }
 
 // OpenOptions is how a volume is mapped. The zero value is the default: writable,
@@ -37,6 +39,10 @@ type OpenOptions struct {
 	// asked for: on the disks of virtual machines they add latency and no
 	// throughput.
 	Workqueues bool
+	// NoJournal has an authenticated volume write sectors and tags in place. It is
+	// faster, and a sector that was being written when the power failed gives an error
+	// until it is written again. It says nothing to other volumes.
+	NoJournal bool
 }
 
 // OpenRequest names a volume, its device and the mapping that it is to have.
@@ -46,6 +52,13 @@ type OpenRequest struct {
 	Identity Identity
 	MACs     MACs
 	Options  OpenOptions
+	// Integrity is what the volume must have at least: a header that says less is
+	// refused. Zero: whatever the header says.
+	Integrity Integrity
+	// FreshTags lays out the tags of an authenticated volume anew. All that was in it
+	// is lost: it is for a first format, and the caller has made sure that nothing is
+	// there.
+	FreshTags bool
 }
 
 // Existing names a volume that is mapped. Its key is proved before anything is done.
@@ -116,14 +129,54 @@ func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header,
 	if h, err = d.examine(req.Identity, req.MACs, dek); err != nil {
 		return m, nil, err
 	}
+	if req.Integrity != "" && h.form.integrity != req.Integrity {
+		return m, nil, fmt.Errorf("%w: integrity %q", ErrNoIntegrity, req.Integrity)
+	}
+	if mapped && h.form == authenticated && m.Bytes != h.bytes {
+		return m, nil, fmt.Errorf("%w: %s has %d bytes, its header says %d", ErrTableMismatch, m.Name, m.Bytes, h.bytes)
+	}
 	if mapped {
-		return m, h, d.prove(m, h, dek)
+		err := d.prove(m, h, dek)
+		if !errors.Is(err, errNothingVerifies) || m.InUse {
+			return m, h, err
+		}
+		// Nothing was ever written through it. It is made anew, with the key that is known.
+		if err := remove(ctx, req.Name, live.uuid); err != nil {
+			return m, nil, err
+		}
 	}
 	if err := d.checkSize(); err != nil {
 		return m, nil, err
 	}
-	m, err = d.activate(ctx, req.Name, h, dek, req.Options)
+	m, err = d.activate(ctx, req, h, dek)
 	return m, h, err
+}
+
+// of is what the options come to for a form.
+func (o OpenOptions) of(f *form) OpenOptions {
+	if f == authenticated {
+		o.Workqueues = true // the MAC is work for more than one processor
+	} else {
+		o.NoJournal = false
+	}
+	return o
+}
+
+// takes refuses what a form cannot be mapped with.
+func (f *form) takes(name string, o OpenOptions) error {
+	switch {
+	case f != authenticated:
+		return nil
+	case len(name) > maxAuthenticatedName:
+		return fmt.Errorf("%w: the name of a mapping with integrity has at most %d characters", ErrInvalid, maxAuthenticatedName)
+	case o.ReadOnly:
+		// Mapping it replays the journal and begins a new one, below the feet of
+		// another machine that may be writing.
+		return fmt.Errorf("%w: a volume with integrity cannot be opened read-only, since its journal is written even then", ErrInvalid)
+	case o.AllowDiscards:
+		return fmt.Errorf("%w: a volume with integrity cannot pass TRIM on", ErrInvalid)
+	}
+	return nil
 }
 
 // acquireBoth takes the locks of a volume and a mapping, always in this order.
@@ -158,12 +211,18 @@ func sameVolume(live liveMapping, name string, id Identity, d *disk) (Mapping, e
 
 // activate maps a device by an authentic header, which need not be what stands
 // on the device by now.
-func (d *disk) activate(ctx context.Context, name string, h *Header, dek *Key, opts OpenOptions) (m Mapping, err error) {
-	if err := ctx.Err(); err != nil {
+func (d *disk) activate(ctx context.Context, req OpenRequest, h *Header, dek *Key) (m Mapping, err error) {
+	name, opts := req.Name, req.Options.of(h.form)
+	if err := cmp.Or(ctx.Err(), h.form.takes(name, opts)); err != nil {
 		return m, err
 	}
 	if d.readOnly && !opts.ReadOnly {
 		return m, fmt.Errorf("%w: %s can be opened read-only", ErrReadOnlyDevice, d.path)
+	}
+	if h.form == authenticated {
+		if err := removeTags(ctx, name, h.uuid); err != nil {
+			return m, err
+		}
 	}
 	if err := d.unclaimed(ctx); err != nil {
 		return m, err
@@ -175,9 +234,26 @@ func (d *disk) activate(ctx context.Context, name string, h *Header, dek *Key, o
 	defer vk.Close()
 	// The device goes by its number: it is the one that the header was read from,
 	// whatever its path leads to now, and its number is taken while it is open.
+	below, offset, bytes := d.rdev, int64(dataOffset), d.plainBytes()
+	if h.form == authenticated {
+		if req.FreshTags {
+			if err := d.makeTags(ctx, name, h.uuid); err != nil {
+				return m, err
+			}
+		}
+		if below, err = d.openTags(ctx, name, h.uuid, h.bytes, !opts.NoJournal); err != nil {
+			return m, err
+		}
+		offset, bytes = 0, h.bytes
+		defer func() {
+			if err != nil {
+				_ = removeTags(context.WithoutCancel(ctx), name, h.uuid)
+			}
+		}()
+	}
 	c := creation{
-		name: name, uuid: dmUUID(h.uuid, name), readOnly: opts.ReadOnly, bytes: d.plainBytes(),
-		params: cryptParams(volumeKeyRef(h.uuid), d.rdev, dataOffset, opts),
+		name: name, uuid: dmUUID(h.uuid, name), kind: cryptKind, readOnly: opts.ReadOnly, bytes: bytes,
+		params: cryptParams(h.form, h.form.volumeKeyRef(h.uuid), below, offset, opts),
 	}
 	undo := func() { _ = remove(context.WithoutCancel(ctx), c.name, c.uuid) }
 	err = kernelCall(ctx, "mapping "+name, func() error {
@@ -186,7 +262,7 @@ func (d *disk) activate(ctx context.Context, name string, h *Header, dek *Key, o
 	if err != nil {
 		return m, err
 	}
-	if m, err = d.confirm(name, h.uuid, opts); err == nil {
+	if m, err = d.confirm(name, h, bytes, opts); err == nil {
 		err = cmp.Or(d.soleHolder(), ensureNode(m))
 	}
 	if err != nil {
@@ -197,7 +273,8 @@ func (d *disk) activate(ctx context.Context, name string, h *Header, dek *Key, o
 }
 
 // confirm compares the mapping that was just made with what was asked for.
-func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
+func (d *disk) confirm(name string, h *Header, bytes int64, opts OpenOptions) (Mapping, error) {
+	uuid := h.uuid
 	live, err := inspect(name)
 	if err != nil {
 		return Mapping{}, err
@@ -214,8 +291,10 @@ func (d *disk) confirm(name, uuid string, opts OpenOptions) (Mapping, error) {
 		return Mapping{}, fmt.Errorf("%w: %s is suspended", ErrTableMismatch, name)
 	case m.DataDevice != d.rdev:
 		return Mapping{}, fmt.Errorf("%w: %s lies on device %v, not on %v", ErrTableMismatch, name, m.DataDevice, d.rdev)
-	case m.Bytes != d.plainBytes():
-		return Mapping{}, fmt.Errorf("%w: %s has %d bytes, expected are %d", ErrTableMismatch, name, m.Bytes, d.plainBytes())
+	case m.Bytes != bytes:
+		return Mapping{}, fmt.Errorf("%w: %s has %d bytes, expected are %d", ErrTableMismatch, name, m.Bytes, bytes)
+	case m.Integrity != h.form.integrity:
+		return Mapping{}, fmt.Errorf("%w: %s has integrity %q, its header %q", ErrTableMismatch, name, m.Integrity, h.form.integrity)
 	case m.options() != opts:
 		return Mapping{}, fmt.Errorf("%w: %s is not mapped as asked for", ErrTableMismatch, name)
 	}

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/aes"
+	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -98,26 +99,64 @@ func (d *disk) prove(m Mapping, h *Header, dek *Key) error {
 	}
 	defer vk.Close()
 	sectors := m.Bytes / dataSectorSize
+	side, err := d.cipherSide(m)
+	if err != nil {
+		return err
+	}
+	verified := h.form != authenticated
 	for try := range proofTries {
 		for i := range min(int64(proofSectors), sectors) {
 			// Spread over the volume, and others at each try.
 			at := (i*sectors/proofSectors + int64(try)*17) % sectors
-			cipher, plain, err := d.bothSides(m, at)
+			if h.form == authenticated && try == 0 {
+				at = i // what was not written yet gives an error, and the start is written first
+			}
+			cipher, plain, err := d.bothSides(m, side, at)
+			if h.form == authenticated && errors.Is(err, unix.EILSEQ) {
+				continue
+			}
 			if err != nil {
 				return err
 			}
+			verified = true
 			same, err := decryptsTo(vk, uint64(at), cipher, plain)
 			if err != nil || same {
 				return err
 			}
 		}
 	}
+	if !verified {
+		return fmt.Errorf("%w: %w in %s", ErrNotOurs, errNothingVerifies, m.Name)
+	}
 	return fmt.Errorf("%w: %s does not decrypt as the header says", ErrNotOurs, m.Name)
+}
+
+// errNothingVerifies means that no sector has a tag of the key of its mapping.
+var errNothingVerifies = errors.New("no sector verifies")
+
+// cipherSide is where a mapping's ciphertext is read.
+type cipherSide struct {
+	path   string
+	dev    DevNum
+	offset int64
+}
+
+func (d *disk) cipherSide(m Mapping) (cipherSide, error) {
+	if m.Integrity == "" {
+		return cipherSide{d.path, d.rdev, dataOffset}, nil
+	}
+	// Only dm-integrity knows where a sector is, and whether it is in the journal.
+	lower, err := inspect(tagsName(m.Name))
+	if err != nil {
+		return cipherSide{}, err
+	}
+	path := mapperPath(tagsName(m.Name))
+	return cipherSide{path: path, dev: lower.dev}, ensureNode(Mapping{Path: path, Device: lower.dev})
 }
 
 // bothSides reads one sector of the volume from the device and from the mapping,
 // past the cache: each has one, and what a filesystem wrote last is in one of them.
-func (d *disk) bothSides(m Mapping, sector int64) (cipher, plain []byte, err error) {
+func (d *disk) bothSides(m Mapping, side cipherSide, sector int64) (cipher, plain []byte, err error) {
 	at := sector * dataSectorSize
 	// A device that never answers is found out by a read that can be given up. The
 	// next one could not be killed.
@@ -129,7 +168,7 @@ func (d *disk) bothSides(m Mapping, sector int64) (cipher, plain []byte, err err
 	}
 	raw, mapped := aligned(), aligned()
 	err = d.do(func() error {
-		if err := readDirect(d.path, d.rdev, raw, dataOffset+at); err != nil {
+		if err := readDirect(side.path, side.dev, raw, side.offset+at); err != nil {
 			return err
 		}
 		return readDirect(m.Path, m.Device, mapped, at)
@@ -177,7 +216,7 @@ func decryptsTo(vk *secret.Bytes, sector uint64, cipher, plain []byte) (same boo
 	got := make([]byte, len(cipher))
 	useErr := vk.Use(func(key []byte) error {
 		secret.Do(func() {
-			c, cErr := xts.NewCipher(aes.NewCipher, key)
+			c, cErr := xts.NewCipher(aes.NewCipher, key[:volumeKeySize]) // a MAC's key may follow
 			if err = cErr; err == nil {
 				c.Decrypt(got, cipher, sector*(dataSectorSize/sectorSize))
 				same = bytes.Equal(got, plain)

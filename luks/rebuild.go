@@ -46,7 +46,7 @@ func verify(raw []byte, id Identity, want MACs, dek *Key) (*Header, error) {
 		err = authenticate(g, id, want.Header, dek)
 	}
 	if err == nil {
-		return &Header{raw: g.raw, uuid: g.uuid, macs: want, damaged: undamaged}, nil
+		return &Header{raw: g.raw, uuid: g.uuid, form: g.form, bytes: g.bytes, macs: want, damaged: undamaged}, nil
 	}
 	refused := errors.Is(err, ErrHeaderRefused) || errors.Is(err, ErrHeaderMAC) || errors.Is(err, ErrVolumeMismatch)
 	if !refused || !want.rebuildable() {
@@ -75,17 +75,20 @@ func verify(raw []byte, id Identity, want MACs, dek *Key) (*Header, error) {
 	if err != nil {
 		return nil, fmt.Errorf("rebuilt from the %s copy: %w", copyNames[good[0]], err)
 	}
-	return &Header{raw: g.raw, uuid: g.uuid, macs: want, damaged: 1 - good[0]}, nil
+	return &Header{raw: g.raw, uuid: g.uuid, form: g.form, bytes: g.bytes, macs: want, damaged: 1 - good[0]}, nil
 }
 
 // copyVerifies says whether a copy satisfies the guard and its own MAC. An error is
 // none of the copy's.
 func copyVerifies(raw []byte, i int, id Identity, want MAC, dek *Key) (bool, error) {
-	uuid, err := guardCopy(raw[i*metadataSize:(i+1)*metadataSize], i)
-	if err != nil || uuid != id.UUID {
+	g, err := guardCopy(raw[i*metadataSize:(i+1)*metadataSize], i)
+	if err == nil {
+		g, err = g.within(raw)
+	}
+	if err != nil || g.uuid != id.UUID {
 		return false, nil
 	}
-	got, err := copyMAC(raw, i, id, dek)
+	got, err := copyMAC(g.raw, i, id, dek)
 	return err == nil && hmac.Equal(got[:], want[:]), err
 }
 

@@ -46,8 +46,8 @@ func rebuildCopy(ctx context.Context, req HeaderRequest, dek *Key) (*Header, err
 	return h, d.readBack(h)
 }
 
-// RestoreHeader writes a header from a backup: a backup file, or its first
-// [HeaderSize] bytes. It must be the header that the record's MACs were made of, or
+// RestoreHeader writes a header from a backup: a backup file, or the start of one. What
+// follows the header in it is passed over. It must be the header that the record's MACs were made of, or
 // nothing is written. It refuses a device that holds anything but a LUKS header of
 // this volume, in whatever state, or nothing that libblkid knows.
 func RestoreHeader(ctx context.Context, req HeaderRequest, dek *Key, backup []byte) (*Header, error) {
@@ -62,10 +62,10 @@ func restoreHeader(ctx context.Context, req HeaderRequest, dek *Key, backup []by
 	if err := req.validate(dek); err != nil {
 		return nil, err
 	}
-	if len(backup) != guardedSize && len(backup) != BackupSize {
-		return nil, fmt.Errorf("%w: a backup has %d or %d bytes, this one has %d", ErrShortHeader, guardedSize, BackupSize, len(backup))
+	if len(backup) > BackupSize {
+		return nil, fmt.Errorf("%w: a backup has at most %d bytes, this one has %d", ErrInvalid, BackupSize, len(backup))
 	}
-	h, err := verify(append([]byte(nil), backup[:guardedSize]...), req.Identity, req.MACs, dek)
+	h, err := verify(append([]byte(nil), backup[:min(len(backup), maxGuardedSize)]...), req.Identity, req.MACs, dek)
 	if err != nil {
 		return nil, fmt.Errorf("backup: %w", err)
 	}
@@ -152,14 +152,14 @@ func matches(ctx context.Context, device string, h *Header) error {
 		return err
 	}
 	defer d.Close()
-	if err := d.forget(0, guardedSize); err != nil {
+	if err := d.forget(0, maxGuardedSize); err != nil {
 		return err
 	}
 	raw, err := d.readGuarded()
 	if err != nil {
 		return err
 	}
-	if bytes.Equal(raw, h.raw) {
+	if bytes.HasPrefix(raw, h.raw) {
 		return nil
 	}
 	for i, name := range copyNames {

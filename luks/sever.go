@@ -20,7 +20,7 @@ func Sever(ctx context.Context, name string) error {
 	return nil
 }
 
-func sever(ctx context.Context, name string) error {
+func sever(ctx context.Context, name string) (err error) {
 	if err := validateName(name); err != nil {
 		return err
 	}
@@ -32,6 +32,15 @@ func sever(ctx context.Context, name string) error {
 	live, err := inspect(name)
 	if err != nil {
 		return err
+	}
+	if uuid, ours := luksUUID(live.uuid, name); ours {
+		defer func() {
+			below := removeTags(ctx, name, uuid)
+			if errors.Is(below, ErrDeviceBusy) {
+				below = cutTags(ctx, name, uuid)
+			}
+			err = errors.Join(err, below)
+		}()
 	}
 	err = kernelCall(ctx, "removing "+name, func() error { return remove(ctx, name, live.uuid) }, nil)
 	if !errors.Is(err, ErrDeviceBusy) {

@@ -34,7 +34,10 @@ func suspend(ctx context.Context, name, uuid string) error {
 		if _, err := (dmCall{command: dmTargetMsg, uuid: dm, payload: dmMessage("key wipe")}).run(); err != nil {
 			return fmt.Errorf("wipe its key: %w", err)
 		}
-		return nil
+		if live.tags == nil || live.tags.suspended {
+			return nil
+		}
+		return suspendTags(name, uuid)
 	}, nil)
 }
 
@@ -63,9 +66,21 @@ func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *Key) (
 	}
 	defer vk.Close()
 	dm := dmUUID(h.uuid, m.Name)
+	stop := func() error {
+		_, err := dmCall{command: dmDevSuspend, uuid: dm, flags: dmSuspended | dmSkipLockFS | dmNoFlush}.run()
+		if err == nil && m.Integrity != "" {
+			err = suspendTags(m.Name, h.uuid)
+		}
+		return err
+	}
 	err = kernelCall(ctx, "resuming "+m.Name, func() error {
+		if m.Integrity != "" {
+			if err := resume(ctx, tagsName(m.Name), tagsUUID(h.uuid, m.Name), 0); err != nil {
+				return err
+			}
+		}
 		return withVolumeKey(h.uuid, vk, func() error {
-			message := dmMessage("key set " + volumeKeyRef(h.uuid))
+			message := dmMessage("key set " + h.form.volumeKeyRef(h.uuid))
 			if _, err := (dmCall{command: dmTargetMsg, uuid: dm, payload: message}).run(); err != nil {
 				return fmt.Errorf("set its key: %w", err)
 			}
@@ -82,8 +97,7 @@ func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *Key) (
 		}
 	}
 	if err != nil {
-		_, stopErr := dmCall{command: dmDevSuspend, uuid: dm, flags: dmSuspended | dmSkipLockFS | dmNoFlush}.run()
-		return Mapping{}, errors.Join(err, stopErr)
+		return Mapping{}, errors.Join(err, stop())
 	}
 	return m, nil
 }

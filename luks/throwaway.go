@@ -26,7 +26,7 @@ func throwawayKeyRef(name string) string {
 }
 
 func checkThrowaway(m liveMapping, name string) (Mapping, error) {
-	return checkCrypt(m, Mapping{Name: name, Throwaway: true}, throwawayKeyRef(name), 0)
+	return checkCrypt(m, Mapping{Name: name, Throwaway: true}, plain, throwawayKeyRef(name), 0)
 }
 
 // OpenThrowaway maps a whole device, rounded down to 4096 bytes, under a key that
@@ -77,7 +77,7 @@ func openThrowaway(ctx context.Context, device, name string, opts OpenOptions) (
 	}
 	dev, size := d.rdev, d.size&^(dataSectorSize-1)
 	d.Close()
-	c := creation{name: name, uuid: throwawayUUID(name), bytes: size, params: cryptParams(throwawayKeyRef(name), dev, 0, opts)}
+	c := creation{name: name, uuid: throwawayUUID(name), kind: cryptKind, bytes: size, params: cryptParams(plain, throwawayKeyRef(name), dev, 0, opts)}
 	undo := func() { _ = remove(context.WithoutCancel(ctx), c.name, c.uuid) }
 	err = kernelCall(ctx, "mapping "+name, func() error {
 		return withKernelKey(throwawayKeyName(name), func() error { return c.create(ctx) })

@@ -40,6 +40,18 @@ func TestLiveUdevKnowsTheMappingWhenItIsOpen(t *testing.T) {
 				t.Errorf("udev does not say %s:\n%s", want, info)
 			}
 		}
+		run(t, "mkfs.ext4", "-q", m.Path)
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+			info = run(t, "udevadm", "info", "--query=property", "--name", m.Path)
+			if strings.Contains(info, "ID_FS_TYPE=ext4") && !strings.Contains(info, "SYSTEMD_READY=0") {
+				break
+			}
+			if time.Now().After(end) {
+				t.Errorf("udev does not see a filesystem that was made:\n%s", info)
+				break
+			}
+		}
+		run(t, "udevadm", "settle")
 		must(t, v.close("data"))
 		if _, err := os.Lstat(m.Path); err == nil {
 			t.Errorf("%s is there still", m.Path)

@@ -65,12 +65,20 @@ func TestVolumesInARealKernel(t *testing.T) {
 func BenchmarkOpen(b *testing.B) {
 	opener := filepath.Join(b.TempDir(), "opener")
 	goTool(b, "build", "-o", opener, "github.com/keyagent/keyagent/test/suite/luks/opener")
-	guest := uml.Guest{
+	bench(b, uml.Guest{
 		Program: build(b),
 		Args:    []string{"-test.v", "-test.run", "^TestBenchmarkOpen$"},
 		Env:     []string{"KEYAGENT_TEST_OPENER=" + opener},
 		Memory:  2048, // argon2id takes up to half of it
-	}
+	})
+}
+
+// BenchmarkIntegrity is the like for what integrity costs.
+func BenchmarkIntegrity(b *testing.B) {
+	bench(b, uml.Guest{Program: build(b), Args: []string{"-test.v", "-test.run", "^TestBenchmarkIntegrity$"}, Memory: 3072})
+}
+
+func bench(b *testing.B, guest uml.Guest) {
 	for b.Loop() {
 		result := boot(b, guest, 10*time.Minute)
 		for line := range strings.Lines(result.Output) {

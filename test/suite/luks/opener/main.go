@@ -37,7 +37,7 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 		defer dek.Close()
-		h, err := luks.NewHeader(ctx, id, dek)
+		h, err := luks.NewHeader(ctx, id, luks.Layout{}, dek)
 		if err != nil {
 			return err
 		}
