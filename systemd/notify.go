@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 
@@ -14,7 +15,10 @@ import (
 
 // Notifier tells systemd about this service, see sd_notify(3). A nil Notifier,
 // and one of a process that systemd did not start, says nothing.
-type Notifier struct{}
+type Notifier struct {
+	mu   sync.Mutex
+	last string // status
+}
 
 // NewNotifier returns a notifier.
 func NewNotifier() *Notifier { return &Notifier{} }
@@ -27,10 +31,30 @@ func (n *Notifier) send(state string) {
 }
 
 // Ready ends the start-up.
-func (n *Notifier) Ready(status string) { n.send("READY=1\nSTATUS=" + line(status)) }
+func (n *Notifier) Ready(status string) {
+	n.shown(status)
+	n.send("READY=1\nSTATUS=" + line(status))
+}
 
-// Failed says why the service ends. systemctl status shows it until the next start.
-func (n *Notifier) Failed(why string) { n.send("STATUS=" + line(why)) }
+// Status is what systemctl status shows until the next one, or the next start. It says
+// nothing if that stands there already.
+func (n *Notifier) Status(text string) {
+	if n.shown(text) {
+		n.send("STATUS=" + line(text))
+	}
+}
+
+// shown keeps the status, and reports whether it is another one.
+func (n *Notifier) shown(status string) (other bool) {
+	if n == nil {
+		return false
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	other = n.last != status
+	n.last = status
+	return other
+}
 
 // line is text without the ends of lines, behind which systemd would read another word
 // than what somebody else's error says.
@@ -49,6 +73,7 @@ func (n *Notifier) Stopping() { n.send(daemon.SdNotifyStopping) }
 // Waiting says what a start-up waits for, and asks for the time that the wait
 // may take, plus some for what follows.
 func (n *Notifier) Waiting(what string, d time.Duration) {
+	n.shown(what)
 	n.send(fmt.Sprintf("STATUS=%s\nEXTEND_TIMEOUT_USEC=%d", line(what), (d + time.Minute).Microseconds()))
 }
 

@@ -33,7 +33,7 @@ func TestAnErrorIsNoWordToSystemd(t *testing.T) {
 		return string(buf[:size])
 	}
 	const evil = "refused\nREADY=1\r\n\tMAINPID=1\x1b[2J"
-	n.Failed(evil)
+	n.Status(evil)
 	if got := said(); got != "STATUS=refused READY=1 MAINPID=1 [2J" {
 		t.Errorf("%q", got)
 	}
@@ -41,7 +41,8 @@ func TestAnErrorIsNoWordToSystemd(t *testing.T) {
 	if got := said(); got != "STATUS=refused READY=1 MAINPID=1 [2J\nEXTEND_TIMEOUT_USEC=120000000" {
 		t.Errorf("%q", got)
 	}
-	n.Failed(strings.Repeat("ä", 1000))
+	n.Status(evil) // stands there already
+	n.Status(strings.Repeat("ä", 1000))
 	if got := said(); len(got) > 600 || !strings.HasSuffix(got, "ä…") {
 		t.Errorf("%q", got)
 	}

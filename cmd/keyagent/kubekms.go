@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/keyagent/keyagent/internal/confine"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/kubekms"
@@ -124,6 +125,14 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 		return failure.New(failure.Configuration, err, "")
 	}
 	defer l.Close()
+	work := confine.Keys
+	if f.source.runsCommand() {
+		work = confine.Commands
+	}
+	filtered, err := confine.Syscalls(work)
+	if err != nil {
+		return failure.New(failure.Internal, err, "")
+	}
 	ctx := cmd.Context()
 	source, closer, err := f.source.open(ctx, f.refresh.Timeout, log)
 	if err != nil {
@@ -134,6 +143,11 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	landlock, err := f.confineFiles(l)
+	if err != nil {
+		return err
+	}
+	log.Info("confined", "seccomp", filtered, "landlock", landlock)
 	f.refresh.Metrics.Watch(refresher.Ring())
 	// The KEKs stay until the last request is answered.
 	keep, release := context.WithCancel(context.WithoutCancel(ctx))
@@ -154,6 +168,24 @@ func (f *kubekmsFlags) run(cmd *cobra.Command) (err error) {
 		})
 	}
 	return group.Wait()
+}
+
+// confineFiles takes from this process all files but those of the plugin. What a command
+// needs only the operator knows: where one runs, nothing is taken. By now everything is
+// there that comes late, such as a TPM.
+func (f *kubekmsFlags) confineFiles(l net.Listener) (version int, err error) {
+	if f.source.runsCommand() {
+		return 0, nil
+	}
+	p, err := f.source.files()
+	if err != nil {
+		return 0, err
+	}
+	if path := l.Addr().String(); strings.HasPrefix(path, "/") {
+		p.Sockets = []string{path}
+	}
+	version, err = confine.Files(p)
+	return version, failure.New(failure.Internal, err, "")
 }
 
 // serve answers on the socket until ctx ends.
@@ -310,6 +342,28 @@ func (f *kekSourceFlags) check(timeout time.Duration) error {
 		return err
 	}
 	return nil
+}
+
+// runsCommand reports whether the source is a command, or a KMS that is one. What cannot
+// be read is refused when it is opened.
+func (f *kekSourceFlags) runsCommand() bool {
+	r, err := setup.ReachOf(f.wrapped.kms)
+	return f.command != "" || err == nil && r.Commands
+}
+
+// files are those of a source that runs no command.
+func (f *kekSourceFlags) files() (p confine.Paths, err error) {
+	if f.agent != "" {
+		cfg, err := node.Load(f.agent)
+		if err != nil {
+			return p, err
+		}
+		return cfg.Reach()
+	}
+	r, err := setup.ReachOf(f.wrapped.kms)
+	return confine.Paths{
+		Read: append(r.Read, f.wrapped.path, os.Getenv("CREDENTIALS_DIRECTORY")), Write: r.Write, Anything: r.Anything,
+	}, err
 }
 
 // open returns the source, and what closes its connections.

@@ -56,6 +56,10 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 					return err
 				}
 			}
+			filtered, err := cfg.ConfineCalls()
+			if err != nil {
+				return err
+			}
 			server, err := keyservice.NewServer(cmd.Context(), cfg, log)
 			if err != nil {
 				return err
@@ -64,12 +68,16 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				cmd.Println("the configuration is valid")
 				return server.Close()
 			}
-			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases)
-			go reloadOnHangup(cmd.Context(), func() {
+			landlock, err := server.ConfineFiles(path)
+			if err != nil {
+				return errors.Join(err, server.Close())
+			}
+			reloadOnHangup(cmd.Context(), func() {
 				if err := server.Reload(); err != nil {
 					log.Error("reload failed, what is in force stays", "error", err)
 				}
 			})
+			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases, "seccomp", filtered, "landlock", landlock)
 			notify := systemd.NewNotifier()
 			notify.Ready("serving on " + server.Addr().String())
 			go func() { <-cmd.Context().Done(); notify.Stopping() }()
@@ -109,17 +117,19 @@ func initMasterSecret(cfg *keyservice.Config) error {
 	return nil
 }
 
-// reloadOnHangup calls f for each SIGHUP until ctx ends.
+// reloadOnHangup calls f for each SIGHUP from now on, until ctx ends.
 func reloadOnHangup(ctx context.Context, f func()) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
-	defer signal.Stop(hangup)
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-hangup:
-			f()
+	go func() {
+		defer signal.Stop(hangup)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-hangup:
+				f()
+			}
 		}
-	}
+	}()
 }

@@ -52,7 +52,7 @@ func fill(t *testing.T, k kms.KMS, s storage.Storage) map[string]*secret.Bytes {
 	r := openVolumes(t, k, s)
 	for i := range 5 {
 		id := fmt.Sprintf("data-%d", i)
-		if _, err := r.Obtain(t.Context(), id, "grant"); err != nil {
+		if _, err := r.Obtain(t.Context(), id, "grant", 0); err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {

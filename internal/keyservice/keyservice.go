@@ -290,6 +290,7 @@ func classify(err error) error {
 		{volume.ErrHeld, failure.Held, "wait, or have an operator end it on the key service: keyagent volume takeover"},
 		{volume.ErrAttempt, failure.State, "begin again"},
 		{volume.ErrOldNode, failure.State, "upgrade this node's keyagent before it creates volumes, or writes one whose lease ends by itself"},
+		{volume.ErrLength, failure.State, "ask for the length that the volume's key was made with"},
 		{volume.ErrRetired, failure.State, "an operator ended its life on the key service"},
 		{errProof, failure.WrongKey, ""},
 		{volume.ErrNoVolume, failure.NotFound, "the volume was never formatted: keyagent format does it, on a blank disk"},

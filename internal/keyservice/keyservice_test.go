@@ -389,7 +389,7 @@ func TestAChangeThatLandsDuringAReadIsNoRollback(t *testing.T) {
 	slow := &slowStorage{Storage: memfs.New()}
 	r := openVolumes(t, k, slow)
 	slow.afterGet = func() {
-		if _, err := r.Obtain(t.Context(), "data-1", "grant"); err != nil {
+		if _, err := r.Obtain(t.Context(), "data-1", "grant", 0); err != nil {
 			t.Error(err)
 		}
 	}
@@ -443,4 +443,97 @@ func TestWhoMayOnlyCreateDoesNotGetTheKeyOfAVolumeWithData(t *testing.T) {
 	w.provision(m, "data-1")
 	_, _, err := w.get(m, "data-1", formatOp)
 	wantClass(t, err, failure.PolicyDenied)
+}
+
+// TestACallerMayNameTheLengthOfAKey: the first one chooses it, and all others are held to
+// it (case 16).
+func TestACallerMayNameTheLengthOfAKey(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	ask := func(volume string, length uint32) (int, error) {
+		var p peer.Peer
+		req := &keyservicev1.GetKeyRequest{VolumeId: volume, Operation: formatOp, Protocol: keyservicev1.Protocol, Length: length}
+		resp, err := m.GetKey(t.Context(), req, grpc.Peer(&p))
+		if err != nil {
+			return 0, failure.FromStatus(err)
+		}
+		dek, err := openedBy(t, &p, req, resp)
+		if err != nil {
+			return 0, err
+		}
+		return dek.Len(), dek.Close()
+	}
+	for _, length := range []uint32{1, 15, 65, 96, 1<<32 - 1} {
+		_, err := ask("data-1", length)
+		wantClass(t, err, failure.Usage)
+	}
+	if _, _, err := w.get(m, "data-1", openOp); failure.Of(err).Class != failure.NotFound {
+		t.Errorf("a refused length left a record: %v", err)
+	}
+	for _, tt := range []struct {
+		volume string
+		length uint32
+		want   int
+	}{{"data-1", 64, 64}, {"data-1", 64, 64}, {"data-1", 0, 64}, {"data-2", 16, 16}, {"data-3", 0, 32}, {"data-3", 32, 32}} {
+		if got, err := ask(tt.volume, tt.length); err != nil || got != tt.want {
+			t.Errorf("%s, %d: %d bytes, %v", tt.volume, tt.length, got, err)
+		}
+	}
+	for volume, length := range map[string]uint32{"data-1": 32, "data-2": 32, "data-3": 64} {
+		_, err := ask(volume, length)
+		wantClass(t, err, failure.State)
+	}
+}
+
+// TestADisklessCallerTakesNothingOfADisk: neither its lease nor its attempt.
+func TestADisklessCallerTakesNothingOfADisk(t *testing.T) {
+	w := newWorld(t)
+	m := w.machine()
+	n, err := w.creates(m, "node-1", "data-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.begin(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.stands(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = m.GetKey(t.Context(), &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp, Protocol: keyservicev1.Protocol, Diskless: true})
+	wantClass(t, failure.FromStatus(err), failure.State)
+	if err := n.confirm(); err != nil {
+		t.Errorf("the node that creates the disk lost it: %v", err)
+	}
+}
+
+// TestAMachineThatCrashedHoldsNoKeyWithoutADisk: it had said that the key stands, and
+// never confirmed it.
+func TestAMachineThatCrashedHoldsNoKeyWithoutADisk(t *testing.T) {
+	w := newWorld(t)
+	n, err := w.creates(w.machine(), "node-1", "data-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.copies = [][]byte{n.mac, n.mac}
+	if err := n.begin(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.stands(); err != nil {
+		t.Fatal(err)
+	}
+	other := w.another()
+	req := &keyservicev1.GetKeyRequest{VolumeId: "data-1", Operation: formatOp, Protocol: keyservicev1.Protocol, Node: "node-2", Diskless: true}
+	resp, err := other.GetKey(t.Context(), req)
+	if err != nil {
+		t.Fatalf("another machine waits for it: %v", failure.FromStatus(err))
+	}
+	if _, err := other.ConfirmVolume(t.Context(), &keyservicev1.ConfirmVolumeRequest{VolumeId: "data-1", Generation: resp.GetGeneration(),
+		KeyVersion: resp.GetKeyVersion(), HeaderMac: resp.GetHeaderMac(), Attempt: resp.GetAttempt()}); err != nil {
+		t.Error(failure.FromStatus(err))
+	}
+	// A caller with a disk waits as ever.
+	req.Diskless = false
+	if _, err := w.machine().GetKey(t.Context(), req); failure.Of(failure.FromStatus(err)).Class != failure.Held {
+		t.Errorf("%v", err)
+	}
 }

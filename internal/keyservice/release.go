@@ -7,8 +7,10 @@ import (
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/volume"
+	"github.com/keyagent/keyagent/kms"
 )
 
 // GetKey implements the service.
@@ -25,6 +27,9 @@ func (s *Service) GetKey(ctx context.Context, req *keyservicev1.GetKeyRequest) (
 // release seals the key of the volume to the caller. The record names the caller
 // before that, where one node writes.
 func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
+	if n := req.GetLength(); n != 0 && (n < kms.MinLength || n > kms.MaxLength) {
+		return nil, failure.Newf(failure.Usage, "", "a key of %d bytes: allowed are %d to %d", n, kms.MinLength, kms.MaxLength)
+	}
 	c := d.caller.callerFor(req.GetNode(), req.GetLeaseId(), req.GetProtocol())
 	rec, err := s.recordFor(ctx, d, c, req)
 	if err != nil {
@@ -80,7 +85,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	format := req.GetOperation() == keyservicev1.Operation_OPERATION_FORMAT
 	find := func() (*volume.Record, error) {
 		if format && c.Protocol >= keyservicev1.Protocol {
-			return s.volumes.Obtain(ctx, req.GetVolumeId(), d.Grant)
+			return s.volumes.Obtain(ctx, req.GetVolumeId(), d.Grant, int(req.GetLength()))
 		}
 		return s.volumes.Get(ctx, req.GetVolumeId())
 	}
@@ -106,6 +111,12 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	switch {
 	case rec.State == volume.Retired:
 		return nil, fmt.Errorf("%w: %q", volume.ErrRetired, rec.VolumeID)
+	}
+	// Before a lease is taken for a key that is not given.
+	if err := rec.CheckLength(int(req.GetLength())); err != nil {
+		return nil, err
+	}
+	switch {
 	case rec.State == volume.Active:
 	case !format:
 		return nil, fmt.Errorf("%w: it is %s", volume.ErrNotActive, rec.State)
@@ -114,8 +125,12 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	case rec.State == volume.Pending:
 		return rec, rec.Free(c, s.now())
 	}
-	if rec.State == volume.Active && req.GetDiskless() {
-		return withoutDisk(rec)
+	if req.GetDiskless() {
+		// A disk that is being created keeps its attempt: nothing is taken for its key.
+		without, err := withoutDisk(rec)
+		if err != nil || rec.State == volume.Active {
+			return without, err
+		}
 	}
 	id := volume.NewID()
 	state := rec.State
@@ -125,6 +140,14 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		}
 		if r.State != state {
 			return fmt.Errorf("%w: it became %s", volume.ErrTransition, r.State)
+		}
+		if req.GetDiskless() {
+			// Who crashed before it confirmed writes nothing: nobody waits for it.
+			without, err := withoutDisk(r)
+			if err != nil {
+				return err
+			}
+			r.Lease = without.Lease
 		}
 		return r.Take(c, d.terms(), id, s.volumes.Ends(r), s.now())
 	})

@@ -3,6 +3,7 @@ package keyservice
 import (
 	"context"
 	"log/slog"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,67 @@ func TestAVerdictIsRenewedForWhoNeedsItLonger(t *testing.T) {
 	}
 	if renewed := until(2 * time.Hour); !renewed.After(first) {
 		t.Errorf("not renewed: %s, before %s", renewed, first)
+	}
+}
+
+// A machine that shuts down has measured that, and no profile accepts it any more. What it
+// holds goes back all the same, on a session from before. If the service started again
+// meanwhile, there is another one.
+func TestALeaseGoesBackFromAMachineThatChanged(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Listen = w.at()
+	var attested atomic.Int64
+	client, err := keyclient.New(keyclient.Options{
+		Servers: []keyclient.Server{{Address: w.at(), Name: "127.0.0.1", Roots: w.pki.Pool()}},
+		Issuers: func(context.Context) ([]attestation.Issuer, error) {
+			attested.Add(1)
+			return []attestation.Issuer{w.issuer}, nil
+		},
+		Log: slog.New(slog.DiscardHandler), Node: "node-1",
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	k, err := client.GetKey(t.Context(), keyclient.Request{Volume: "data-1", Format: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	if _, err := client.BeginFormat(t.Context(), k, keyclient.MACs{Header: [32]byte{1}, Copies: [2][32]byte{{2}, {3}}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := client.HeaderStands(t.Context(), k); err != nil {
+		t.Fatal(err)
+	}
+	keep := func(want int64) {
+		t.Helper()
+		if err := client.KeepSession(t.Context(), time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		if got := attested.Load(); got != want {
+			t.Errorf("attested %d times, want %d", got, want)
+		}
+	}
+	keep(2)
+	keep(2)
+	w.restart()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for attested.Load() == 2 && ctx.Err() == nil {
+		// That the other side has gone is noticed a moment later.
+		_ = client.KeepSession(ctx, time.Minute)
+	}
+	keep(3)
+	w.extend(4)
+	if err := client.Release(t.Context(), k.Volume, k.Lease.ID); err != nil {
+		t.Errorf("the lease stays: %v", err)
+	}
+	w.restart()
+	for failure.Of(client.KeepSession(ctx, time.Minute)).Class != failure.EvidenceRefused && ctx.Err() == nil {
+	}
+	if ctx.Err() != nil {
+		t.Error("a machine that changed is not refused")
 	}
 }
 

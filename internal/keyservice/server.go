@@ -252,6 +252,7 @@ type Server struct {
 	cert      atomic.Pointer[tls.Certificate]
 	strangers *strangers
 	stopping  atomic.Bool
+	confined  bool // to the files that were named at the start
 }
 
 // NewServer opens everything that the configuration names and starts to listen,
@@ -428,7 +429,7 @@ func (s *Server) MetricsAddr() net.Addr {
 
 // Reload reads the policy and the certificate again. What fails stays as it is.
 func (s *Server) Reload() error {
-	err := errors.Join(s.policy.Reload(), s.loadCertificate())
+	err := s.outOfReach(errors.Join(s.policy.Reload(), s.loadCertificate()))
 	s.metrics.reloaded(err)
 	return err
 }
