@@ -9,4 +9,4 @@ for p in google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd
 done
 PATH=$bin:$PATH protoc -I . --go_out=. --go_opt=paths=source_relative \
 	--go-grpc_out=. --go-grpc_opt=paths=source_relative \
-	$(find keyagent -name '*.proto' | sort)
+	$(find . -name '*.proto' | sort)

@@ -13,10 +13,11 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/attestation/kinds"
-	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/config"
+	"github.com/keyagent/keyagent/internal/confine"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/unixsocket"
 )
 
 // Config is the configuration file of a node. docs/configuration.md explains each
@@ -42,6 +43,9 @@ type Config struct {
 	Crypttab string `yaml:"crypttab,omitempty"`
 	// KeySocket hands keys to systemd-cryptsetup. Empty: nobody is given a key.
 	KeySocket KeySocket `yaml:"key_socket,omitempty"`
+	// Constellation is a socket for programs that were written for Constellation's key
+	// service. Callers say who may ask it for what.
+	Constellation Constellation `yaml:"constellation,omitempty"`
 	// Watch is how often the headers of open volumes are compared with their disks.
 	// Default 5m, off for never.
 	Watch string `yaml:"watch,omitempty"`
@@ -84,13 +88,6 @@ type RetryConfig struct {
 	retry keyclient.Retry
 }
 
-// Caller is who may use the local API.
-type Caller struct {
-	UID        *uint32  `yaml:"uid"`
-	Operations []string `yaml:"operations"`
-	Volumes    []string `yaml:"volumes"`
-}
-
 // The defaults of fields that are left out.
 const (
 	DefaultSocket        = "/run/keyagent/agent.sock"
@@ -98,9 +95,6 @@ const (
 	defaultWatch         = 5 * time.Minute
 	defaultDeviceTimeout = 30 * time.Second
 )
-
-// Operations are what a caller may be allowed.
-var Operations = []string{"open", "format", "close", "status", "list", "resize", "suspend", "resume", "backup-header", "restore-header"}
 
 // Load reads and checks a configuration file.
 func Load(path string) (*Config, error) {
@@ -154,6 +148,9 @@ func (c *Config) check(doc *config.Document, dir string) error {
 		if err := c.Dynamic[i].check(); err != nil {
 			return doc.Errorf(place("dynamic", i, err), "%w", bare(err))
 		}
+	}
+	if err := c.checkConstellation(); err != nil {
+		return doc.Errorf([]any{"constellation", "socket"}, "%w", err)
 	}
 	return c.checkVolumes(doc)
 }
@@ -287,25 +284,6 @@ func (c *Config) WatchEvery() time.Duration { return c.watch }
 // DeviceWait is how long a disk may take to answer.
 func (c *Config) DeviceWait() time.Duration { return c.deviceTimeout }
 
-func (c *Caller) check(doc *config.Document, i int) error {
-	at := func(more ...any) []any { return append([]any{"callers", i}, more...) }
-	if c.UID == nil {
-		return doc.Errorf(at("uid"), "must be set")
-	}
-	if len(c.Operations) == 0 {
-		return doc.Errorf(at("operations"), "empty: the caller may do nothing")
-	}
-	for n, op := range c.Operations {
-		if !slices.Contains(Operations, op) {
-			return doc.Errorf(at("operations", n), "%q is not one of %s", op, strings.Join(Operations, ", "))
-		}
-	}
-	if len(c.Volumes) == 0 {
-		return doc.Errorf(at("volumes"), "empty: the caller may touch no volume")
-	}
-	return nil
-}
-
 // CheckServing says whether an agent could serve with this configuration. The
 // verbs that run alone need less.
 func (c *Config) CheckServing() error {
@@ -314,21 +292,12 @@ func (c *Config) CheckServing() error {
 	}
 	for _, id := range c.lines {
 		for _, op := range []string{"open", "close"} {
-			if !c.Allows(0, op, id) {
+			if !c.Allows(unixsocket.Peer{}, op, id) {
 				return failure.Newf(failure.Configuration, "add it for uid: 0", "callers: the unit of crypttab's line for volume %q runs as root, which may not %s it", id, op)
 			}
 		}
 	}
 	return nil
-}
-
-// Allows reports whether a rule of callers lets a user do something with a volume, or,
-// if none is named, with any.
-func (c *Config) Allows(uid uint32, operation, volume string) bool {
-	return slices.ContainsFunc(c.Callers, func(one Caller) bool {
-		return *one.UID == uid && slices.Contains(one.Operations, operation) &&
-			(volume == "" || slices.ContainsFunc(one.Volumes, func(p string) bool { return policy.Match(p, volume) }))
-	})
 }
 
 // Volume returns one configured volume.
@@ -338,12 +307,6 @@ func (c *Config) Volume(id string) (Volume, bool) {
 		return Volume{}, false
 	}
 	return c.Volumes[i], true
-}
-
-// Knows reports whether a rule names the user at all: one whom none names is not
-// let in.
-func (c *Config) Knows(uid uint32) bool {
-	return slices.ContainsFunc(c.Callers, func(one Caller) bool { return *one.UID == uid })
 }
 
 // ErrUnknownVolume means that neither the configuration nor an earlier caller
@@ -374,4 +337,14 @@ func (c *Config) Files() ([]string, error) {
 		out = append(append(out, c.ServerPolicy), p.Files()...)
 	}
 	return out, nil
+}
+
+// Reach is what a process touches of the machine that asks for keys with this
+// configuration, and opens no volume.
+func (c *Config) Reach() (confine.Paths, error) {
+	files, err := c.Files()
+	return confine.Paths{
+		Read: append(files, c.TPM.EventLog), Write: []string{c.StateDir, c.Endorsements.Cache},
+		Devices: []string{c.TPM.Device}, Evidence: true,
+	}, err
 }

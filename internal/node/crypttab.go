@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -58,8 +59,21 @@ func (v *Volume) apply(o crypttab.Option) error {
 		if o.HasValue && o.Value == "" {
 			return errors.New("keyagent-format= names no filesystem")
 		}
+	case "keyagent-from", "keyagent-sha256", "keyagent-root-hash":
+		if o.Value == "" {
+			return fmt.Errorf("%s= has no value", o.Name)
+		}
+		if v.From == nil {
+			v.From = &Image{}
+		}
+		*map[string]*string{"keyagent-from": &v.From.Path, "keyagent-sha256": &v.From.SHA256, "keyagent-root-hash": &v.From.RootHash}[o.Name] = o.Value
+		flag = false
 	case "keyagent-no-mmp":
 		v.NoMMP = true
+	case "keyagent-integrity":
+		v.Integrity, flag = cmp.Or(o.Value, "hmac-sha256"), false
+	case "keyagent-no-journal":
+		v.NoJournal = true
 	case "keyagent-measure":
 		v.Measure = true
 	case "readonly", "read-only":

@@ -34,6 +34,8 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Format: true, OnRequest: true},
 		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-no-mmp,_netdev": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, NoMMP: true},
+		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-from=/dev/mapper/image,keyagent-root-hash=" + hash + ",_netdev": {
+			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, From: &Image{Path: "/dev/mapper/image", RootHash: hash}},
 		"data /dev/vdb none keyagent,keyagent-measure,_netdev": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Measure: true},
 		"data /dev/vdb none _netdev,keyagent,read-only":        {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", ReadOnly: true},
 		"sw /dev/vdb none keyagent,swap,_netdev":               {ID: "sw", Kind: Swap, Name: "sw", Device: "/dev/vdb", Filesystem: "none", Format: true},
@@ -48,31 +50,37 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 	}
 }
 
+// hash is some digest.
+var hash = strings.Repeat("ab", 32)
+
 func TestALineOfCrypttabThatIsWrongIsNamed(t *testing.T) {
 	const named = "volumes: [{id: one, device: /dev/vda}]\n"
 	for line, says := range map[string]string{
-		"data /dev/vdb none keyagent":                                   "_netdev",
-		"data /dev/vdb /key keyagent,_netdev":                           "third field",
-		"data /dev/vdb none keyagent,_netdev more":                      "four fields",
-		"data /dev/vdb none keyagent,swap,keyagent-measure,_netdev":     "cannot be measured",
-		"data /dev/vdb none keyagent,keyagent-measure=15,_netdev":       "takes no value",
-		"data /dev/vdb none keyagent=,_netdev":                          "names no volume",
-		"data /dev/vdb none keyagent,keyagent-format=,_netdev":          "names no filesystem",
-		"data /dev/vdb none keyagent,keyagent-fromat,_netdev":           "keyagent-fromat",
-		"data /dev/vdb none keyagent,keyagent-format=ntfs,_netdev":      "ntfs",
-		"data /dev/vdb none keyagent,keyagent=x,_netdev":                "twice",
-		"data /dev/vdb none keyagent,tpm2-device=auto,_netdev":          "tpm2-device",
-		"data /dev/vdb none keyagent,header=/h,_netdev":                 "header",
-		"data /dev/vdb none keyagent,nofail=yes,_netdev":                "takes no value",
-		"data /dev/vdb none keyagent,,_netdev":                          "option",
-		"data /dev/vdb none keyagent,read-only,keyagent-format,_netdev": "leave out format",
-		"data vdb none keyagent,_netdev":                                "absolute path",
-		"da/ta /dev/vdb none keyagent,_netdev":                          "id",
-		"control /dev/vdb none keyagent=x,_netdev":                      "device-mapper",
-		"one /dev/vdb none keyagent,_netdev":                            "used twice",
-		"data /dev/vda none keyagent,_netdev":                           "used twice",
-		"swap /dev/vdb none keyagent,swap,tmp,_netdev":                  "exclude",
-		"tmp /dev/vdb none keyagent,tmp,keyagent-format,_netdev":        "exclude",
+		"data /dev/vdb none keyagent":                                      "_netdev",
+		"data /dev/vdb /key keyagent,_netdev":                              "third field",
+		"data /dev/vdb none keyagent,_netdev more":                         "four fields",
+		"data /dev/vdb none keyagent,swap,keyagent-measure,_netdev":        "cannot be measured",
+		"data /dev/vdb none keyagent,keyagent-measure=15,_netdev":          "takes no value",
+		"data /dev/vdb none keyagent,keyagent-from=/i,_netdev":             "sha256 or root_hash",
+		"data /dev/vdb none keyagent,keyagent-from=,_netdev":               "no value",
+		"data /dev/vdb none keyagent,keyagent-sha256=" + hash + ",_netdev": "path must be absolute",
+		"data /dev/vdb none keyagent=,_netdev":                             "names no volume",
+		"data /dev/vdb none keyagent,keyagent-format=,_netdev":             "names no filesystem",
+		"data /dev/vdb none keyagent,keyagent-fromat,_netdev":              "keyagent-fromat",
+		"data /dev/vdb none keyagent,keyagent-format=ntfs,_netdev":         "ntfs",
+		"data /dev/vdb none keyagent,keyagent=x,_netdev":                   "twice",
+		"data /dev/vdb none keyagent,tpm2-device=auto,_netdev":             "tpm2-device",
+		"data /dev/vdb none keyagent,header=/h,_netdev":                    "header",
+		"data /dev/vdb none keyagent,nofail=yes,_netdev":                   "takes no value",
+		"data /dev/vdb none keyagent,,_netdev":                             "option",
+		"data /dev/vdb none keyagent,read-only,keyagent-format,_netdev":    "leave out format",
+		"data vdb none keyagent,_netdev":                                   "absolute path",
+		"da/ta /dev/vdb none keyagent,_netdev":                             "id",
+		"control /dev/vdb none keyagent=x,_netdev":                         "device-mapper",
+		"one /dev/vdb none keyagent,_netdev":                               "used twice",
+		"data /dev/vda none keyagent,_netdev":                              "used twice",
+		"swap /dev/vdb none keyagent,swap,tmp,_netdev":                     "exclude",
+		"tmp /dev/vdb none keyagent,tmp,keyagent-format,_netdev":           "exclude",
 	} {
 		_, err := loadWith(t, line+"\n", named)
 		if err == nil || failure.Of(err).Class != failure.Configuration || !strings.Contains(err.Error(), says) || !strings.Contains(err.Error(), "crypttab") {

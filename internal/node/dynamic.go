@@ -26,6 +26,9 @@ type Dynamic struct {
 	Filesystem string   `yaml:"filesystem,omitempty"`
 	Options    []string `yaml:"options,omitempty"`
 	Discards   bool     `yaml:"discards,omitempty"`
+	// Integrity is what each volume must have; empty: what the caller says.
+	Integrity string `yaml:"integrity,omitempty"`
+	NoJournal bool   `yaml:"no_journal,omitempty"` // of volumes with integrity
 }
 
 // check names the field that is wrong.
@@ -54,6 +57,9 @@ func (d *Dynamic) check() error {
 		if f != "" && f != "none" && !slices.Contains(Filesystems, f) {
 			return &FieldError{"filesystems", i - 1, errors.New("must be of ext4, xfs, btrfs and none")}
 		}
+	}
+	if d.Integrity != "" && d.Integrity != "none" && d.Integrity != "hmac-sha256" {
+		return &FieldError{"integrity", -1, errors.New("must be hmac-sha256 or none")}
 	}
 	for i, o := range d.Options {
 		if err := CheckOption(o); err != nil {
@@ -106,6 +112,10 @@ func (d *Dynamic) admit(uid uint32, v Volume) (Volume, bool) {
 	}
 	v.Options = append([]string{"nosuid", "nodev"}, v.Options...)
 	v.Discards = v.Discards && d.Discards
+	if d.Integrity != "" && d.Integrity != "none" {
+		v.Integrity = d.Integrity
+	}
+	v.NoJournal = d.NoJournal && v.Integrity != "" && v.Integrity != "none"
 	if v.Format && !d.Format || v.Throwaway() {
 		return v, false
 	}

@@ -101,6 +101,8 @@ func (c *Config) checkConsumer(i int) (field string, err error) {
 		return "volume", errors.New("its line of crypttab has the option keyagent, so that the agent maps it")
 	case v.Kind != Data:
 		return "volume", fmt.Errorf("%q is of the kind %s, whose key nobody knows", v.ID, v.Kind)
+	case v.Integrity != "":
+		return "volume", fmt.Errorf("%q has integrity, which the agent alone maps: an option keyagent in its line of crypttab", v.ID)
 	case v.Mount != "":
 		return "volume", fmt.Errorf("%q has a mount, and systemd maps and mounts it: a line of fstab", v.ID)
 	case v.Optional:

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/keyagent/keyagent/attestation/policy"
+	"github.com/keyagent/keyagent/attestation/snp"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -44,6 +45,13 @@ var words = map[string]func(context.Context, *Config) (string, error){
 			return "", err
 		}
 		return i.EK(ctx)
+	},
+	"snp.identity": func(ctx context.Context, _ *Config) (string, error) {
+		i, err := snp.NewIssuer(snp.IssuerOptions{})
+		if err != nil {
+			return "", err
+		}
+		return i.Identity(ctx)
 	},
 	"smbios.uuid":   fromFile(smbios + "product_uuid"),
 	"smbios.serial": fromFile(smbios + "product_serial"),

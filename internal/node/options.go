@@ -29,8 +29,14 @@ var refusedValues = map[string]string{
 
 var plainOption = pattern.New(`^[A-Za-z0-9][A-Za-z0-9_.:+@%/=-]{0,254}$`)
 
+// selinuxOption is a context of SELinux, which kubelet writes with quotes and commas.
+var selinuxOption = pattern.New(`^(context|fscontext|defcontext|rootcontext)="[A-Za-z0-9_.:,-]{1,240}"$`)
+
 // CheckOption accepts a mount option, as mount(8) knows it, that does no harm here.
 func CheckOption(o string) error {
+	if selinuxOption.MatchString(o) {
+		return nil
+	}
 	if !plainOption.MatchString(o) {
 		return fmt.Errorf("%.40q is not one mount option: letters, digits, and = with a value", o)
 	}

@@ -49,8 +49,11 @@ type Volume struct {
 	// Measure writes into a register of the machine that the volume was opened, so that
 	// later evidence shows it.
 	Measure bool `yaml:"measure,omitempty"`
-	// Integrity names authenticated encryption. None is built yet.
+	// Integrity authenticates what is on the volume: hmac-sha256, or empty. A volume that
+	// was made without is not opened.
 	Integrity string `yaml:"integrity,omitempty"`
+	// NoJournal has a volume with integrity write data and tags in place.
+	NoJournal bool `yaml:"no_journal,omitempty"`
 	// After names volumes that are opened before this one.
 	After []string `yaml:"after,omitempty"`
 }
@@ -280,9 +283,25 @@ func (v *Volume) checkFrom() error {
 	return nil
 }
 
+// maxIntegrityName is the longest name of a mapping that has another one below it.
+const maxIntegrityName = 76
+
 func (v *Volume) checkIntegrity() error {
-	if v.Integrity != "" && v.Integrity != "none" {
-		return fmt.Errorf("%.40q is not supported yet: leave it out", v.Integrity)
+	switch {
+	case v.Integrity == "" || v.Integrity == "none":
+		v.Integrity = ""
+		if v.NoJournal {
+			return errors.New("no_journal is for a volume with integrity")
+		}
+		return nil
+	case v.Integrity != "hmac-sha256":
+		return fmt.Errorf("%.40q is not supported: hmac-sha256, or none", v.Integrity)
+	case v.Throwaway():
+		return fmt.Errorf("a %s volume has none: its key ends with the machine's run", v.Kind)
+	case v.Discards:
+		return errors.New("a volume with integrity cannot pass TRIM on: leave out discards")
+	case len(v.Name) > maxIntegrityName:
+		return fmt.Errorf("the name of its mapping must be at most %d characters", maxIntegrityName)
 	}
 	return nil
 }
@@ -293,6 +312,9 @@ func (v *Volume) checkReadOnly() error {
 	}
 	if v.ReadOnly && v.Format {
 		return errors.New("a volume that is created is written: leave out format")
+	}
+	if v.ReadOnly && v.Integrity != "" {
+		return errors.New("a volume with integrity cannot be opened read-only: its journal is written even then")
 	}
 	return nil
 }
@@ -314,6 +336,9 @@ func CheckVolumes(all []Volume) (int, error) {
 				return i, &FieldError{u.field, -1, fmt.Errorf("%q is used twice", u.value)}
 			}
 			seen[u] = true
+		}
+		if v.Integrity != "" && slices.ContainsFunc(all, func(o Volume) bool { return o.Name == v.Name+"_dif" }) {
+			return i, &FieldError{"name", -1, fmt.Errorf("%q_dif is the name of the mapping below it, and another volume's", v.Name)}
 		}
 	}
 	for i := range all {

@@ -34,9 +34,10 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"a label that is a flag":        {func(v *Volume) { v.Label = "-d" }, "label"},
 		"a mount point of nothing":      {func(v *Volume) { v.Filesystem = "none" }, "mount"},
 		"the root":                      {func(v *Volume) { v.Mount = "//" }, "mount"},
-		"integrity":                     {func(v *Volume) { v.Integrity = "hmac-sha256" }, "integrity"},
+		"integrity":                     {func(v *Volume) { v.Integrity = "crc32c" }, "integrity"},
 		"a journal elsewhere":           {func(v *Volume) { v.Options = []string{"noatime", "journal_path=/dev/sda"} }, "options"},
 		"a btrfs device elsewhere":      {func(v *Volume) { v.Options = []string{"device=/dev/sda"} }, "options"},
+		"two options within quotes":     {func(v *Volume) { v.Options = []string{`context="a",bind,x="b"`} }, "options"},
 		"two options in one":            {func(v *Volume) { v.Options = []string{"noatime,bind"} }, "options"},
 		"errors that are passed over":   {func(v *Volume) { v.Options = []string{"errors=continue"} }, "options"},
 		"itself as what it comes after": {func(v *Volume) { v.After = []string{"data"} }, "after"},
@@ -63,7 +64,15 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 			v.Kind, v.Format, v.Mount, v.Filesystem, v.From = Swap, true, "", "", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
 		}, "from"},
 		"swap without format": {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
-		"another kind":        {func(v *Volume) { v.Kind = "tape" }, "kind"},
+		"integrity of a throw-away volume": {func(v *Volume) {
+			v.Kind, v.Mount, v.Filesystem, v.Format, v.Integrity = Swap, "", "", true, "hmac-sha256"
+		}, "integrity"},
+		"integrity and TRIM":         {func(v *Volume) { v.Integrity, v.Discards = "hmac-sha256", true }, "integrity"},
+		"integrity and a long name":  {func(v *Volume) { v.Integrity, v.Name = "hmac-sha256", strings.Repeat("n", 77) }, "integrity"},
+		"integrity and read-only":    {func(v *Volume) { v.Integrity, v.Format, v.ReadOnly = "hmac-sha256", false, true }, "read_only"},
+		"integrity, mounted ro":      {func(v *Volume) { v.Integrity, v.Format, v.Options = "hmac-sha256", false, []string{"ro"} }, "read_only"},
+		"no journal of no integrity": {func(v *Volume) { v.NoJournal = true }, "integrity"},
+		"another kind":               {func(v *Volume) { v.Kind = "tape" }, "kind"},
 	} {
 		v := good
 		tt.change(&v)
@@ -72,7 +81,7 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for _, o := range []string{"ro", "noatime", "relatime", "discard", "data=ordered", "compress=zstd:3", "subvol=@data", "x-systemd.automount", "context=system_u:object_r:data_t:s0"} {
+	for _, o := range []string{"ro", "noatime", "relatime", "discard", "data=ordered", "compress=zstd:3", "subvol=@data", "x-systemd.automount", "context=system_u:object_r:data_t:s0", `context="system_u:object_r:container_file_t:s0:c1,c2"`} {
 		if err := CheckOption(o); err != nil {
 			t.Errorf("%s: %v", o, err)
 		}

@@ -18,6 +18,10 @@ type Peer struct {
 	PID int32
 	UID uint32
 	GID uint32
+	// Cgroup is the control group of the process when it connected, for those who ask
+	// for it with [CallerCredentials]. Empty: it is not known, for the reason in NoCgroup.
+	Cgroup   string
+	NoCgroup error
 }
 
 // AuthType implements credentials.AuthInfo.
@@ -25,7 +29,8 @@ func (Peer) AuthType() string { return "peercred" }
 
 // peerCredentials are gRPC credentials by SO_PEERCRED.
 type peerCredentials struct {
-	admit func(Peer) error
+	admit  func(Peer) error
+	cgroup bool
 }
 
 var errNotUnix = errors.New("not a unix socket")
@@ -39,7 +44,10 @@ func (k peerCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.Auth
 	if err != nil {
 		return nil, nil, fmt.Errorf("peer credentials: %w", err)
 	}
-	p := Peer{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Pid, cred.Uid, cred.Gid}
+	p := Peer{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, PID: cred.Pid, UID: cred.Uid, GID: cred.Gid}
+	if k.cgroup {
+		p.Cgroup, p.NoCgroup = cgroupOf(u, cred.Pid)
+	}
 	if k.admit != nil {
 		if err := k.admit(p); err != nil {
 			return nil, nil, err
@@ -77,5 +85,11 @@ func PeerOf(ctx context.Context) (Peer, bool) {
 // [PeerOf], and connections of callers that admit returns an error for are closed
 // before a byte of them is read. A nil admit admits everybody.
 func Credentials(admit func(Peer) error) credentials.TransportCredentials {
-	return peerCredentials{admit}
+	return peerCredentials{admit: admit}
+}
+
+// CallerCredentials are [Credentials] for a service whose rules may name the control
+// group of a caller.
+func CallerCredentials(admit func(Peer) error) credentials.TransportCredentials {
+	return peerCredentials{admit: admit, cgroup: true}
 }

@@ -180,14 +180,17 @@ func (Writers) EnumDescriptor() ([]byte, []int) {
 }
 
 type GetKeyRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
-	Operation     Operation              `protobuf:"varint,2,opt,name=operation,proto3,enum=keyagent.keyservice.v1.Operation" json:"operation,omitempty"`
-	Protocol      uint32                 `protobuf:"varint,3,opt,name=protocol,proto3" json:"protocol,omitempty"`                 // 2: the caller knows attempts and leases
-	ReadOnly      bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // the caller maps the volume read-only
-	Node          string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"`                          // what people call the caller, for messages only; at most 64 bytes
-	LeaseId       []byte                 `protobuf:"bytes,6,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`     // of a lease that the caller held before it was restarted
-	Diskless      bool                   `protobuf:"varint,7,opt,name=diskless,proto3" json:"diskless,omitempty"`                 // the key opens no disk, so there is nothing to lease
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId  string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Operation Operation              `protobuf:"varint,2,opt,name=operation,proto3,enum=keyagent.keyservice.v1.Operation" json:"operation,omitempty"`
+	Protocol  uint32                 `protobuf:"varint,3,opt,name=protocol,proto3" json:"protocol,omitempty"`                 // 2: the caller knows attempts and leases
+	ReadOnly  bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // the caller maps the volume read-only
+	Node      string                 `protobuf:"bytes,5,opt,name=node,proto3" json:"node,omitempty"`                          // what people call the caller, for messages only; at most 64 bytes
+	LeaseId   []byte                 `protobuf:"bytes,6,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`     // of a lease that the caller held before it was restarted
+	Diskless  bool                   `protobuf:"varint,7,opt,name=diskless,proto3" json:"diskless,omitempty"`                 // the key opens no disk, so there is nothing to lease
+	// Of the DEK in bytes, 16 to 64. A new volume gets one of that length, and the
+	// key of an old one is refused if it has another. 0: 32 for a new one, any of an old.
+	Length        uint32 `protobuf:"varint,8,opt,name=length,proto3" json:"length,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -269,6 +272,13 @@ func (x *GetKeyRequest) GetDiskless() bool {
 		return x.Diskless
 	}
 	return false
+}
+
+func (x *GetKeyRequest) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
 }
 
 type GetKeyResponse struct {
@@ -1094,7 +1104,7 @@ var File_keyagent_keyservice_v1_keyservice_proto protoreflect.FileDescriptor
 
 const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
-	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xf1\x01\n" +
+	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\x89\x02\n" +
 	"\rGetKeyRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12?\n" +
 	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\x12\x1a\n" +
@@ -1102,7 +1112,8 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x12\n" +
 	"\x04node\x18\x05 \x01(\tR\x04node\x12\x19\n" +
 	"\blease_id\x18\x06 \x01(\fR\aleaseId\x12\x1a\n" +
-	"\bdiskless\x18\a \x01(\bR\bdiskless\"\xd1\x03\n" +
+	"\bdiskless\x18\a \x01(\bR\bdiskless\x12\x16\n" +
+	"\x06length\x18\b \x01(\rR\x06length\"\xd1\x03\n" +
 	"\x0eGetKeyResponse\x12\x1d\n" +
 	"\n" +
 	"sealed_dek\x18\x01 \x01(\fR\tsealedDek\x129\n" +

@@ -44,6 +44,8 @@ type Volume struct {
 	KeyVersion    uint32   `protobuf:"varint,15,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
 	Dynamic       bool     `protobuf:"varint,16,opt,name=dynamic,proto3" json:"dynamic,omitempty"`                      // the configuration does not name it
 	OnRequest     bool     `protobuf:"varint,17,opt,name=on_request,json=onRequest,proto3" json:"on_request,omitempty"` // it stays closed until somebody asks for it by its ID
+	Integrity     string   `protobuf:"bytes,18,opt,name=integrity,proto3" json:"integrity,omitempty"`                   // hmac-sha256, or empty
+	Progress      string   `protobuf:"bytes,19,opt,name=progress,proto3" json:"progress,omitempty"`                     // of a long step that is under way, for people
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -197,6 +199,20 @@ func (x *Volume) GetOnRequest() bool {
 	return false
 }
 
+func (x *Volume) GetIntegrity() string {
+	if x != nil {
+		return x.Integrity
+	}
+	return ""
+}
+
+func (x *Volume) GetProgress() string {
+	if x != nil {
+		return x.Progress
+	}
+	return ""
+}
+
 type OpenRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -210,6 +226,7 @@ type OpenRequest struct {
 	Options       []string `protobuf:"bytes,7,rep,name=options,proto3" json:"options,omitempty"`
 	ReadOnly      bool     `protobuf:"varint,8,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Discards      bool     `protobuf:"varint,9,opt,name=discards,proto3" json:"discards,omitempty"`
+	Integrity     string   `protobuf:"bytes,10,opt,name=integrity,proto3" json:"integrity,omitempty"` // hmac-sha256, or empty; a volume that was made without is refused
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -307,6 +324,13 @@ func (x *OpenRequest) GetDiscards() bool {
 	return false
 }
 
+func (x *OpenRequest) GetIntegrity() string {
+	if x != nil {
+		return x.Integrity
+	}
+	return ""
+}
+
 type OpenResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
@@ -361,7 +385,7 @@ func (x *OpenResponse) GetCreated() bool {
 
 type OpenEvent struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Step          string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"` // that ended, or, while took_ms is zero, how far a long one is
 	TookMs        uint64                 `protobuf:"varint,2,opt,name=took_ms,json=tookMs,proto3" json:"took_ms,omitempty"`
 	Volume        *Volume                `protobuf:"bytes,3,opt,name=volume,proto3" json:"volume,omitempty"` // set in the last event alone
 	unknownFields protoimpl.UnknownFields
@@ -1147,11 +1171,195 @@ func (x *RestoreHeaderResponse) GetVolume() *Volume {
 	return nil
 }
 
+type RetireRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireRequest) Reset() {
+	*x = RetireRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireRequest) ProtoMessage() {}
+
+func (x *RetireRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireRequest.ProtoReflect.Descriptor instead.
+func (*RetireRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RetireRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RetireResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireResponse) Reset() {
+	*x = RetireResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireResponse) ProtoMessage() {}
+
+func (x *RetireResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireResponse.ProtoReflect.Descriptor instead.
+func (*RetireResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RetireResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
+type GetDataKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	Length        uint32                 `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"` // in bytes, 16 to 64
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetDataKeyRequest) Reset() {
+	*x = GetDataKeyRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetDataKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetDataKeyRequest) ProtoMessage() {}
+
+func (x *GetDataKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetDataKeyRequest.ProtoReflect.Descriptor instead.
+func (*GetDataKeyRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *GetDataKeyRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *GetDataKeyRequest) GetLength() uint32 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+type GetDataKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	DataKey       []byte                 `protobuf:"bytes,1,opt,name=data_key,json=dataKey,proto3" json:"data_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetDataKeyResponse) Reset() {
+	*x = GetDataKeyResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetDataKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetDataKeyResponse) ProtoMessage() {}
+
+func (x *GetDataKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetDataKeyResponse.ProtoReflect.Descriptor instead.
+func (*GetDataKeyResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *GetDataKeyResponse) GetDataKey() []byte {
+	if x != nil {
+		return x.DataKey
+	}
+	return nil
+}
+
 var File_keyagent_node_v1_node_proto protoreflect.FileDescriptor
 
 const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\n" +
-	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\xdd\x03\n" +
+	"\x1bkeyagent/node/v1/node.proto\x12\x10keyagent.node.v1\"\x97\x04\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06device\x18\x02 \x01(\tR\x06device\x12\x16\n" +
@@ -1176,7 +1384,9 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"keyVersion\x12\x18\n" +
 	"\adynamic\x18\x10 \x01(\bR\adynamic\x12\x1d\n" +
 	"\n" +
-	"on_request\x18\x11 \x01(\bR\tonRequest\"\xf5\x01\n" +
+	"on_request\x18\x11 \x01(\bR\tonRequest\x12\x1c\n" +
+	"\tintegrity\x18\x12 \x01(\tR\tintegrity\x12\x1a\n" +
+	"\bprogress\x18\x13 \x01(\tR\bprogress\"\x93\x02\n" +
 	"\vOpenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\bR\x06format\x12\x16\n" +
@@ -1189,7 +1399,9 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"mountPoint\x12\x18\n" +
 	"\aoptions\x18\a \x03(\tR\aoptions\x12\x1b\n" +
 	"\tread_only\x18\b \x01(\bR\breadOnly\x12\x1a\n" +
-	"\bdiscards\x18\t \x01(\bR\bdiscards\"Z\n" +
+	"\bdiscards\x18\t \x01(\bR\bdiscards\x12\x1c\n" +
+	"\tintegrity\x18\n" +
+	" \x01(\tR\tintegrity\"Z\n" +
 	"\fOpenResponse\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\bR\acreated\"j\n" +
@@ -1232,7 +1444,16 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06header\x18\x02 \x01(\fR\x06header\"I\n" +
 	"\x15RestoreHeaderResponse\x120\n" +
-	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume2\xa4\x06\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1f\n" +
+	"\rRetireRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
+	"\x0eRetireResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"H\n" +
+	"\x11GetDataKeyRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
+	"\x06length\x18\x02 \x01(\rR\x06length\"/\n" +
+	"\x12GetDataKeyResponse\x12\x19\n" +
+	"\bdata_key\x18\x01 \x01(\fR\adataKey2\xca\a\n" +
 	"\x04Node\x12E\n" +
 	"\x04Open\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1e.keyagent.node.v1.OpenResponse\x12L\n" +
 	"\fOpenProgress\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1b.keyagent.node.v1.OpenEvent0\x01\x12H\n" +
@@ -1243,7 +1464,10 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\aSuspend\x12 .keyagent.node.v1.SuspendRequest\x1a!.keyagent.node.v1.SuspendResponse\x12K\n" +
 	"\x06Resume\x12\x1f.keyagent.node.v1.ResumeRequest\x1a .keyagent.node.v1.ResumeResponse\x12]\n" +
 	"\fBackupHeader\x12%.keyagent.node.v1.BackupHeaderRequest\x1a&.keyagent.node.v1.BackupHeaderResponse\x12`\n" +
-	"\rRestoreHeader\x12&.keyagent.node.v1.RestoreHeaderRequest\x1a'.keyagent.node.v1.RestoreHeaderResponseB:Z8github.com/keyagent/keyagent/api/keyagent/node/v1;nodev1b\x06proto3"
+	"\rRestoreHeader\x12&.keyagent.node.v1.RestoreHeaderRequest\x1a'.keyagent.node.v1.RestoreHeaderResponse\x12K\n" +
+	"\x06Retire\x12\x1f.keyagent.node.v1.RetireRequest\x1a .keyagent.node.v1.RetireResponse\x12W\n" +
+	"\n" +
+	"GetDataKey\x12#.keyagent.node.v1.GetDataKeyRequest\x1a$.keyagent.node.v1.GetDataKeyResponseB:Z8github.com/keyagent/keyagent/api/keyagent/node/v1;nodev1b\x06proto3"
 
 var (
 	file_keyagent_node_v1_node_proto_rawDescOnce sync.Once
@@ -1257,7 +1481,7 @@ func file_keyagent_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_keyagent_node_v1_node_proto_rawDescData
 }
 
-var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_keyagent_node_v1_node_proto_goTypes = []any{
 	(*Volume)(nil),                // 0: keyagent.node.v1.Volume
 	(*OpenRequest)(nil),           // 1: keyagent.node.v1.OpenRequest
@@ -1279,6 +1503,10 @@ var file_keyagent_node_v1_node_proto_goTypes = []any{
 	(*BackupHeaderResponse)(nil),  // 17: keyagent.node.v1.BackupHeaderResponse
 	(*RestoreHeaderRequest)(nil),  // 18: keyagent.node.v1.RestoreHeaderRequest
 	(*RestoreHeaderResponse)(nil), // 19: keyagent.node.v1.RestoreHeaderResponse
+	(*RetireRequest)(nil),         // 20: keyagent.node.v1.RetireRequest
+	(*RetireResponse)(nil),        // 21: keyagent.node.v1.RetireResponse
+	(*GetDataKeyRequest)(nil),     // 22: keyagent.node.v1.GetDataKeyRequest
+	(*GetDataKeyResponse)(nil),    // 23: keyagent.node.v1.GetDataKeyResponse
 }
 var file_keyagent_node_v1_node_proto_depIdxs = []int32{
 	0,  // 0: keyagent.node.v1.OpenResponse.volume:type_name -> keyagent.node.v1.Volume
@@ -1290,31 +1518,36 @@ var file_keyagent_node_v1_node_proto_depIdxs = []int32{
 	0,  // 6: keyagent.node.v1.SuspendResponse.volume:type_name -> keyagent.node.v1.Volume
 	0,  // 7: keyagent.node.v1.ResumeResponse.volume:type_name -> keyagent.node.v1.Volume
 	0,  // 8: keyagent.node.v1.RestoreHeaderResponse.volume:type_name -> keyagent.node.v1.Volume
-	1,  // 9: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
-	1,  // 10: keyagent.node.v1.Node.OpenProgress:input_type -> keyagent.node.v1.OpenRequest
-	4,  // 11: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
-	6,  // 12: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
-	8,  // 13: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
-	10, // 14: keyagent.node.v1.Node.Resize:input_type -> keyagent.node.v1.ResizeRequest
-	12, // 15: keyagent.node.v1.Node.Suspend:input_type -> keyagent.node.v1.SuspendRequest
-	14, // 16: keyagent.node.v1.Node.Resume:input_type -> keyagent.node.v1.ResumeRequest
-	16, // 17: keyagent.node.v1.Node.BackupHeader:input_type -> keyagent.node.v1.BackupHeaderRequest
-	18, // 18: keyagent.node.v1.Node.RestoreHeader:input_type -> keyagent.node.v1.RestoreHeaderRequest
-	2,  // 19: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
-	3,  // 20: keyagent.node.v1.Node.OpenProgress:output_type -> keyagent.node.v1.OpenEvent
-	5,  // 21: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
-	7,  // 22: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
-	9,  // 23: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
-	11, // 24: keyagent.node.v1.Node.Resize:output_type -> keyagent.node.v1.ResizeResponse
-	13, // 25: keyagent.node.v1.Node.Suspend:output_type -> keyagent.node.v1.SuspendResponse
-	15, // 26: keyagent.node.v1.Node.Resume:output_type -> keyagent.node.v1.ResumeResponse
-	17, // 27: keyagent.node.v1.Node.BackupHeader:output_type -> keyagent.node.v1.BackupHeaderResponse
-	19, // 28: keyagent.node.v1.Node.RestoreHeader:output_type -> keyagent.node.v1.RestoreHeaderResponse
-	19, // [19:29] is the sub-list for method output_type
-	9,  // [9:19] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	0,  // 9: keyagent.node.v1.RetireResponse.volume:type_name -> keyagent.node.v1.Volume
+	1,  // 10: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
+	1,  // 11: keyagent.node.v1.Node.OpenProgress:input_type -> keyagent.node.v1.OpenRequest
+	4,  // 12: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
+	6,  // 13: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
+	8,  // 14: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
+	10, // 15: keyagent.node.v1.Node.Resize:input_type -> keyagent.node.v1.ResizeRequest
+	12, // 16: keyagent.node.v1.Node.Suspend:input_type -> keyagent.node.v1.SuspendRequest
+	14, // 17: keyagent.node.v1.Node.Resume:input_type -> keyagent.node.v1.ResumeRequest
+	16, // 18: keyagent.node.v1.Node.BackupHeader:input_type -> keyagent.node.v1.BackupHeaderRequest
+	18, // 19: keyagent.node.v1.Node.RestoreHeader:input_type -> keyagent.node.v1.RestoreHeaderRequest
+	20, // 20: keyagent.node.v1.Node.Retire:input_type -> keyagent.node.v1.RetireRequest
+	22, // 21: keyagent.node.v1.Node.GetDataKey:input_type -> keyagent.node.v1.GetDataKeyRequest
+	2,  // 22: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
+	3,  // 23: keyagent.node.v1.Node.OpenProgress:output_type -> keyagent.node.v1.OpenEvent
+	5,  // 24: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
+	7,  // 25: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
+	9,  // 26: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
+	11, // 27: keyagent.node.v1.Node.Resize:output_type -> keyagent.node.v1.ResizeResponse
+	13, // 28: keyagent.node.v1.Node.Suspend:output_type -> keyagent.node.v1.SuspendResponse
+	15, // 29: keyagent.node.v1.Node.Resume:output_type -> keyagent.node.v1.ResumeResponse
+	17, // 30: keyagent.node.v1.Node.BackupHeader:output_type -> keyagent.node.v1.BackupHeaderResponse
+	19, // 31: keyagent.node.v1.Node.RestoreHeader:output_type -> keyagent.node.v1.RestoreHeaderResponse
+	21, // 32: keyagent.node.v1.Node.Retire:output_type -> keyagent.node.v1.RetireResponse
+	23, // 33: keyagent.node.v1.Node.GetDataKey:output_type -> keyagent.node.v1.GetDataKeyResponse
+	22, // [22:34] is the sub-list for method output_type
+	10, // [10:22] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_node_v1_node_proto_init() }
@@ -1328,7 +1561,7 @@ func file_keyagent_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_node_v1_node_proto_rawDesc), len(file_keyagent_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -32,6 +32,8 @@ const (
 	Node_Resume_FullMethodName        = "/keyagent.node.v1.Node/Resume"
 	Node_BackupHeader_FullMethodName  = "/keyagent.node.v1.Node/BackupHeader"
 	Node_RestoreHeader_FullMethodName = "/keyagent.node.v1.Node/RestoreHeader"
+	Node_Retire_FullMethodName        = "/keyagent.node.v1.Node/Retire"
+	Node_GetDataKey_FullMethodName    = "/keyagent.node.v1.Node/GetDataKey"
 )
 
 // NodeClient is the client API for Node service.
@@ -61,6 +63,14 @@ type NodeClient interface {
 	BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
 	RestoreHeader(ctx context.Context, in *RestoreHeaderRequest, opts ...grpc.CallOption) (*RestoreHeaderResponse, error)
+	// Retire ends the life of a volume and its key. It is not built yet: it answers
+	// Unimplemented, and says what to do meanwhile.
+	Retire(ctx context.Context, in *RetireRequest, opts ...grpc.CallOption) (*RetireResponse, error)
+	// GetDataKey gives the caller a key that opens no volume of this node, and makes
+	// it if there is none. It is for programs that insist on the key; the operation
+	// get-data-key of the configuration allows it. A key that was once asked for with
+	// one length has no other.
+	GetDataKey(ctx context.Context, in *GetDataKeyRequest, opts ...grpc.CallOption) (*GetDataKeyResponse, error)
 }
 
 type nodeClient struct {
@@ -180,6 +190,26 @@ func (c *nodeClient) RestoreHeader(ctx context.Context, in *RestoreHeaderRequest
 	return out, nil
 }
 
+func (c *nodeClient) Retire(ctx context.Context, in *RetireRequest, opts ...grpc.CallOption) (*RetireResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RetireResponse)
+	err := c.cc.Invoke(ctx, Node_Retire_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *nodeClient) GetDataKey(ctx context.Context, in *GetDataKeyRequest, opts ...grpc.CallOption) (*GetDataKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetDataKeyResponse)
+	err := c.cc.Invoke(ctx, Node_GetDataKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodeServer is the server API for Node service.
 // All implementations must embed UnimplementedNodeServer
 // for forward compatibility.
@@ -207,6 +237,14 @@ type NodeServer interface {
 	BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
 	RestoreHeader(context.Context, *RestoreHeaderRequest) (*RestoreHeaderResponse, error)
+	// Retire ends the life of a volume and its key. It is not built yet: it answers
+	// Unimplemented, and says what to do meanwhile.
+	Retire(context.Context, *RetireRequest) (*RetireResponse, error)
+	// GetDataKey gives the caller a key that opens no volume of this node, and makes
+	// it if there is none. It is for programs that insist on the key; the operation
+	// get-data-key of the configuration allows it. A key that was once asked for with
+	// one length has no other.
+	GetDataKey(context.Context, *GetDataKeyRequest) (*GetDataKeyResponse, error)
 	mustEmbedUnimplementedNodeServer()
 }
 
@@ -246,6 +284,12 @@ func (UnimplementedNodeServer) BackupHeader(context.Context, *BackupHeaderReques
 }
 func (UnimplementedNodeServer) RestoreHeader(context.Context, *RestoreHeaderRequest) (*RestoreHeaderResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RestoreHeader not implemented")
+}
+func (UnimplementedNodeServer) Retire(context.Context, *RetireRequest) (*RetireResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Retire not implemented")
+}
+func (UnimplementedNodeServer) GetDataKey(context.Context, *GetDataKeyRequest) (*GetDataKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetDataKey not implemented")
 }
 func (UnimplementedNodeServer) mustEmbedUnimplementedNodeServer() {}
 func (UnimplementedNodeServer) testEmbeddedByValue()              {}
@@ -441,6 +485,42 @@ func _Node_RestoreHeader_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_Retire_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RetireRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Retire(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Retire_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Retire(ctx, req.(*RetireRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Node_GetDataKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetDataKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).GetDataKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_GetDataKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).GetDataKey(ctx, req.(*GetDataKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Node_ServiceDesc is the grpc.ServiceDesc for Node service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -483,6 +563,14 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RestoreHeader",
 			Handler:    _Node_RestoreHeader_Handler,
+		},
+		{
+			MethodName: "Retire",
+			Handler:    _Node_Retire_Handler,
+		},
+		{
+			MethodName: "GetDataKey",
+			Handler:    _Node_GetDataKey_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

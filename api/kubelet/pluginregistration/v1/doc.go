@@ -1,0 +1,2 @@
+// Package registrationv1 is how a CSI driver makes itself known to kubelet.
+package registrationv1
