@@ -17,6 +17,7 @@ import (
 	attestv1 "github.com/keyagent/keyagent/api/keyagent/attest/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/endorsement"
+	"github.com/keyagent/keyagent/attestation/facts"
 )
 
 // maxAsking bounds what one exchange waits for endorsements: its verifier may have
@@ -103,6 +104,34 @@ func (i *Issuer) Collect(ctx context.Context, reportData [64]byte) (*attestv1.SN
 		return nil, err
 	}
 	return attempt{i, hw}.collect(ctx, reportData)
+}
+
+// Identity returns how evidence of this machine names its processor: the SHA-256 of the
+// chip's ID, 64 hex digits. Nothing of it is verified here. An error wraps
+// [attestation.ErrNoDevice] if this machine has no SEV-SNP. A guest whose host hides the
+// chip, or whose reports a provider's key signs (VLEK), is named after its launch, which
+// is another one each time: that is an error.
+func (i *Issuer) Identity(ctx context.Context) (string, error) {
+	if err := ctx.Err(); err != nil {
+		return "", err
+	}
+	hw, _, err := i.opts.find()
+	if err != nil {
+		return "", err
+	}
+	raw, _, err := hw.report([64]byte{}, i.opts.VMPL)
+	if err != nil {
+		return "", fmt.Errorf("SEV-SNP report: %w", err)
+	}
+	r, err := Parse(raw)
+	if err != nil {
+		return "", fmt.Errorf("SEV-SNP report of this machine: %w", err)
+	}
+	c := r.Claims()
+	if chip, ok := facts.SNPChipID.Of(c); !ok || chip == "" || r.signer == abi.VlekReportSigner {
+		return "", errors.New("the SEV-SNP report of this machine names no chip")
+	}
+	return c.Identity, nil
 }
 
 func (a attempt) collect(ctx context.Context, reportData [64]byte) (*attestv1.SNPEvidence, error) {

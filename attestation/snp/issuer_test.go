@@ -197,3 +197,27 @@ func TestCollectedEvidenceCoversWhatItWasAskedTo(t *testing.T) {
 	_, err := v.VerifyReport(t.Context(), ev, testBinder)
 	refused(t, err, snp.ErrReportData)
 }
+
+// A machine knows beforehand how a verifier will name it, where that stays the same.
+func TestAGuestKnowsItsIdentity(t *testing.T) {
+	chip := newChip(t, "Milan")
+	guest := &amd.Guest{Chip: chip, Table: chip.Table()}
+	opts := snp.IssuerOptions{TSM: guest.TSM(), Endorsements: serve(t, amd.NewKDS(chip))}
+	_, c, err := exchange(t, opts, lab(t, chip.Authority))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := must[*snp.Issuer](t)(snp.NewIssuer(opts)).Identity(t.Context())
+	if err != nil || got != c.Identity {
+		t.Errorf("%q, %v; a verifier says %q", got, err, c.Identity)
+	}
+	for name, r := range map[string]amd.Report{
+		"VLEK":   {VLEK: true},
+		"masked": {Edit: func(b []byte) { clear(b[0x1A0:0x1E0]) }},
+	} {
+		guest := &amd.Guest{Chip: chip, Report: r, Table: chip.Table()}
+		if got, err := must[*snp.Issuer](t)(snp.NewIssuer(snp.IssuerOptions{TSM: guest.TSM()})).Identity(t.Context()); err == nil {
+			t.Errorf("%s: it is named %q", name, got)
+		}
+	}
+}

@@ -4,18 +4,18 @@ import (
 	"context"
 	"encoding/base64"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
-	"slices"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/keyagent/keyagent/api/keyagent/node/v1"
-	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/unixsocket"
@@ -34,46 +34,39 @@ const (
 // api serves the local API.
 type api struct {
 	nodev1.UnimplementedNodeServer
-	life    context.Context // of the agent: what a caller began goes on without him
-	volumes *Volumes
-	cfg     *node.Config
-	log     *slog.Logger
+	callers
+	life     context.Context // of the agent: what a caller began goes on without him
+	volumes  *Volumes
+	dataKeys *dataKeys
 }
 
 func newNodeServer(life context.Context, v *Volumes, cfg *node.Config, log *slog.Logger) *grpc.Server {
-	admit := func(p unixsocket.Peer) error {
-		if cfg.Knows(p.UID) {
-			return nil
-		}
-		log.Warn("local caller refused: no rule names it", "uid", p.UID, "pid", p.PID)
-		return fmt.Errorf("uid %d is not in callers", p.UID)
-	}
-	s := grpc.NewServer(
-		grpc.Creds(unixsocket.Credentials(admit)),
+	who := callers{cfg, log}
+	s := newLocalServer(who, maxMessage)
+	nodev1.RegisterNodeServer(s, &api{callers: who, life: life, volumes: v, dataKeys: newDataKeys(who, v)})
+	return s
+}
+
+// newLocalServer serves callers on a unix socket that a rule names.
+func newLocalServer(who callers, maxMessage int) *grpc.Server {
+	return grpc.NewServer(
+		grpc.Creds(unixsocket.CallerCredentials(who.admit)),
 		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxConcurrentStreams(16),
+		// As many as a node has volumes: all of them may wait for the key service, on one
+		// connection of a proxy.
+		grpc.MaxConcurrentStreams(256),
 		grpc.MaxHeaderListSize(8<<10),
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.ReadBufferSize(4<<10),
 		grpc.WriteBufferSize(4<<10),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle}),
+		grpc.UnaryInterceptor(func(ctx context.Context, r any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			if err := grpc.SetHeader(ctx, metadata.Pairs(nodev1.FeaturesHeader, nodev1.FeatureIntegrity)); err != nil {
+				return nil, err
+			}
+			return handle(ctx, r)
+		}),
 	)
-	nodev1.RegisterNodeServer(s, &api{life: life, volumes: v, cfg: cfg, log: log})
-	return s
-}
-
-// allow decides by the kernel's word on the caller.
-func (a *api) allow(ctx context.Context, operation, volume string) error {
-	p, ok := unixsocket.PeerOf(ctx)
-	if !ok {
-		return answer(failure.Newf(failure.PolicyDenied, "", "the caller is unknown"))
-	}
-	if a.cfg.Allows(p.UID, operation, volume) {
-		return nil
-	}
-	a.log.Warn("local caller refused", "uid", p.UID, "pid", p.PID, "operation", operation, "volume", fmt.Sprintf("%.128q", volume))
-	return failure.Status(failure.Newf(failure.PolicyDenied, "callers in the agent's configuration says who may do what", "refused"),
-		fmt.Sprintf("uid %d may not %s this volume", p.UID, operation))
 }
 
 func answer(err error) error {
@@ -86,7 +79,7 @@ func answer(err error) error {
 // volume is the one that a request means: a configured one by its ID, another one
 // by its description, if a rule allows it.
 func (a *api) volume(ctx context.Context, r *nodev1.OpenRequest) (v node.Volume, dynamic bool, err error) {
-	described := r.GetDevice() != "" || r.GetName() != "" || r.GetFilesystem() != "" || r.GetMountPoint() != "" || len(r.GetOptions()) > 0 || r.GetReadOnly() || r.GetDiscards()
+	described := r.GetDevice() != "" || r.GetName() != "" || r.GetFilesystem() != "" || r.GetMountPoint() != "" || len(r.GetOptions()) > 0 || r.GetReadOnly() || r.GetDiscards() || r.GetIntegrity() != ""
 	v, configured := a.cfg.Volume(r.GetId())
 	switch {
 	case configured && described:
@@ -99,7 +92,7 @@ func (a *api) volume(ctx context.Context, r *nodev1.OpenRequest) (v node.Volume,
 	p, _ := unixsocket.PeerOf(ctx)
 	v, err = a.cfg.Admit(p.UID, node.Volume{
 		ID: r.GetId(), Device: r.GetDevice(), Name: r.GetName(), Filesystem: r.GetFilesystem(), Mount: r.GetMountPoint(),
-		Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Format: r.GetFormat(),
+		Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Integrity: r.GetIntegrity(), Format: r.GetFormat(),
 	})
 	return v, true, err
 }
@@ -219,6 +212,20 @@ func (a *api) RestoreHeader(ctx context.Context, r *nodev1.RestoreHeaderRequest)
 	return &nodev1.RestoreHeaderResponse{Volume: v}, err
 }
 
+// Retire implements the API.
+func (a *api) Retire(ctx context.Context, r *nodev1.RetireRequest) (*nodev1.RetireResponse, error) {
+	if err := a.allow(ctx, "retire", r.GetId()); err != nil {
+		return nil, err
+	}
+	return nil, status.Error(codes.Unimplemented, "a node does not retire volumes yet: close it here, and have an operator retire it on the key service with keyagent volume retire")
+}
+
+// GetDataKey implements the API.
+func (a *api) GetDataKey(ctx context.Context, r *nodev1.GetDataKeyRequest) (*nodev1.GetDataKeyResponse, error) {
+	key, err := a.dataKeys.get(ctx, r.GetVolumeId(), r.GetLength())
+	return &nodev1.GetDataKeyResponse{DataKey: key}, err
+}
+
 var errPageToken = errors.New("page_token is not one that this API gave")
 
 // List implements the API. A page holds what the caller may see.
@@ -250,10 +257,7 @@ func (a *api) List(ctx context.Context, r *nodev1.ListRequest) (*nodev1.ListResp
 // mayList is allow without a word in the log: what a caller may not see is left out.
 func (a *api) mayList(ctx context.Context, id string) bool {
 	p, ok := unixsocket.PeerOf(ctx)
-	return ok && slices.ContainsFunc(a.cfg.Callers, func(c node.Caller) bool {
-		return *c.UID == p.UID && slices.Contains(c.Operations, "list") &&
-			slices.ContainsFunc(c.Volumes, func(pattern string) bool { return policy.Match(pattern, id) })
-	})
+	return ok && a.cfg.Allows(p, "list", id)
 }
 
 // Message is a volume as the local API shows it.
@@ -262,6 +266,7 @@ func Message(v Volume) *nodev1.Volume {
 		Id: v.ID, Device: v.Device, Mapped: v.Mapped, MountPoint: v.Mount, State: string(v.State),
 		LuksUuid: v.UUID, Generation: v.Generation, LastError: v.LastError, CorrelationId: v.CorrelationID, Optional: v.Optional,
 		Bytes: uint64(v.Bytes), ReadOnly: v.ReadOnly, Lease: v.Lease, Warnings: v.Warnings, KeyVersion: v.KeyVersion, Dynamic: v.Dynamic, OnRequest: v.OnRequest,
+		Integrity: v.Integrity, Progress: v.Progress,
 	}
 }
 

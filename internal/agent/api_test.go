@@ -39,10 +39,14 @@ func (k *noKeys) BeginFormat(context.Context, *keyclient.Key, keyclient.MACs) (t
 }
 func (k *noKeys) HeaderStands(context.Context, *keyclient.Key) error { return errNoKeys }
 func (k *noKeys) Confirm(context.Context, *keyclient.Key) error      { return errNoKeys }
+func (k *noKeys) CreateDiskless(context.Context, *keyclient.Key, [32]byte) error {
+	return errNoKeys
+}
 func (k *noKeys) Renew(context.Context, string, []byte) (*keyclient.Lease, error) {
 	return nil, errNoKeys
 }
-func (k *noKeys) Release(context.Context, string, []byte) error { return errNoKeys }
+func (k *noKeys) Release(context.Context, string, []byte) error    { return errNoKeys }
+func (k *noKeys) KeepSession(context.Context, time.Duration) error { return errNoKeys }
 
 func uid(n uint32) *uint32 { return &n }
 

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/internal/node"
 )
 
@@ -108,9 +109,11 @@ func (b *boot) first() error {
 const retryEvery = 10 * time.Second
 
 // OpenLate opens volumes whose disks were not there at first, and what needs them,
-// when udev shows them. It ends with ctx.
+// when udev shows them, and now and then those that failed in a way that may pass. It ends
+// with ctx.
 func (c *Volumes) OpenLate(ctx context.Context, all []node.Volume) {
 	events := deviceEvents(ctx, retryEvery)
+	tried := map[string]time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -118,26 +121,37 @@ func (c *Volumes) OpenLate(ctx context.Context, all []node.Volume) {
 		case <-events:
 		}
 		for _, v := range all {
-			if !v.OnRequest && c.absent(v.ID) && c.needsAreUp(all, &v) {
+			again := time.Since(tried[v.ID]) >= retryEvery
+			if !v.OnRequest && c.mayOpen(v.ID, again) && c.needsAreUp(all, &v) {
+				tried[v.ID] = time.Now()
 				if _, err := c.Open(ctx, v, Intent{NoWait: true}); err == nil {
-					c.Log.Info("a late disk is open", "volume", v.ID)
+					c.Log.Info("a volume is open after all", "volume", v.ID)
 				}
 			}
 		}
 	}
 }
 
-// absent reports whether a volume failed for want of its disk, and the disk is
-// there by now, or because of another volume.
-func (c *Volumes) absent(id string) bool {
+// mayOpen reports whether a volume failed for want of its disk, and the disk is there by
+// now, or because of another volume; or, if it is time again, in a way that may pass. One
+// that was cut off its disk is for a person.
+func (c *Volumes) mayOpen(id string, again bool) bool {
 	e := c.find(id)
 	if e == nil {
 		return false
 	}
 	c.mu.Lock()
-	state, err, device := e.condition.state, e.lastErr, e.spec.DevicePath()
+	state, err, device, fenced := e.condition.state, e.lastErr, e.spec.DevicePath(), e.warnings["fence"] != ""
 	c.mu.Unlock()
-	return state == Failed && (errors.Is(err, errAbsent) && exists(device) || errors.Is(err, ErrBlocked))
+	switch {
+	case state != Failed || err == nil || fenced:
+		return false
+	case errors.Is(err, errAbsent):
+		return exists(device)
+	case errors.Is(err, ErrBlocked):
+		return true
+	}
+	return again && (passes(err) || errors.Is(err, measured.ErrNoRegister))
 }
 
 func (c *Volumes) needsAreUp(all []node.Volume, v *node.Volume) bool {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -32,7 +31,13 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 		return c.view(e), err
 	}
 	if r, ok := c.recall(id); ok {
-		c.set(func() { e.known = r }) // keyagent unlock may have opened it meanwhile
+		// keyagent unlock may have opened it meanwhile, or an agent that ended before it was
+		// done with it.
+		c.set(func() {
+			if e.known = r; e.spec.ID == "" {
+				e.spec, e.dynamic = r.Spec, r.Dynamic
+			}
+		})
 	}
 	leaseID := e.known.LeaseID
 	if err := classify(c.close(luks.WithPatience(ctx, c.DeviceWait), e)); err != nil {
@@ -54,13 +59,13 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 func (c *Volumes) close(ctx context.Context, e *entry) error {
 	m, err := c.status(ctx, e)
 	if errors.Is(err, luks.ErrNotActive) {
-		return nil
+		return c.closeBelow(ctx, e.spec.Name, e.known.UUID)
 	}
 	if err != nil {
 		return err
 	}
 	source := sourceOf(m)
-	if above := stacked(m); len(above) > 0 {
+	if above := mount.Stacked(source.Device); len(above) > 0 {
 		return failure.New(failure.DeviceBusy, fmt.Errorf("%w: %s lies on it", mount.ErrBusy, strings.Join(above, ", ")), "close that first")
 	}
 	if e.spec.Kind == node.Swap {
@@ -76,6 +81,19 @@ func (c *Volumes) close(ctx context.Context, e *entry) error {
 		return errors.Join(c.named(err, source, at), c.putBack(e, source, at))
 	}
 	return nil
+}
+
+// closeBelow makes sure that nothing is left of a volume whose mapping is gone: one below
+// it would write until it is gone as well.
+func (c *Volumes) closeBelow(ctx context.Context, name, uuid string) error {
+	if uuid == "" {
+		return nil
+	}
+	err := luks.Close(ctx, luks.CloseRequest{Name: name, UUID: uuid})
+	if errors.Is(err, luks.ErrNotActive) {
+		return nil
+	}
+	return err
 }
 
 // status is luks.Status for the mapping of an entry, and refuses one that is not
@@ -144,18 +162,6 @@ func (c *Volumes) putBack(e *entry, source mount.Source, at string) error {
 		return fmt.Errorf("and it could not be mounted on %s again: %w", at, err)
 	}
 	return nil
-}
-
-// stacked names the devices that lie on a mapping.
-func stacked(m luks.Mapping) []string {
-	names, _ := filepath.Glob(fmt.Sprintf("/sys/dev/block/%d:%d/holders/*", m.Device.Major, m.Device.Minor))
-	for i, n := range names {
-		name, err := os.ReadFile(n + "/dm/name")
-		if names[i] = filepath.Base(n); err == nil {
-			names[i] = strings.TrimSpace(string(name))
-		}
-	}
-	return names
 }
 
 // CloseAll closes every volume that is up, those inside others first. It goes on

@@ -29,12 +29,16 @@ type Creator interface {
 	BeginFormat(ctx context.Context, k *keyclient.Key, m keyclient.MACs) (until time.Duration, err error)
 	HeaderStands(ctx context.Context, k *keyclient.Key) error
 	Confirm(ctx context.Context, k *keyclient.Key) error
+	// CreateDiskless is all of it for a key that opens no disk.
+	CreateDiskless(ctx context.Context, k *keyclient.Key, mac [32]byte) error
 }
 
 // Leaser keeps the right to write.
 type Leaser interface {
 	Renew(ctx context.Context, volume string, lease []byte) (*keyclient.Lease, error)
 	Release(ctx context.Context, volume string, lease []byte) error
+	// KeepSession has a session for both, whose verdict holds for that much longer.
+	KeepSession(ctx context.Context, left time.Duration) error
 }
 
 // Keys is all that a node asks the key service for.
@@ -107,6 +111,7 @@ type entry struct {
 	lastID    string
 	warnings  map[string]string // by kind
 	created   bool
+	progress  string       // of a long step that is under way
 	alarms    int          // how often the header was found overwritten
 	unreserve func() error // of the disk's reservation; nil without one
 	anew      func()       // somebody asks for the key again
@@ -115,7 +120,7 @@ type entry struct {
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
 func NewVolumes(o Options) *Volumes {
 	if o.Register == nil {
-		o.Register = measured.First{}
+		o.Register = measured.None{}
 	}
 	if o.Progress == nil {
 		o.Progress = func(string, time.Duration) {}
@@ -152,6 +157,14 @@ func (c *Volumes) find(id string) *entry {
 	return c.entries[id]
 }
 
+// knows reports whether the node has anything to do with a volume.
+func (c *Volumes) knows(id string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, ok := c.entries[id]
+	return ok && e.spec.ID != ""
+}
+
 // Know tells the core of a volume that it does not open yet, so that status shows
 // it.
 func (c *Volumes) Know(v node.Volume) {
@@ -183,6 +196,10 @@ func (c *Volumes) claim(v node.Volume, dynamic bool) (*entry, error) {
 	e := c.entryLocked(v.ID)
 	if e.condition.state != Absent && e.condition.state != Failed && (e.spec.DevicePath() != v.DevicePath() || e.spec.Name != v.Name) {
 		return nil, failure.Newf(failure.DeviceBusy, "close it first", "volume %q is up with another device or mapping name", v.ID)
+	}
+	// A configured volume is described in one place alone.
+	if dynamic && isUp(e.condition.state) && e.dynamic && (e.spec.Mount != v.Mount || e.spec.ReadOnly != v.ReadOnly) {
+		return nil, failure.Newf(failure.DeviceBusy, "close it first", "volume %q is up with another mount point, or right to write", v.ID)
 	}
 	e.spec, e.dynamic = v, dynamic
 	return e, nil

@@ -32,6 +32,8 @@ func classify(err error) error {
 		{luks.ErrReadOnlyDevice, failure.Configuration, "say read_only: true, or make the disk writable"},
 		{luks.ErrDeviceSize, failure.Configuration, "a volume needs 17 MiB at least, and never shrinks"},
 		{luks.ErrNotRebuildable, failure.HeaderRefused, "keyagent restore-header VOLUME FILE writes a backup back"},
+		{luks.ErrNoGrowth, failure.State, "move the data to a larger volume"},
+		{luks.ErrNoIntegrity, failure.Configuration, "integrity cannot be added to a volume that exists: move the data to a new one, or leave integrity out; one that was never finished ends with keyagent volume reset on the service"},
 		{luks.ErrShrink, failure.State, "a volume never shrinks: restore the size of its disk"},
 		{luks.ErrNotActive, failure.NotFound, "the volume is not open"},
 		{luks.ErrIO, failure.DeviceBusy, "the disk failed to read or write: look at the kernel's log"},

@@ -3,8 +3,6 @@ package agent
 import (
 	"context"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -28,16 +26,11 @@ func (o *opening) imageFits(ctx context.Context) error {
 		return err
 	}
 	defer s.Close()
-	f, err := os.Open(o.v.DevicePath())
+	size, err := luks.DeviceBytes(ctx, o.v.DevicePath())
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	size, err := f.Seek(0, io.SeekEnd)
-	if err != nil {
-		return err
-	}
-	return s.Fits(size - luks.DataOffset)
+	return s.Fits(luks.Room(size, luks.Integrity(o.v.Integrity)))
 }
 
 // copyImage fills a volume that is not active yet. A run that is cut off, or that finds

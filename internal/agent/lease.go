@@ -33,6 +33,16 @@ const (
 	releaseWait = 5 * time.Second
 )
 
+// Leases are given back when systemd stops, which it measures before it unmounts anything:
+// no profile accepts what the machine is then. So there is a session from before, soon
+// after the first lease and as long as there is one, whose verdict outlives the time to the
+// next look.
+const (
+	firstSession = 5 * time.Second // volumes that are still being opened come first
+	lookSession  = 30 * time.Second
+	sessionLeft  = 3 * lookSession
+)
+
 // margin is how long before its end a bound holder stops writing. Stopping takes a
 // moment, and the other clock is not this one.
 func (l *lease) margin() time.Duration { return l.term / marginPart }
@@ -112,28 +122,69 @@ func (c *Volumes) release(ctx context.Context, id string, leaseID []byte) {
 	}
 }
 
+// leased reports whether this process has the lease of a volume to renew that is open, or
+// on its way there. What came from the initrd is, until its proof is refused.
+func (c *Volumes) leased() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		if s := e.condition.state; e.lease != nil && !e.lease.lost && s != Failed && s != Absent {
+			return true
+		}
+	}
+	return false
+}
+
 // due is a lease that has to be looked at.
 type due struct {
 	id    string
 	e     *entry
 	lease lease
+	// unproved: it came from the initrd, and this system has not proved anything yet.
+	unproved bool
 }
 
-// KeepLeases renews leases until ctx ends, each in its own time.
+// KeepLeases renews leases until ctx ends, each in its own time, and keeps the session on
+// which they go back.
 func (c *Volumes) KeepLeases(ctx context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
+	look := time.Now().Add(firstSession)
 	for {
+		var now time.Time
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case now = <-tick.C:
 		}
-		now := keyclient.Boottime()
-		for _, d := range c.dueLeases(now) {
+		switch {
+		case !c.holdsLease():
+			look = now.Add(firstSession)
+		case !now.Before(look):
+			look = now.Add(lookSession)
+			go func() {
+				// Renewals say aloud what is wrong.
+				if err := c.Keys.KeepSession(ctx, sessionLeft); err != nil {
+					c.Log.Debug("there is no session on which leases could be given back", "error", err)
+				}
+			}()
+		}
+		for _, d := range c.dueLeases(keyclient.Boottime()) {
 			go c.renew(ctx, d)
 		}
 	}
+}
+
+// holdsLease says whether there is a lease that is this node's to give back.
+func (c *Volumes) holdsLease() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.entries {
+		if l := e.lease; l != nil && !l.lost {
+			return true
+		}
+	}
+	return false
 }
 
 // dueLeases returns what has to be done now, and puts off its next turn.
@@ -147,16 +198,21 @@ func (c *Volumes) dueLeases(now time.Duration) []due {
 			continue
 		}
 		l.next = now + min(renewPause, l.term/(2*renewAfter))
-		out = append(out, due{id, e, *l})
+		out = append(out, due{id, e, *l, e.known.Initrd && !c.Initrd})
 	}
 	slices.SortFunc(out, func(a, b due) int { return int(a.lease.until - b.lease.until) })
 	return out
 }
 
-// renew tries once. A bound holder whose time is nearly up stops writing first.
+// renew tries once. A bound holder whose time is nearly up stops writing first, and so
+// does one that has not proved that it may write.
 func (c *Volumes) renew(ctx context.Context, d due) {
 	if d.lease.bound && keyclient.Boottime() >= d.lease.until-d.lease.margin() {
 		c.fence(ctx, d, fmt.Sprintf("its lease could not be renewed and ends in %s", (d.lease.until-keyclient.Boottime()).Round(time.Second)))
+	}
+	if d.unproved {
+		c.warn(d.e, "lease", "its lease is not renewed: the initrd opened the volume, and this system has not proved yet that it may have it")
+		return
 	}
 	limit := renewPause
 	if d.lease.bound {
@@ -237,6 +293,10 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not suspend a volume whose lease is over", "volume", d.id, "error", err)
 		c.warn(d.e, "fence", "its lease is over and it could not be suspended: "+err.Error())
+		// One of two mappings may be: a renewal has to let it go on.
+		if m, statusErr := luks.Status(ctx, name); statusErr == nil && m.Suspended {
+			c.on(d.e, EventSuspend, nil)
+		}
 		return
 	}
 	c.warn(d.e, "fence", "suspended: "+why)

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -19,6 +20,17 @@ type scriptedLeases struct {
 	mu    sync.Mutex
 	err   error
 	asked int
+
+	sessions int
+	left     time.Duration
+}
+
+func (s *scriptedLeases) KeepSession(_ context.Context, left time.Duration) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.sessions++
+	s.left = left
+	return s.err
 }
 
 func (s *scriptedLeases) Renew(_ context.Context, _ string, id []byte) (*keyclient.Lease, error) {
@@ -48,6 +60,36 @@ func (c *Volumes) renewNow(t *testing.T, at time.Duration) {
 	for _, d := range c.dueLeases(at) {
 		c.renew(t.Context(), d)
 	}
+}
+
+// A machine that shuts down is one that no profile accepts: the session on which leases go
+// back is there before.
+func TestASessionStandsForAsLongAsALeaseIsHeld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		keys := &scriptedLeases{}
+		c, e := holding(t, keys, false, time.Hour)
+		go c.KeepLeases(t.Context())
+		looked := func(within time.Duration, want int) {
+			t.Helper()
+			time.Sleep(within)
+			synctest.Wait()
+			keys.mu.Lock()
+			defer keys.mu.Unlock()
+			if keys.sessions != want {
+				t.Errorf("it was seen to %d times, want %d", keys.sessions, want)
+			}
+		}
+		looked(firstSession-time.Second, 0)
+		looked(2*time.Second, 1)
+		looked(2*lookSession, 3)
+		if keys.left < lookSession+30*time.Second {
+			t.Errorf("the verdict holds for %s, and is looked at each %s", keys.left, lookSession)
+		}
+		c.set(func() { e.lease = nil })
+		looked(10*lookSession, 3)
+		c.hold(e, &keyclient.Lease{ID: make([]byte, 16), Term: 2 * time.Hour, Until: keyclient.Boottime() + 2*time.Hour})
+		looked(firstSession+2*time.Second, 4)
+	})
 }
 
 func TestALeaseIsRenewedAfterAThirdOfItsTerm(t *testing.T) {

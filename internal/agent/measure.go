@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/measured"
 	"github.com/keyagent/keyagent/luks"
@@ -17,12 +18,27 @@ type measuring struct {
 }
 
 // measurable refuses, before anything else is done, to open a volume that would have to
-// be measured where nothing can be.
+// be measured where nothing can be. A TPM is waited for as disks are: its driver may be
+// late.
 func (o *opening) measurable(ctx context.Context) error {
 	if !o.v.Measure {
 		return nil
 	}
-	return o.Register.Ready(ctx)
+	_, never := o.Register.(measured.None)
+	deadline := time.Now().Add(o.AppearWait)
+	for first := true; ; first = false {
+		err := o.Register.Ready(ctx)
+		if !errors.Is(err, measured.ErrNoRegister) || never || o.intent.NoWait || !time.Now().Before(deadline) {
+			return err
+		}
+		if first {
+			o.Log.Info("waiting for a register to measure the volume", "volume", o.v.ID, "error", err, "at_most", o.AppearWait)
+			o.Progress("waiting for a register to measure the volume "+o.v.ID, o.AppearWait)
+		}
+		if err := pause(ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 // isMeasured reports whether a mapping of ours, which was remembered, needs no

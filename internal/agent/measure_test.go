@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
@@ -28,7 +30,7 @@ func (n unasked) GetKey(context.Context, keyclient.Request) (*keyclient.Key, err
 // disk is looked at.
 func TestAVolumeThatCannotBeMeasuredIsNotOpened(t *testing.T) {
 	for name, register := range map[string]measured.Register{
-		"none is wired": nil, "no device": measured.First{&measured.TPM{Device: filepath.Join(t.TempDir(), "tpm")}},
+		"none is wired": nil, "no device": &measured.TPM{Device: filepath.Join(t.TempDir(), "tpm")},
 	} {
 		c := NewVolumes(Options{Keys: unasked{t: t}, Log: slog.New(slog.DiscardHandler), StateDir: t.TempDir(), Register: register})
 		v := node.Volume{ID: "data", Device: "/dev/keyagent-none", Measure: true}
@@ -36,6 +38,40 @@ func TestAVolumeThatCannotBeMeasuredIsNotOpened(t *testing.T) {
 		if f := failure.Of(err); !errors.Is(err, measured.ErrNoRegister) || f.Class != failure.NoDevice || f.Hint == "" || got.State != Failed {
 			t.Errorf("%s: %v, the volume is %s", name, err, got.State)
 		}
+	}
+}
+
+// late is a register that is there after some looks.
+type late struct {
+	measured.None
+	looks int
+}
+
+func (l *late) Ready(ctx context.Context) error {
+	if l.looks--; l.looks < 0 {
+		return nil
+	}
+	return l.None.Ready(ctx)
+}
+
+// A TPM whose driver loads late is waited for, and not for ever; an optional volume, which
+// nobody waits for, does not wait.
+func TestALateRegisterIsWaitedFor(t *testing.T) {
+	for _, tt := range []struct {
+		looks  int
+		noWait bool
+		after  time.Duration
+		ok     bool
+	}{{0, false, 0, true}, {30, false, 3 * time.Second, true}, {1 << 20, false, time.Minute, false}, {1, true, 0, false}} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			c := NewVolumes(Options{Log: slog.New(slog.DiscardHandler), Register: &late{looks: tt.looks}, AppearWait: time.Minute})
+			o := &opening{Volumes: c, v: node.Volume{Measure: true}, intent: Intent{NoWait: tt.noWait}}
+			err := o.measurable(t.Context())
+			if took := time.Since(began); took != tt.after || (err == nil) != tt.ok {
+				t.Errorf("%+v: after %s: %v", tt, took, err)
+			}
+		})
 	}
 }
 

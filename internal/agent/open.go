@@ -28,6 +28,8 @@ type Intent struct {
 	Dynamic bool
 	// NoWait does not wait for a disk that is not there.
 	NoWait bool
+	// Mapped takes up what is mapped, and maps nothing.
+	Mapped bool
 }
 
 // Open opens a volume, and mounts it where it says. A volume that does not exist
@@ -79,15 +81,17 @@ func (c *Volumes) opened(ctx context.Context, v node.Volume, in Intent, run func
 
 // finish records how an opening ended.
 func (c *Volumes) finish(o *opening, err error) {
+	known := false
 	c.set(func() {
 		o.e.lastErr, o.e.created, o.e.known.Failed = err, o.created, ""
 		if err != nil {
 			o.e.known.Failed = err.Error()
 		}
+		known = o.e.known.Spec.ID != ""
 	})
-	if known := o.e.known; known.Spec.ID != "" {
+	if known {
 		// For another process that shows it, and for the next agent.
-		if keepErr := c.remember(known); keepErr != nil {
+		if keepErr := c.rememberKnown(o.e); keepErr != nil {
 			c.Log.Warn("could not keep the state of a volume", "volume", o.v.ID, "error", keepErr)
 		}
 	}
@@ -108,6 +112,8 @@ type opening struct {
 	mapping luks.Mapping
 	created bool
 	left    bool // an earlier attempt's copy of the image, unfinished
+	tags    bool // a volume that is made here has integrity
+	fresh   bool // its tags are laid out
 	measure measuring
 }
 
@@ -121,6 +127,9 @@ func (o *opening) run(ctx context.Context) error {
 	there, err := o.existing(ctx)
 	if err != nil {
 		return err
+	}
+	if !there && o.intent.Mapped {
+		return luks.ErrNotActive
 	}
 	if !there {
 		if err := o.unlock(ctx); err != nil {
@@ -141,9 +150,18 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	if o.v.Integrity != "" && string(m.Integrity) != o.v.Integrity && !m.Cut {
+		return false, fmt.Errorf("%w: %s", luks.ErrNoIntegrity, m.Name)
+	}
 	r, known := o.recall(o.v.ID)
 	if m.Cut {
 		return false, failure.New(failure.State, errCut, "keyagent close it, then open it again")
+	}
+	if known && o.ours(m, r) && r.lost() {
+		return false, o.clear(ctx, m, r)
+	}
+	if err := o.sameDevice(m); err != nil {
+		return false, err
 	}
 	if known && o.ours(m, r) && !m.Suspended && r.Initrd == o.Initrd && o.isMeasured(r) {
 		h := o.keptHeader(r)
@@ -201,6 +219,10 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	if err := o.keep(ctx, key); err != nil {
 		return err
 	}
+	// The mark of its first format, if that was cut off at its very end.
+	if err := o.clearMark(ctx); err != nil {
+		return err
+	}
 	return o.measureOnce(ctx)
 }
 
@@ -210,8 +232,13 @@ func (o *opening) goOn(ctx context.Context, key *keyclient.Key, m luks.Mapping) 
 	if key.State == keyclient.Pending {
 		return fmt.Errorf("%w: %s is mapped, and the volume has no header yet", luks.ErrNotOurs, m.Name)
 	}
-	if _, err := luks.Prove(ctx, o.existingOf(key), key.DEK); err != nil {
-		return err
+	switch {
+	case m.UUID != key.UUID:
+		return fmt.Errorf("%w: %s", luks.ErrNotOurs, m.Name)
+	case m.Integrity == "": // of one that was not wiped yet, nothing can be read
+		if _, err := luks.Prove(ctx, o.existingOf(key), key.DEK); err != nil {
+			return err
+		}
 	}
 	if err := luks.Close(ctx, o.closeRequest(m)); err != nil {
 		return err
@@ -224,7 +251,7 @@ func (o *opening) existingOf(k *keyclient.Key) luks.Existing {
 }
 
 func (o *opening) options() luks.OpenOptions {
-	return luks.OpenOptions{ReadOnly: o.v.ReadOnly, AllowDiscards: o.v.Discards}
+	return luks.OpenOptions{ReadOnly: o.v.ReadOnly, AllowDiscards: o.v.Discards, NoJournal: o.v.NoJournal}
 }
 
 // unlock gets the key and maps the volume. The key lives no longer than this call.
@@ -312,6 +339,7 @@ func (o *opening) clearMark(ctx context.Context) error {
 func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 	m, h, err := luks.Open(ctx, luks.OpenRequest{
 		Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Options: o.options(),
+		Integrity: luks.Integrity(o.v.Integrity), FreshTags: o.fresh,
 	}, key.DEK)
 	if err != nil {
 		return err
@@ -333,7 +361,7 @@ func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
 func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
 		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
-		Device: o.mapping.DataDevice, Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
+		Device: o.mapping.DataDevice, Disk: diskSequence(o.mapping.DataDevice), Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
 	}
 	if l := key.Lease; l != nil {
 		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until
@@ -358,6 +386,12 @@ func (o *opening) giveBack(ctx context.Context, key *keyclient.Key, why error) {
 	alien := errors.Is(why, luks.ErrNotOurs) || errors.Is(why, luks.ErrNameTaken)
 	if _, err := luks.Status(ctx, o.v.Name); !errors.Is(err, luks.ErrNotActive) && !alien {
 		return // the volume is mapped: its lease goes with the mapping
+	}
+	if !alien {
+		if err := o.closeBelow(context.WithoutCancel(ctx), o.v.Name, key.UUID); err != nil {
+			o.Log.Warn("something of a volume is left that did not come to be open; its lease ends by itself", "volume", o.v.ID, "error", err)
+			return
+		}
 	}
 	o.release(context.WithoutCancel(ctx), o.v.ID, key.Lease.ID)
 	if err := o.forget(o.v.ID); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/filesystem"
@@ -18,23 +19,41 @@ import (
 // next run goes on, and another node that is in the middle of it writes nothing.
 func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	o.on(o.e, EventCreate, nil)
+	o.tags = o.v.Integrity != ""
 	if key.State == keyclient.Pending {
 		if err := o.writeHeader(ctx, key); err != nil {
 			return err
 		}
+	} else {
+		// The header that stands decides, whatever the configuration says by now.
+		h, err := luks.ReadHeader(ctx, luks.HeaderRequest{Device: o.v.DevicePath(), Identity: identity(key), MACs: luksMACs(key.MACs)}, key.DEK)
+		if err != nil {
+			return err
+		}
+		if o.tags && h.Integrity() == "" {
+			return luks.ErrNoIntegrity
+		}
+		o.tags = h.Integrity() != ""
 	}
 	mark, err := luks.NewFilesystemMark(identity(key), [keyclient.AttemptSize]byte(key.Attempt), key.DEK)
 	if err != nil {
 		return err
 	}
-	if o.v.From != nil {
-		// A copy takes long enough for a power cut, after which the attempt is another.
+	if o.v.From != nil || o.tags {
+		// A copy, or a wipe, takes long enough for a power cut, after which the attempt is another.
 		if o.left, err = luks.MarkLeft(ctx, o.v.DevicePath(), identity(key), key.DEK); err != nil {
 			return err
 		}
 	}
 	if err := o.remember(o.state(key)); err != nil {
 		return err
+	}
+	if o.tags {
+		// Mapping it writes tags.
+		if err := o.claimData(ctx, mark); err != nil {
+			return err
+		}
+		o.fresh = true
 	}
 	if err := o.step(ctx, "mapped", func() error { return o.activate(ctx, key) }); err != nil {
 		return err
@@ -44,7 +63,9 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 		return err
 	}
 	// From here on a lease that is lost, or ends, ends the writing too.
-	o.set(func() { o.e.known = o.state(key) })
+	unfinished := o.state(key)
+	unfinished.Sequence = 0 // another agent must not take the mapping for a volume that is open
+	o.set(func() { o.e.known = unfinished })
 	o.hold(o.e, key.Lease)
 	o.reserve(ctx, o.e)
 	err = o.fill(ctx, mark)
@@ -58,10 +79,26 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 		// A volume that is not active is not left open: nobody may use it yet.
 		o.drop(ctx, o.e)
 		o.set(func() { o.e.known = remembered{} })
-		return errors.Join(err, luks.Close(context.WithoutCancel(ctx), o.closeRequest(o.mapping)))
+		if o.tags {
+			// It may be suspended, with a write that waits. Nothing on it is worth keeping.
+			err = errors.Join(err, luks.Cut(context.WithoutCancel(ctx), o.v.Name, key.UUID))
+		}
+		return errors.Join(err, o.discard(context.WithoutCancel(ctx)))
 	}
 	key.State, o.created = keyclient.Active, true
 	return nil
+}
+
+// discard closes what is not finished. A tool whose write was cut off may hold it open for
+// a moment longer.
+func (o *opening) discard(ctx context.Context) (err error) {
+	for range 40 {
+		if err = luks.Close(ctx, o.closeRequest(o.mapping)); !errors.Is(err, luks.ErrDeviceBusy) || !o.tags {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return err
 }
 
 // writeHeader puts a header on a blank disk, between the record's two words.
@@ -73,7 +110,11 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 	}
 	defer release()
 	id := identity(key)
-	h, err := luks.NewHeader(ctx, id, key.DEK)
+	size, err := luks.DeviceBytes(ctx, o.v.DevicePath())
+	if err != nil {
+		return err
+	}
+	h, err := luks.NewHeader(ctx, id, luks.Layout{Integrity: luks.Integrity(o.v.Integrity), DeviceBytes: size}, key.DEK)
 	if err != nil {
 		return err
 	}
@@ -98,25 +139,16 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 // use. Only what an attempt of this record left unfinished is made again, and the mark
 // on the disk says so.
 func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
+	if o.tags {
+		if err := o.wipe(ctx); err != nil {
+			return err
+		}
+	}
 	if o.v.Filesystem == "none" && o.v.From == nil {
 		return nil
 	}
-	device := o.v.DevicePath()
-	again, err := mark.Present(ctx, device)
-	if err != nil {
-		return err
-	}
-	if !again && !o.left {
-		untouched, err := luks.DataUntouched(ctx, device)
-		if err != nil {
-			return err
-		}
-		if !untouched {
-			return o.inUse(ctx)
-		}
-	}
-	if !again {
-		if err := mark.Set(ctx, device); err != nil {
+	if !o.tags {
+		if err := o.claimData(ctx, mark); err != nil {
 			return err
 		}
 	}
@@ -128,11 +160,57 @@ func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 	})
 }
 
+// claimData sets the mark of this attempt on a disk on which nobody has written data.
+func (o *opening) claimData(ctx context.Context, mark *luks.FilesystemMark) error {
+	device := o.v.DevicePath()
+	again, err := mark.Present(ctx, device)
+	if err != nil || again {
+		return err
+	}
+	if !o.left {
+		untouched, err := luks.DataUntouched(ctx, device)
+		if err != nil {
+			return err
+		}
+		if !untouched {
+			return o.inUse(ctx)
+		}
+	}
+	return mark.Set(ctx, device)
+}
+
+// wipe gives each sector of a new volume with integrity a tag. XFS reads nothing that it
+// has not written, so that the ends are enough for it.
+func (o *opening) wipe(ctx context.Context) error {
+	all := o.v.Filesystem != "xfs" || o.v.From != nil
+	defer func() { o.set(func() { o.e.progress = "" }) }()
+	return o.step(ctx, "wiped", func() error { return luks.Wipe(ctx, o.mapping, all, o.wiping(ctx, o.e)) })
+}
+
+// wiping tells of a wipe at each full percent.
+func (c *Volumes) wiping(ctx context.Context, e *entry) func(done, total int64) {
+	last := int64(-1)
+	return func(done, total int64) {
+		percent := done * 100 / max(total, 1)
+		if percent == last {
+			return
+		}
+		last = percent
+		text := fmt.Sprintf("wiping, %d %% of %d MiB", percent, total>>20)
+		c.set(func() { e.progress = text })
+		if tell, ok := ctx.Value(progressKey{}).(func(string, time.Duration)); ok {
+			tell(text, 0)
+		}
+	}
+}
+
 // inUse says what is in a volume that should be new.
 func (o *opening) inUse(ctx context.Context) error {
 	found := "data"
-	if all, err := luks.Signatures(ctx, o.mapping.Path); err == nil && len(all) > 0 {
-		found = fmt.Sprint(all[0])
+	if o.mapping.Path != "" {
+		if all, err := luks.Signatures(ctx, o.mapping.Path); err == nil && len(all) > 0 {
+			found = fmt.Sprint(all[0])
+		}
 	}
 	return failure.Newf(failure.Tampered, "the key service's storage may have been rolled back: keyagent volume accept-restore and the runbook say how to go on",
 		"the key service says that the volume is new, but it holds %s", found)

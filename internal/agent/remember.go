@@ -31,6 +31,9 @@ type remembered struct {
 	KeyVersion uint32         `json:"key_version,omitempty"`
 	MACs       keyclient.MACs `json:"macs"`
 	Device     luks.DevNum    `json:"device"` // below the mapping
+	// Disk is the kernel's number of the disk that Device is, or is a part of. Zero: not
+	// known.
+	Disk uint64 `json:"disk,omitempty"`
 	// Sequence is the kernel's number of the mapping, which is never used twice: a
 	// mapping of the same name that somebody else made has another one.
 	Sequence uint64 `json:"sequence,omitempty"`
@@ -187,7 +190,11 @@ func pause(ctx context.Context, d time.Duration) error {
 // sequence is the kernel's number of a block device, 0 if it has none. It counts
 // from the start of the machine and is never used twice.
 func sequence(n luks.DevNum) uint64 {
-	data, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/diskseq", n.Major, n.Minor))
+	return readSequence(fmt.Sprintf("/sys/dev/block/%d:%d/diskseq", n.Major, n.Minor))
+}
+
+func readSequence(path string) uint64 {
+	data, err := os.ReadFile(path)
 	var seq uint64
 	if err == nil {
 		_, err = fmt.Sscan(string(data), &seq)

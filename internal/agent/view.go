@@ -31,7 +31,9 @@ type Volume struct {
 	Warnings      []string
 	Dynamic       bool
 	OnRequest     bool
-	Created       bool // by the call that returned it
+	Integrity     string // hmac-sha256, or empty
+	Progress      string // of a long step that is under way, for people
+	Created       bool   // by the call that returned it
 }
 
 // Status returns one volume.
@@ -86,6 +88,10 @@ func (c *Volumes) reconcile(ctx context.Context, id string, e *entry) {
 	m, err := c.status(ctx, e)
 	switch {
 	case errors.Is(err, luks.ErrNotActive):
+		if err := c.closeBelow(ctx, e.spec.Name, e.known.UUID); err != nil {
+			c.set(func() { e.lastErr = classify(err) })
+			return
+		}
 		c.on(e, EventGone, nil)
 		c.drop(ctx, e)
 		c.set(func() { e.header = nil })
@@ -96,12 +102,26 @@ func (c *Volumes) reconcile(ctx context.Context, id string, e *entry) {
 	case m.Suspended && e.condition.state != Suspended:
 		c.on(e, EventSuspend, nil)
 	}
+	if err == nil && e.known.lost() {
+		c.warn(e, "disk", lostText)
+	}
 }
 
 // found takes up a volume that another process, or this one before it was restarted,
 // has left open.
 func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	m, err := luks.Status(ctx, r.Spec.Name)
+	if err == nil && r.Sequence == 0 && m.Integrity != "" && m.UUID == r.UUID && m.DataDevice == r.Device {
+		// Its first format was cut off. What its journal holds may still be written, so
+		// that the lease goes on, or ends with a cut.
+		c.set(func() {
+			if e.known = r; e.spec.ID == "" || e.dynamic {
+				e.spec, e.dynamic = r.Spec, r.Dynamic
+			}
+		})
+		c.resumeLease(e, r)
+		return
+	}
 	if err != nil || m.UUID != r.UUID || m.Throwaway != r.Spec.Throwaway() || m.DataDevice != r.Device || r.Sequence == 0 || r.Sequence != sequence(m.Device) {
 		return // not ours, or not surely: Open proves it
 	}
@@ -158,7 +178,7 @@ func (c *Volumes) view(e *entry) Volume {
 	defer c.mu.Unlock()
 	v := Volume{
 		ID: e.spec.ID, Device: e.spec.DevicePath(), State: e.condition.state, Optional: e.spec.Optional, OnRequest: e.spec.OnRequest, Dynamic: e.dynamic,
-		CorrelationID: e.lastID, Lease: e.leaseText(), Created: e.created,
+		Progress: e.progress, CorrelationID: e.lastID, Lease: e.leaseText(), Created: e.created,
 		Warnings: slices.Sorted(maps.Values(e.warnings)),
 	}
 	if e.lastErr != nil {
@@ -175,7 +195,7 @@ func (c *Volumes) view(e *entry) Volume {
 	if err != nil || m.UUID != e.known.UUID {
 		return v
 	}
-	v.Mapped, v.Bytes, v.ReadOnly = m.Path, m.Bytes, m.ReadOnly
+	v.Mapped, v.Bytes, v.ReadOnly, v.Integrity = m.Path, m.Bytes, m.ReadOnly, string(m.Integrity)
 	if on, err := mount.At(e.known.Mount); e.known.Mount != "" && err == nil && on != nil && on.Is(sourceOf(m).Device) {
 		v.Mount = e.known.Mount
 	}

@@ -308,7 +308,7 @@ func (s *story) timeline(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(SVG(f, s.lines), f.Close()); err != nil {
+	if err := errors.Join(SVG(f, "From power on to a mounted volume", s.lines), f.Close()); err != nil {
 		return err
 	}
 	s.say("drawn in %s; consoles and the service's log are beside it", path)

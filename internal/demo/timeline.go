@@ -95,8 +95,8 @@ const (
 	svgFooter = 30
 )
 
-// SVG draws timelines below each other on one scale.
-func SVG(w io.Writer, all []Timeline) error {
+// SVG draws timelines below each other on one scale, under a heading.
+func SVG(w io.Writer, heading string, all []Timeline) error {
 	var end time.Duration
 	rows := 0
 	for _, t := range all {
@@ -111,7 +111,7 @@ func SVG(w io.Writer, all []Timeline) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="13">`+"\n", svgWidth, height, svgWidth, height)
 	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#ffffff"/>`+"\n", svgWidth, height)
-	fmt.Fprintf(&b, `<text x="16" y="24" font-size="16" font-weight="bold">From power on to a mounted volume</text>`+"\n")
+	fmt.Fprintf(&b, `<text x="16" y="24" font-size="16" font-weight="bold">%s</text>`+"\n", html.EscapeString(heading))
 	y := svgHeader
 	for _, t := range all {
 		y += svgRow

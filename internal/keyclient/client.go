@@ -118,13 +118,15 @@ type Request struct {
 	// comes: it is renewed first if it would end before. A verdict that is shorter than
 	// that from the start will do.
 	Left time.Duration
+	// Length of the key in bytes. 0 is the key service's choice.
+	Length int
 }
 
 // GetKey returns the key of a volume. The caller closes it.
 func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	req := &keyservicev1.GetKeyRequest{
 		VolumeId: r.Volume, Operation: keyservicev1.Operation_OPERATION_OPEN, Protocol: protocol,
-		ReadOnly: r.ReadOnly, Node: c.node, LeaseId: r.LeaseID, Diskless: r.Diskless,
+		ReadOnly: r.ReadOnly, Node: c.node, LeaseId: r.LeaseID, Diskless: r.Diskless, Length: uint32(r.Length),
 	}
 	if r.Format {
 		req.Operation = keyservicev1.Operation_OPERATION_FORMAT
@@ -225,6 +227,14 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 		return err
 	})
 	return lease, err
+}
+
+// KeepSession has a session on which leases travel, whose verdict holds for that much
+// longer. What is given back later goes on it, also when this machine would be refused by
+// then: systemd measures that it shuts down before it unmounts anything. A refusal leaves
+// the session that there is.
+func (c *Client) KeepSession(ctx context.Context, left time.Duration) error {
+	return classify(c.leases.keep(ctx, left))
 }
 
 // Release gives a lease back, trying once.

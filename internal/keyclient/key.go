@@ -3,6 +3,7 @@ package keyclient
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -118,6 +119,10 @@ func openKey(s *session, req *keyservicev1.GetKeyRequest, resp *keyservicev1.Get
 	}
 	if k.DEK, err = s.channel.Open(keyservicev1.SealInfo(req.GetVolumeId(), req.GetOperation(), resp), resp.GetSealedDek()); err != nil {
 		return nil, failure.New(failure.WrongKey, fmt.Errorf("sealed key: %w", err), "")
+	}
+	if want := int(req.GetLength()); want != 0 && k.DEK.Len() != want {
+		return nil, errors.Join(failure.Newf(failure.State, "upgrade the key service: one of before knows keys of 32 bytes alone",
+			"the key service gave a key of %d bytes, asked for were %d", k.DEK.Len(), want), k.DEK.Close())
 	}
 	return k, nil
 }

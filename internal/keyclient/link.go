@@ -3,6 +3,8 @@ package keyclient
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -14,6 +16,10 @@ import (
 // RFC 8305: a server that accepts connections and says nothing delays nobody by
 // more than this.
 const headStart = 500 * time.Millisecond
+
+// longestPause is between two attempts at an endpoint that failed, while another one has
+// not answered yet.
+const longestPause = 5 * time.Second
 
 // link is the way to the key service: one session with one of its endpoints, which
 // every caller shares. Callers that need a session at the same time wait for one
@@ -31,6 +37,7 @@ type link struct {
 	current   *session
 	users     int // calls that use, or will use, the session
 	flight    *flight
+	soFar     error // what an attempt that is under way has come to
 }
 
 // flight is an attempt to get a session that is under way.
@@ -78,6 +85,9 @@ func (l *link) session(ctx context.Context, left time.Duration) (s *session, fre
 				f.deserted = true
 				f.cancel()
 			}
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) && l.soFar != nil {
+				return nil, false, l.soFar
+			}
 			return nil, false, ctx.Err()
 		}
 	}
@@ -88,7 +98,7 @@ func (l *link) session(ctx context.Context, left time.Duration) (s *session, fre
 func (l *link) start() *flight {
 	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout+2*atls.DefaultTimeout)
 	f := &flight{done: make(chan struct{}), cancel: cancel}
-	l.flight = f
+	l.flight, l.soFar = f, nil
 	old := l.current
 	go func() {
 		defer cancel()
@@ -110,6 +120,35 @@ func (l *link) start() *flight {
 	return f
 }
 
+// keep makes another session if the one that there is does not hold for that much longer,
+// and leaves that one if it cannot: to attest anew on it would end it with a refusal. What
+// is under way on the old one has the time to end.
+func (l *link) keep(ctx context.Context, left time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout+2*atls.DefaultTimeout)
+	defer cancel()
+	l.mu.Lock()
+	enough := l.flight != nil || l.current != nil && l.holds(l.current, left)
+	l.mu.Unlock()
+	if enough {
+		return nil
+	}
+	s, err := l.race(ctx)
+	if err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.flight != nil { // somebody needed one meanwhile, and gets it
+		s.close()
+		return nil
+	}
+	if old := l.current; old != nil {
+		time.AfterFunc(callTimeout, old.close)
+	}
+	l.current = s
+	return nil
+}
+
 // refresh renews the session that there is, else it makes another one.
 func (l *link) refresh(ctx context.Context, old *session) (*session, error) {
 	if old != nil && l.renew(ctx, old) == nil {
@@ -127,7 +166,9 @@ type outcome struct {
 // race tries the endpoints beside each other, the preferred one first and each of
 // the others a little later, or as soon as one before it has failed. The first
 // session wins; so does the first answer, which is the key service's decision
-// whichever endpoint gives it.
+// whichever endpoint gives it. While one has not answered yet, those that failed are
+// asked again: a server that says nothing must not hold up another that comes back, and
+// one that is slow keeps its place.
 func (l *link) race(ctx context.Context) (*session, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -135,46 +176,81 @@ func (l *link) race(ctx context.Context) (*session, error) {
 	first := l.preferred
 	l.mu.Unlock()
 	results := make(chan outcome)
-	started, ended := 0, 0
-	next := func() {
-		n := (first + started) % len(l.endpoints)
-		started++
+	last := make([]error, len(l.endpoints)) // of each endpoint that is not being asked
+	started, pending := 0, 0
+	ask := func(n int) {
+		pending++
+		last[n] = nil
 		l.progress("asking the key service "+l.endpoints[n].address, dialTimeout+atls.DefaultTimeout)
 		go func() {
 			s, err := l.connect(ctx, l.endpoints[n])
 			results <- outcome{n, s, err}
 		}()
 	}
+	next := func() {
+		started++
+		ask((first + started - 1) % len(l.endpoints))
+	}
 	next()
-	var errs []error
+	pause := headStart
 	for {
+		pause = min(2*pause, longestPause)
+		l.say(last)
 		var timer <-chan time.Time
 		if started < len(l.endpoints) {
 			timer = l.after(headStart)
+		} else if pending < started {
+			timer = l.after(pause)
 		}
 		select {
 		case <-timer:
-			next()
+			if started < len(l.endpoints) {
+				next()
+				continue
+			}
+			for n, err := range last {
+				if err != nil && worthAnotherTry(err) {
+					ask(n)
+				}
+			}
 			continue
 		case r := <-results:
-			ended++
+			pending--
 			if r.err == nil || isAnswer(r.err) && !errors.Is(r.err, context.Canceled) {
 				l.prefer(r.n)
-				go sweep(results, started-ended)
+				go sweep(results, pending)
 				if r.err != nil {
 					r.err = withContext(r.err, l.endpoints[r.n].address)
 				}
 				return r.session, r.err
 			}
-			errs = append(errs, withContext(r.err, l.endpoints[r.n].address))
+			last[r.n] = withContext(r.err, l.endpoints[r.n].address)
 		}
 		switch {
 		case started < len(l.endpoints):
 			next()
-		case ended == started:
-			return nil, retryable(errs)
+		case pending == 0:
+			return nil, retryable(last)
 		}
 	}
+}
+
+// say keeps what an attempt has come to so far, for those who leave it: what each
+// endpoint did, under the class of the worst.
+func (l *link) say(last []error) {
+	var all []error
+	var text []string
+	for n, err := range last {
+		if err == nil {
+			err = failure.New(failure.Unreachable, errors.New("no answer yet"), "is the key service running, and does this network reach it?")
+			err = withContext(err, l.endpoints[n].address)
+		}
+		all, text = append(all, err), append(text, err.Error())
+	}
+	f := failure.Of(worst(all))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.soFar = failure.New(f.Class, fmt.Errorf("%s: %w", strings.Join(text, "; "), context.DeadlineExceeded), f.Hint)
 }
 
 // sweep closes the sessions of those that lost the race.

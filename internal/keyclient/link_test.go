@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -83,6 +84,46 @@ func TestTheNextEndpointIsAskedAtOnceWhenOneFails(t *testing.T) {
 			t.Errorf("asked %s", got)
 		}
 	})
+}
+
+// A server that accepts connections and says nothing must not hold up another one that
+// was down for a moment.
+func TestASilentServerDoesNotHoldUpOneThatComesBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		l, asked := scripted(silent, func(context.Context) (*session, error) {
+			if time.Since(began) < 7*time.Second {
+				return nil, errDown
+			}
+			return &session{address: "second"}, nil
+		})
+		s, err := l.race(t.Context())
+		if err != nil || s.address != "second" || time.Since(began) > 7*time.Second+longestPause {
+			t.Fatalf("%v, %v after %s", s, err, time.Since(began))
+		}
+		if n := len(*asked); n > 6 {
+			t.Errorf("%d attempts", n)
+		}
+	})
+}
+
+// Who gives up hears what each server did.
+func TestACallerWhoGivesUpHearsOfEachServer(t *testing.T) {
+	for want, second := range map[failure.Class]func(context.Context) (*session, error){
+		failure.Unreachable:     down,
+		failure.ServerUntrusted: answers(failure.New(failure.ServerUntrusted, errors.New("down"), "")),
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			l, _ := scripted(silent, second)
+			ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+			defer cancel()
+			_, _, err := l.session(ctx, 0)
+			if failure.Of(err).Class != want || !errors.Is(err, context.DeadlineExceeded) ||
+				!strings.Contains(err.Error(), "endpoint-0: no answer yet") || !strings.Contains(err.Error(), "endpoint-1: down") {
+				t.Error(err)
+			}
+		})
+	}
 }
 
 func TestARefusalIsAnAnswerAndPrefersItsEndpoint(t *testing.T) {
@@ -249,4 +290,35 @@ func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {
 	if !l.leave() || l.current != nil {
 		t.Error("the session outlives the last key")
 	}
+}
+
+// A machine that shuts down is refused, and gives its leases back on the session that it
+// has: looking after that session must not end it.
+func TestAKeptSessionOutlivesARefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		refused := classify(&atls.Refusal{Class: atls.RefusedEvidence})
+		attempt := good("first")
+		l, asked := scripted(func(ctx context.Context) (*session, error) { return attempt(ctx) })
+		l.holds = func(_ *session, left time.Duration) bool { return left < time.Minute }
+		l.renew = func(context.Context, *session) error {
+			t.Error("it was attested anew on the same connection")
+			return nil
+		}
+		if err := l.keep(t.Context(), time.Second); err != nil || l.current == nil {
+			t.Fatal(err)
+		}
+		first := l.current
+		if err := l.keep(t.Context(), time.Second); err != nil || len(*asked) != 1 {
+			t.Errorf("a session that holds: %v, asked %d times", err, len(*asked))
+		}
+		attempt = answers(refused)
+		if err := l.keep(t.Context(), time.Hour); failure.Of(err).Class != failure.EvidenceRefused || l.current != first {
+			t.Errorf("%v, and the session stays: %v", err, l.current == first)
+		}
+		attempt = good("second")
+		if err := l.keep(t.Context(), time.Hour); err != nil || l.current == first {
+			t.Errorf("%v, and another session: %v", err, l.current != first)
+		}
+		l.current = nil // it has no connection to be closed
+	})
 }

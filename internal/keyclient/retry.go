@@ -40,8 +40,9 @@ func (c *Client) try(ctx context.Context, f func(context.Context) error) error {
 		// Full jitter keeps a thousand nodes that boot together apart.
 		d := pause/2 + rand.N(pause/2+1)
 		pause = min(2*pause, c.retry.Max)
-		c.log.Warn("the key service did not answer, trying again", "error", err, "in", d.Round(time.Millisecond))
-		c.progress("waiting for the key service: "+err.Error(), d)
+		what := awaited(err)
+		c.log.Warn("waiting for "+what+", trying again", "error", err, "in", d.Round(time.Millisecond))
+		c.progress("waiting for "+what+": "+err.Error(), d)
 		if waitErr := c.wait(ctx, d); waitErr != nil {
 			if asked.Err() != nil {
 				return asked.Err()
@@ -50,6 +51,17 @@ func (c *Client) try(ctx context.Context, f func(context.Context) error) error {
 			return failure.New(f.Class, fmt.Errorf("gave up after %s: %w", c.retry.Budget, err), f.Hint)
 		}
 	}
+}
+
+// awaited is which side has to change for the next try to end better.
+func awaited(err error) string {
+	switch {
+	case failure.Of(err).Class == failure.NoDevice:
+		return "this machine's evidence"
+	case errors.Is(err, atls.ErrCertificateTime):
+		return "this machine's clock, or another certificate of the key service"
+	}
+	return "the key service"
 }
 
 // worthAnotherTry says that the same call may end differently soon.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -49,19 +50,33 @@ type endpoint struct {
 // with it ends it, and the next call attests anew.
 type session struct {
 	address string
+	raw     *watched
 	channel *atls.Channel
 	conn    *grpc.ClientConn
 	service keyservicev1.KeyServiceClient
 }
 
+// watched is a connection that knows whether it has ended: gRPC closes it when the other
+// side is gone.
+type watched struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+func (w *watched) Close() error {
+	w.closed.Store(true)
+	return w.Conn.Close()
+}
+
 func (e *endpoint) connect(ctx context.Context) (*session, error) {
-	raw, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", e.address)
+	tcp, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", e.address)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 		return nil, failure.New(failure.Unreachable, err, "is the key service running, and does this network reach it?")
 	}
+	raw := &watched{Conn: tcp}
 	started := time.Now()
 	cfg := *e.cfg
 	if cfg.Issuers, err = e.issuers(ctx); err != nil {
@@ -99,12 +114,15 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 	if err != nil {
 		return nil, errors.Join(err, conn.Close())
 	}
-	return &session{e.address, conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
+	// Its end is noticed also while nothing is asked on it.
+	client.Connect()
+	return &session{e.address, raw, conn.Channel(), client, keyservicev1.NewKeyServiceClient(client)}, nil
 }
 
-// fresh reports that the verdict on this machine holds for that much longer.
+// fresh reports that it stands, and that the verdict on this machine holds for that much
+// longer.
 func (s *session) fresh(left time.Duration) bool {
-	return time.Until(s.channel.Verdict().Expires) > max(left, renewBefore)
+	return !s.raw.closed.Load() && time.Until(s.channel.Verdict().Expires) > max(left, renewBefore)
 }
 
 // renew runs the attestation again on the same connection.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/attestation/tpm/uki"
@@ -203,12 +204,33 @@ func (m *Request) reference(pcr uint32, files *tpmFiles) (ref policy.PCR, why st
 		if err != nil {
 			return ref, "", failure.New(failure.EvidenceRefused, err, "")
 		}
+		if why := otherSMBIOS(pcr, files.boot, events); why != "" {
+			return ref, why, nil
+		}
 		if len(events) == 0 && !(m.OSSeparator && tpm.OSSeparated(pcr)) {
 			return ref, "the event log has nothing of it", nil
 		}
 		all, source = []uki.Prediction{{Value: value, Events: events}}, "event log "+m.EventLog
 	}
 	return m.entry(pcr, all, source, files), "", nil
+}
+
+// otherSMBIOS says why the log of a boot is not that of another one's PCR 1: newer programs
+// of systemd measure the machine's SMBIOS tables into it, and older ones do not.
+func otherSMBIOS(pcr uint32, boot *uki.Boot, events []attestation.Event) string {
+	if pcr != 1 || boot == nil {
+		return ""
+	}
+	logged := slices.ContainsFunc(events, func(e attestation.Event) bool {
+		return e.Type == "EV_EVENT_TAG" && strings.HasPrefix(e.Detail, "smbios:type")
+	})
+	switch measures := boot.MeasuresSMBIOS(); {
+	case measures && !logged:
+		return "systemd's stub or loader of this boot measures SMBIOS tables into it, and none did in the boot of the event log"
+	case logged && !measures:
+		return "systemd's stub or loader measured SMBIOS tables into it in the boot of the event log, and none of this boot does"
+	}
+	return ""
 }
 
 func (m *Request) ukis() []string {

@@ -7,7 +7,6 @@
 package measured
 
 import (
-	"cmp"
 	"context"
 	"crypto/hkdf"
 	"crypto/hmac"
@@ -83,38 +82,27 @@ type Register interface {
 // ErrNoRegister means that the machine has no register for it.
 var ErrNoRegister = errors.New("nothing on this machine can be extended")
 
-// First is the first of several registers that is ready.
-type First []Register
+const hint = "measure needs a TPM; or, if evidence in the configuration names tdx and no TPM, a TD whose kernel is Linux 6.16 or later"
+
+// None is the register of a machine whose evidence covers none.
+type None struct{}
 
 // Ready implements [Register].
-func (f First) Ready(ctx context.Context) error {
-	_, err := f.choose(ctx)
-	return err
+func (None) Ready(context.Context) error {
+	return failure.New(failure.NoDevice, fmt.Errorf("%w: the evidence covers no register", ErrNoRegister), hint)
 }
 
 // Extend implements [Register].
-func (f First) Extend(ctx context.Context, e Event) (Record, error) {
-	one, err := f.choose(ctx)
-	if err != nil {
-		return Record{}, err
-	}
-	return one.Extend(ctx, e)
-}
+func (n None) Extend(ctx context.Context, _ Event) (Record, error) { return Record{}, n.Ready(ctx) }
 
-func (f First) choose(ctx context.Context) (Register, error) {
-	var why []string
-	for i, one := range f {
-		err := one.Ready(ctx)
-		if err == nil {
-			return one, nil
-		}
-		// One that is there, and busy or broken, is the one that a profile means.
-		if i < len(f)-1 && !errors.Is(err, fs.ErrNotExist) {
-			return nil, failure.New(failure.DeviceBusy, err, "a profile wants it measured there: name evidence in the configuration if it is another register")
-		}
-		// Each has a hint of its own, for evidence that lacks its device.
-		text, _, _ := strings.Cut(err.Error(), " (hint: ")
-		why = append(why, strings.TrimPrefix(text, attestation.ErrNoDevice.Error()+": "))
+// unready gives the error of a register its class. One that is there, and busy or broken,
+// is not the same as none: that may come.
+func unready(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return failure.New(failure.DeviceBusy, err, "does another program use it?")
 	}
-	return nil, failure.New(failure.NoDevice, fmt.Errorf("%w: %s", ErrNoRegister, cmp.Or(strings.Join(why, "; "), "the evidence covers no register")), "measure needs a TPM, or a TD whose kernel is Linux 6.16 or later; leave it out where neither is")
+	// A hint of its own is for evidence that lacks its device.
+	text, _, _ := strings.Cut(err.Error(), " (hint: ")
+	text = strings.TrimPrefix(text, attestation.ErrNoDevice.Error()+": ")
+	return failure.New(failure.NoDevice, fmt.Errorf("%w: %s", ErrNoRegister, text), hint)
 }

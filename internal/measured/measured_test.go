@@ -167,7 +167,7 @@ func TestATDsRegisterGetsTheLongDigest(t *testing.T) {
 	if err := os.WriteFile(path, make([]byte, sha512.Size384), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r := First{&TPM{Device: filepath.Join(t.TempDir(), "no-tpm")}, &RTMR{Path: path}}
+	r := &RTMR{Path: path}
 	if err := r.Ready(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -181,34 +181,23 @@ func TestATDsRegisterGetsTheLongDigest(t *testing.T) {
 	}
 }
 
-// A TPM that is there and cannot be used is the one that a profile means: the volume is not
-// measured elsewhere instead.
-func TestARegisterThatIsThereIsNotPassedOver(t *testing.T) {
-	dir := t.TempDir()
-	broken, rtmr := filepath.Join(dir, "tpm"), filepath.Join(dir, "rtmr3:sha384")
-	for path, size := range map[string]int{broken: 0, rtmr: sha512.Size384} {
-		if err := os.WriteFile(path, make([]byte, size), 0o600); err != nil {
-			t.Fatal(err)
+// A register that is there and cannot be used is not one that may still come.
+func TestARegisterThatIsBrokenIsNotAwaited(t *testing.T) {
+	broken := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(broken, make([]byte, 20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, r := range map[string]Register{"a TPM": &TPM{Device: broken}, "a file that is not the kernel's": &RTMR{Path: broken}} {
+		err := r.Ready(t.Context())
+		if f := failure.Of(err); errors.Is(err, ErrNoRegister) || f.Class != failure.DeviceBusy || f.Hint == "" {
+			t.Errorf("%s: %v", name, err)
 		}
-	}
-	r := First{&TPM{Device: broken}, &RTMR{Path: rtmr}}
-	if _, err := r.Extend(t.Context(), event(t, testName)); failure.Of(err).Class != failure.DeviceBusy {
-		t.Errorf("%v", err)
-	}
-	if written, err := os.ReadFile(rtmr); err != nil || !bytes.Equal(written, make([]byte, sha512.Size384)) {
-		t.Errorf("the other register got %x, %v", written, err)
 	}
 }
 
 func TestAMachineWithoutARegisterSaysSo(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none")
-	short := filepath.Join(t.TempDir(), "short")
-	if err := os.WriteFile(short, make([]byte, 20), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for name, r := range map[string]First{
-		"nothing to try": {}, "no device": {&TPM{Device: none}, &RTMR{Path: none}}, "not the kernel's file": {&RTMR{Path: short}},
-	} {
+	for name, r := range map[string]Register{"no register": None{}, "no TPM": &TPM{Device: none}, "no TD": &RTMR{Path: none}} {
 		err := r.Ready(t.Context())
 		if f := failure.Of(err); !errors.Is(err, ErrNoRegister) || f.Class != failure.NoDevice || f.Hint == "" {
 			t.Errorf("%s: %v", name, err)

@@ -39,11 +39,11 @@ func (r *RTMR) open() (*os.File, error) {
 func (r *RTMR) Ready(context.Context) error {
 	f, err := r.open()
 	if err != nil {
-		return err
+		return unready(err)
 	}
 	var value [sha512.Size384]byte
 	if _, err = io.ReadFull(f, value[:]); err != nil {
-		err = fmt.Errorf("rtmr 3: %w", err)
+		err = unready(fmt.Errorf("rtmr 3: %w", err))
 	}
 	return errors.Join(err, f.Close())
 }
@@ -52,7 +52,7 @@ func (r *RTMR) Ready(context.Context) error {
 func (r *RTMR) Extend(_ context.Context, e Event) (Record, error) {
 	f, err := r.open()
 	if err != nil {
-		return Record{}, err
+		return Record{}, unready(err)
 	}
 	if _, err = f.WriteAt(e.SHA384[:], 0); err != nil {
 		err = fmt.Errorf("extend rtmr 3: %w", err)

@@ -36,10 +36,10 @@ type TPM struct {
 func (t *TPM) Ready(ctx context.Context) error {
 	dev, err := t.open(ctx)
 	if err != nil {
-		return err
+		return unready(err)
 	}
 	if !keeps(dev, tpm2.TPMAlgSHA256) {
-		err = fmt.Errorf("the TPM has no PCR %d in its SHA-256 bank (hint: enable the bank in the firmware's setup)", PCR)
+		err = unready(fmt.Errorf("the TPM has no PCR %d in its SHA-256 bank (hint: enable the bank in the firmware's setup)", PCR))
 	}
 	return errors.Join(err, dev.Close())
 }
@@ -81,7 +81,7 @@ func (t *TPM) Extend(ctx context.Context, e Event) (Record, error) {
 func (t *TPM) extend(ctx context.Context, e Event) ([]tpm2.TPMTHA, error) {
 	dev, err := t.open(ctx)
 	if err != nil {
-		return nil, err
+		return nil, unready(err)
 	}
 	banks := []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: e.SHA256[:]}}
 	if keeps(dev, tpm2.TPMAlgSHA384) {

@@ -13,6 +13,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Stacked names the devices that lie on a block device: mappings by their names.
+func Stacked(device uint64) []string {
+	names, _ := filepath.Glob(fmt.Sprintf("/sys/dev/block/%d:%d/holders/*", unix.Major(device), unix.Minor(device)))
+	for i, n := range names {
+		name, err := os.ReadFile(n + "/dm/name")
+		if names[i] = filepath.Base(n); err == nil {
+			names[i] = strings.TrimSpace(string(name))
+		}
+	}
+	return names
+}
+
 // maxHolders bounds how many are named.
 const maxHolders = 8
 

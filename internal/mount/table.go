@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +19,8 @@ type Entry struct {
 	Device uint64 // as stat(2) shows it; not that of a disk for btrfs
 	Type   string
 	Source string
+	// ReadOnly is of this mount, not of the filesystem.
+	ReadOnly bool
 }
 
 // Is reports whether the mount is of a block device.
@@ -84,7 +87,10 @@ func parseLine(line []byte) (Entry, error) {
 	if _, err := fmt.Sscanf(string(fields[2]), "%d:%d", &major, &minor); err != nil {
 		return Entry{}, fmt.Errorf("%w: %.80q", errMountinfo, line)
 	}
-	return Entry{Point: unescape(string(fields[4])), Device: unix.Mkdev(major, minor), Type: string(rest[0]), Source: unescape(string(rest[1]))}, nil
+	return Entry{
+		Point: unescape(string(fields[4])), Device: unix.Mkdev(major, minor), Type: string(rest[0]), Source: unescape(string(rest[1])),
+		ReadOnly: slices.Contains(strings.Split(string(fields[5]), ","), "ro"),
+	}, nil
 }
 
 var escapes = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`, `\043`, "#")

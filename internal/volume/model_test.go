@@ -112,7 +112,7 @@ func newWalk(t *testing.T, seed uint64, alone bool) *walk {
 	for i, machine := range []string{"tpm:1", "tpm:1", "tpm:2", "", ""} {
 		w.nodes = append(w.nodes, &modelNode{Caller: caller(fmt.Sprint("node-", i), machine)})
 	}
-	if _, err := w.stores[0].Obtain(t.Context(), "data-1", "grant"); err != nil {
+	if _, err := w.stores[0].Obtain(t.Context(), "data-1", "grant", 0); err != nil {
 		t.Fatal(err)
 	}
 	w.m = model{state: Pending, generation: 1}

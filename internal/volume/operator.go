@@ -38,9 +38,14 @@ func (r *Record) Reset(key WrappedDEK) error {
 	return nil
 }
 
-// NextKey is the binding of the key that [Record.Reset] takes.
+// NextKey is the binding of the key that [Record.Reset] takes. It has the length of the
+// one before, which a retired record does not know any more.
 func (r *Record) NextKey() kms.Binding {
-	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: DEKLength}
+	length := DEKLength
+	if b, _, err := r.Binding(); err == nil {
+		length = b.Length
+	}
+	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: length}
 }
 
 // End takes the volume from its holder, which learns of it when it renews.

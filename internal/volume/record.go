@@ -101,6 +101,16 @@ func (r *Record) Binding() (kms.Binding, kms.Wrapped, error) {
 	return kms.Binding{}, kms.Wrapped{}, fmt.Errorf("%w: key version %d is not in it", ErrRecord, r.KeyVersion)
 }
 
+// CheckLength returns an error unless the key in use has the length that a caller asks
+// for. 0 asks for none.
+func (r *Record) CheckLength(length int) error {
+	b, _, err := r.Binding()
+	if err == nil && length != 0 && length != b.Length {
+		err = fmt.Errorf("%w: that of volume %q has %d bytes, asked for are %d", ErrLength, r.VolumeID, b.Length, length)
+	}
+	return err
+}
+
 func (r *Record) bindingOf(k WrappedDEK) kms.Binding {
 	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length}
 }

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,11 +19,14 @@ import (
 var (
 	// ErrNoVolume means that the volume has no record.
 	ErrNoVolume = errors.New("volume does not exist")
+	// ErrLength means that a volume's key has another length than a caller asks for.
+	ErrLength = errors.New("key has another length")
 	// ErrRollback means that storage shows less than this key service has seen.
 	ErrRollback = errors.New("storage went back to an older state")
 )
 
-// DEKLength is the length of a volume's DEK, in bytes.
+// DEKLength is the length of a volume's DEK in bytes, unless its first caller asked for
+// another one.
 const DEKLength = 32
 
 // maxConflicts bounds how often a change is tried against other writers.
@@ -265,13 +269,13 @@ func (s *Store) put(ctx context.Context, r *Record, expect storage.Version) erro
 }
 
 // Obtain returns the record of a volume and makes it, pending, if there is none. All
-// who race to make it get the same one.
-func (s *Store) Obtain(ctx context.Context, volume, owner string) (*Record, error) {
+// who race to make it get the same one. Length is that of a new key, 0 for [DEKLength].
+func (s *Store) Obtain(ctx context.Context, volume, owner string, length int) (*Record, error) {
 	r, err := s.Get(ctx, volume)
 	if !errors.Is(err, ErrNoVolume) {
 		return r, err
 	}
-	key, err := s.NewKey(ctx, kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: DEKLength})
+	key, err := s.NewKey(ctx, kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: cmp.Or(length, DEKLength)})
 	if err != nil {
 		return nil, err
 	}

@@ -103,7 +103,7 @@ func newWorld(t testing.TB) *world {
 
 func (w *world) obtain() {
 	w.t.Helper()
-	if _, err := w.Obtain(context.Background(), "data-1", "grant"); err != nil {
+	if _, err := w.Obtain(context.Background(), "data-1", "grant", 0); err != nil {
 		w.t.Fatal(err)
 	}
 }

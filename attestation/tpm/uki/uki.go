@@ -152,7 +152,7 @@ func Parse(data []byte) (*Image, error) {
 	if img.digest, err = authenticodeDigest(data); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotUKI, err)
 	}
-	img.kind, img.name = kindUKI, "unified kernel image"
+	img.kind, img.name, img.smbios = kindUKI, "unified kernel image", namesSMBIOS(img.base)
 	for n := range max(len(img.profile), 1) {
 		kernel := img.content(n, ".linux")
 		if kernel == nil {

@@ -235,6 +235,29 @@ func TestPCR4OfAKernelThatALoaderStarts(t *testing.T) {
 	}
 }
 
+func TestWhoMeasuresSMBIOSTablesSaysSoInItsCode(t *testing.T) {
+	name := section{".rodata", append([]byte("other constants"), smbiosEvent...)}
+	withStub := func(more ...section) *Image {
+		return parsed(t, image(nil, append([]section{{".sdmagic", []byte(stub("262-1"))}, {".sbat", []byte("sbat")}, {".linux", kernel()}}, more...)...))
+	}
+	boot262 := loader(t, image(nil, name, section{".sdmagic", []byte("#### LoaderInfo: systemd-boot 262-1 ####")}))
+	for _, tt := range []struct {
+		what string
+		boot Boot
+		want bool
+	}{
+		{"a stub that does", Boot{Image: withStub(name)}, true},
+		{"a stub that does not", Boot{Image: withStub()}, false},
+		{"an initrd with such a program in it", Boot{Image: withStub(section{".initrd", smbiosEvent})}, false},
+		{"a loader that does, before a stub that does not", Boot{Loaders: []*Loader{boot262}, Image: withStub()}, true},
+		{"loaders that do not", Boot{Loaders: []*Loader{loader(t, systemdBoot("257.1")), loader(t, linux())}}, false},
+	} {
+		if got := tt.boot.MeasuresSMBIOS(); got != tt.want {
+			t.Errorf("%s: %v", tt.what, got)
+		}
+	}
+}
+
 func TestPCR12IsTheCommandLineOfAnOldSystemdBoot(t *testing.T) {
 	line := words("q\x00u\x00i\x00e\x00t\x00\x00\x00")[0]
 	for _, tt := range []struct {
