@@ -4,6 +4,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/keyagent/keyagent/internal/agent"
+	"github.com/keyagent/keyagent/internal/confine"
+	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/systemd"
@@ -22,8 +24,9 @@ func newAgent() *cobra.Command {
 
 The agent tells systemd that it is ready when every volume that is not optional
 is open, and mounted where the configuration says. A key service that cannot be
-reached is tried again within the configured budget; a refusal is final. A disk
-that appears later is opened then.`,
+reached is tried again within the configured budget; a refusal is final. What does
+not open ends the agent, unless other volumes are open, whose leases it renews; it
+then tries again what may pass. A disk that appears later is opened then.`,
 		Example: `  keyagent agent --config /etc/keyagent/agent.yaml
   keyagent agent --check`,
 		Args: cobra.NoArgs,
@@ -54,13 +57,18 @@ that appears later is opened then.`,
 				cmd.Println("the configuration is valid")
 				return nil
 			}
+			// No landlock: it forbids to mount.
+			filtered, err := confine.Syscalls(confine.Volumes)
+			if err != nil {
+				return failure.New(failure.Internal, err, "")
+			}
 			notify := systemd.NewNotifier()
 			keys, closer, err := cfg.KeyClient(log, notify.Waiting)
 			if err != nil {
 				return err
 			}
 			defer closer.Close()
-			log.Info("starting", "volumes", len(cfg.Volumes), "secrets", secret.InForce(), "erasing", secret.Erases)
+			log.Info("starting", "volumes", len(cfg.Volumes), "secrets", secret.InForce(), "erasing", secret.Erases, "seccomp", filtered)
 			return agent.New(cfg, newCore(cfg, keys, log, notify.Waiting), log, notify).Run(cmd.Context())
 		},
 	}

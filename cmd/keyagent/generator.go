@@ -40,8 +40,12 @@ A line has four fields: the name of the mapping, the device, none, and options:
 
   keyagent[=ID]         the key service knows the volume by ID; default the name
   keyagent-format[=FS]  create the volume if it does not exist, with that filesystem
+  keyagent-from=PATH    and begin it with a copy of this image, which
+  keyagent-root-hash=HEX, keyagent-sha256=HEX   has to prove itself by one of these
   keyagent-no-mmp       and, if it is ext4, without its multiple mount protection
   keyagent-measure      and write into PCR 15 or RTMR 3 that it was opened
+  keyagent-integrity    and authenticate what is on it
+  keyagent-no-journal   and write data and tags of it in place
   _netdev               must be there: the key comes over the network
   nofail, noauto        not needed for the boot; opened on request alone
   readonly, discard     as in crypttab(5)

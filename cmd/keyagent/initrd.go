@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/keyagent/keyagent/internal/agent"
+	"github.com/keyagent/keyagent/internal/confine"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/initrd"
 	"github.com/keyagent/keyagent/internal/node"
@@ -64,6 +65,9 @@ func inInitrd(cmd *cobra.Command, path string, logs logFlags, do func(context.Co
 	cfg, err := node.Load(path)
 	if err != nil {
 		return err
+	}
+	if _, err := confine.Syscalls(confine.Volumes); err != nil {
+		return failure.New(failure.Internal, err, "")
 	}
 	notify := systemd.NewNotifier()
 	keys, closer, err := cfg.KeyClient(log, notify.Waiting)

@@ -83,7 +83,7 @@ Start with "keyagent demo", which does all of that on this machine.`,
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newKubeKMS())
+	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newKubeKMS(), newCSIProxy())
 	add("service", newServe(), newVolume(), newAudit(), newKMS())
 	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
 	add("other", newDemo(), newVersion())

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 
 	nodev1 "github.com/keyagent/keyagent/api/keyagent/node/v1"
 	"github.com/keyagent/keyagent/internal/agent"
@@ -51,7 +53,7 @@ func (l *local) open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.Volume
 		return nil, node.UnknownVolume(r.GetId())
 	case !configured:
 		v = node.Volume{ID: r.GetId(), Device: r.GetDevice(), Name: r.GetName(), Filesystem: r.GetFilesystem(), Mount: r.GetMountPoint(),
-			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards()}
+			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Integrity: r.GetIntegrity()}
 	}
 	defer l.leases(ctx)()
 	out, err := l.v.Open(ctx, v, agent.Intent{Format: r.GetFormat(), Dynamic: !configured})
@@ -160,8 +162,16 @@ func message(v agent.Volume, err error) (*nodev1.Volume, error) { return agent.M
 // remote asks a running agent.
 type remote struct{ c nodev1.NodeClient }
 
+func dial(socket string) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(agent.LocalCredentials()), grpc.WithNoProxy(),
+		// An agent that is frozen keeps nobody waiting for ever. Servers allow a question in
+		// five minutes.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 6 * time.Minute, Timeout: time.Minute}))
+}
+
+// dialAgent is how the one-shot verbs reach the agent.
 func dialAgent(socket string) (volumes, func(), error) {
-	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(agent.LocalCredentials()), grpc.WithNoProxy())
+	conn, err := dial(socket)
 	if err != nil {
 		return nil, nil, err
 	}

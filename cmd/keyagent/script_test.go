@@ -55,6 +55,7 @@ func TestScripts(t *testing.T) {
 			"sumof":    sumOf,
 			"kmscall":  kmsCall,
 			"mkmaster": mkMaster,
+			"datakey":  dataKey,
 		},
 	})
 }
@@ -141,7 +142,7 @@ volumes: [{id: data, device: %s/disk.img, name: keyagent-script}]
 `, port, l.tpm.Device, env.WorkDir, env.WorkDir, env.WorkDir),
 	} {
 		for variant, change := range variants[name] {
-			changed := strings.NewReplacer(append(change, "$WORK", env.WorkDir)...).Replace(text)
+			changed := strings.ReplaceAll(strings.NewReplacer(change...).Replace(text), "$WORK", env.WorkDir)
 			if err := os.WriteFile(filepath.Join(env.WorkDir, variant), []byte(changed), 0o644); err != nil {
 				return err
 			}
@@ -166,7 +167,17 @@ var variants = map[string]map[string][]string{
 		"strict-policy.yaml": {`accept: ["`, `accept: ["` + strings.Repeat("ab", 32) + `"]}, {pcr: 7, warn_only: true, allow_unextended: true, accept: ["`},
 		"other-root.yaml":    {"maker.pem", "ca.pem"},
 	},
+	"good.yaml": {
+		"constellation-service.yaml": {"?file=master.secret", "?file=master&salt=c29tZSBzYWx0&derivation=constellation"},
+	},
 	"agent.yaml": {
+		"constellation.yaml": {
+			"callers: [", `constellation: {socket: $WORK/c.sock}
+callers: [{uid: 0, operations: [get-data-key], volumes: [data, "*-*-*-*-*", s3proxy-kek, "volume-*"]}, `,
+			"name: keyagent-script", "name: keyagent-script, on_request: true",
+		},
+		"constellation-nobody.yaml": {"callers: [", `constellation: {socket: $WORK/c.sock}
+callers: [`},
 		"other-disk.yaml":   {"disk.img", "full.img"},
 		"no-disk.yaml":      {"disk.img", "no-such-disk"},
 		"other-volume.yaml": {"id: data", "id: secret"},

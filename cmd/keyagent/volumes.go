@@ -150,6 +150,7 @@ func (d *described) flags(cmd *cobra.Command) {
 	f.StringSliceVar(&d.req.Options, "options", nil, "mount options, separated by commas")
 	f.BoolVar(&d.req.ReadOnly, "read-only", false, "map and mount it read-only")
 	f.BoolVar(&d.req.Discards, "discards", false, "pass TRIM on to the disk")
+	f.StringVar(&d.req.Integrity, "integrity", "", "hmac-sha256: authenticate what is on it")
 }
 
 // check refuses flags that would be passed over.
@@ -160,7 +161,7 @@ func (d *described) check(cmd *cobra.Command, ids []string) error {
 		}
 		return nil
 	}
-	for _, name := range []string{"name", "filesystem", "mount", "options", "read-only", "discards"} {
+	for _, name := range []string{"name", "filesystem", "mount", "options", "read-only", "discards", "integrity"} {
 		if cmd.Flags().Changed(name) {
 			return failure.Newf(failure.Usage, "add --device, or change the configuration", "--%s describes a volume that is not configured", name)
 		}
@@ -171,7 +172,7 @@ func (d *described) check(cmd *cobra.Command, ids []string) error {
 // request is what opens one volume.
 func (d *described) request(id string, format bool) *nodev1.OpenRequest {
 	return &nodev1.OpenRequest{Id: id, Format: format, Device: d.req.GetDevice(), Name: d.req.GetName(), Filesystem: d.req.GetFilesystem(),
-		MountPoint: d.req.GetMountPoint(), Options: d.req.GetOptions(), ReadOnly: d.req.GetReadOnly(), Discards: d.req.GetDiscards()}
+		MountPoint: d.req.GetMountPoint(), Options: d.req.GetOptions(), ReadOnly: d.req.GetReadOnly(), Discards: d.req.GetDiscards(), Integrity: d.req.GetIntegrity()}
 }
 
 func newUnlock() *cobra.Command {
@@ -434,6 +435,9 @@ func table(w io.Writer, all []*nodev1.Volume) {
 	}
 	_ = t.Flush()
 	for _, v := range all {
+		if v.GetProgress() != "" {
+			fmt.Fprintf(w, "%s: %s\n", v.GetId(), v.GetProgress())
+		}
 		if v.GetLastError() != "" {
 			fmt.Fprintf(w, "%s: %s\n", v.GetId(), v.GetLastError())
 		}
