@@ -35,7 +35,7 @@ demo: build ## the whole main job on this machine
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change: $$out"; exit 1; fi
 	$(GO) vet ./...
-	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/suite/hardware ./test/suite/disks ./test/suite/e2e/crash
+	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/suite/hardware ./test/suite/disks ./test/suite/csi ./test/suite/e2e/crash
 	$(GO) vet -tags grpcnotrace,cloud ./kms/... ./storage/...
 	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(TOOL) staticcheck ./...
@@ -43,15 +43,18 @@ lint:
 
 # What fills the machine by itself, and would make others' deadlines pass beside it.
 ALONE := $(addprefix ./test/suite/,apiserver disks e2e hardware luks) ./test/sim/uml
+# What takes longest to build and to run, in test-full alone.
+FULL := ./test/suite/csi
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/suite/kubernetes && $(GO) tool -modfile=../../../tools/go.mod gotestsum --format pkgname -- ./...
 	$(TOOL) gotestsum --format pkgname -- -race -timeout 45m -p 1 $(ALONE)
-	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(ALONE:./%=-e /%$$))
+	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(patsubst ./%,-e /%$$,$(ALONE) $(FULL)))
 
 test-full: test ## test, and the matrices that it samples as a whole
 	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
-	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd" ./test/suite/e2e
+	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd|TestCrypttabOpensItsDisks|TestAKeySocketOpensALineOfCrypttab" ./test/suite/e2e
+	KEYAGENT_CSI_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 $(FULL)
 	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
@@ -59,7 +62,8 @@ test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
 
 bench: deps ## figures and ratios, see docs/BENCHMARKS.md
 	$(GO) test -run '^$$' -bench . -benchtime 2s ./test/bench ./attestation/... ./kms/... ./storage/... ./internal/secret ./internal/kubekms
-	$(GO) test -run '^$$' -bench Open -benchtime 1x ./test/suite/luks
+	$(GO) test -run '^$$' -bench 'Open|Integrity' -benchtime 1x ./test/suite/luks
+	KEYAGENT_BENCH_OUT=$(CURDIR)/bench-out $(GO) test -run '^$$' -bench Boot -benchtime 3x -timeout 40m ./test/suite/e2e
 
 FUZZTIME ?= 30s
 fuzz: deps ## each fuzz target for FUZZTIME
@@ -73,4 +77,4 @@ generate: ## Go code of the protocols
 	./api/generate.sh
 
 clean:
-	rm -rf bin demo-out dist
+	rm -rf bin demo-out bench-out dist

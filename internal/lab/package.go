@@ -19,22 +19,9 @@ const listAge = 24 * time.Hour
 // its version. Nothing of it is installed. It serves what this machine's own
 // release does not have, such as newer boot loaders.
 func (c *Cache) Package(ctx context.Context, release, name string) (dir, version string, err error) {
-	apt, err := c.apt(ctx, release)
+	apt, version, err := c.find(ctx, release, name)
 	if err != nil {
-		return "", "", fmt.Errorf("package lists of %s: %w", release, err)
-	}
-	out, err := apt.run(ctx, "apt-cache", "show", "--no-all-versions", name)
-	if err != nil {
-		return "", "", fmt.Errorf("find %s in %s: %w", name, release, err)
-	}
-	scan := bufio.NewScanner(bytes.NewReader(out))
-	for scan.Scan() {
-		if v, ok := strings.CutPrefix(scan.Text(), "Version: "); ok {
-			version = v
-		}
-	}
-	if version == "" {
-		return "", "", fmt.Errorf("%s has no package %s", release, name)
+		return "", "", err
 	}
 	dir, err = c.entry(ctx, "package", []string{name, version}, func(dir string) error {
 		inv := apt
@@ -48,6 +35,33 @@ func (c *Cache) Package(ctx context.Context, release, name string) (dir, version
 		return "", "", fmt.Errorf("package %s of %s: %w", name, release, err)
 	}
 	return dir, version, nil
+}
+
+// find returns the version of a package in a release, and an apt that knows the release.
+func (c *Cache) find(ctx context.Context, release, name string) (apt invocation, version string, err error) {
+	apt, err = c.apt(ctx, release)
+	if err != nil {
+		return apt, "", fmt.Errorf("package lists of %s: %w", release, err)
+	}
+	out, err := apt.run(ctx, "apt-cache", "show", "--no-all-versions", name)
+	if err != nil {
+		return apt, "", fmt.Errorf("find %s in %s: %w", name, release, err)
+	}
+	scan := bufio.NewScanner(bytes.NewReader(out))
+	for scan.Scan() {
+		if v, ok := strings.CutPrefix(scan.Text(), "Version: "); ok {
+			version = v
+		}
+	}
+	if version == "" {
+		return apt, "", fmt.Errorf("%s has no package %s", release, name)
+	}
+	return apt, version, nil
+}
+
+// sourceLine is a release in the form of sources.list(5).
+func sourceLine(mirror, release string) string {
+	return fmt.Sprintf("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main", mirror, release)
 }
 
 // apt returns an invocation whose apt knows one release and nothing of this
@@ -74,7 +88,7 @@ func (c *Cache) apt(ctx context.Context, release string) (invocation, error) {
 	if err != nil {
 		return invocation{}, err
 	}
-	source := fmt.Sprintf("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n", mirror, release)
+	source := sourceLine(mirror, release) + "\n"
 	if err := os.WriteFile(filepath.Join(state, "etc/sources.list"), []byte(source), 0o644); err != nil {
 		return invocation{}, err
 	}

@@ -1,18 +1,32 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
-// rootPackages is what the guest with systemd has beyond Debian's minimum. The
-// TPM libraries are those that systemd itself opens by name, for systemd-pcrphase.
+// ownRelease is the release of Debian that guests have unless another is asked for:
+// this machine's own, and that of their kernel.
+const ownRelease = "bookworm"
+
+// rootPackages is what the guest with systemd has beyond Debian's minimum.
 var rootPackages = []string{
 	"systemd", "systemd-sysv", "udev", "dbus", "kmod", "iproute2", "e2fsprogs", "cryptsetup-bin", "ca-certificates",
-	"libtss2-esys-3.0.2-0", "libtss2-rc0", "libtss2-mu0", "libtss2-tcti-device0",
+}
+
+// morePackages are what a release needs besides. Of the own one they are the libraries
+// that systemd opens by name, for systemd-pcrphase. Later ones have systemd in more
+// packages than one.
+func morePackages(release string) []string {
+	if release == ownRelease {
+		return []string{"libtss2-esys-3.0.2-0", "libtss2-rc0", "libtss2-mu0", "libtss2-tcti-device0"}
+	}
+	return []string{"systemd-cryptsetup", "systemd-tpm", "libmount1", "libkmod2", "libseccomp2", "libselinux1", "mount"}
 }
 
 // rootModules is what that guest may load later, besides [smallModules].
@@ -24,6 +38,16 @@ var rootModules = []string{
 var bootNothing = []string{
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
 	"fstrim.timer", "getty@.service", "serial-getty@.service", "systemd-hwdb-update.service", "systemd-timesyncd.service",
+}
+
+// laterNothing are such units of releases after the own one.
+var laterNothing = []string{
+	"dbus.service", "dbus.socket", "dev-hugepages.mount", "dev-mqueue.mount", "ldconfig.service", "modprobe@drm.service", "modprobe@efi_pstore.service",
+	"sys-fs-fuse-connections.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "systemd-creds.socket",
+	"systemd-cryptenroll.socket", "systemd-factory-reset.socket", "systemd-hostnamed.socket", "systemd-journal-catalog-update.service",
+	"systemd-journalctl.socket", "systemd-logind.service", "systemd-logind-varlink.socket", "systemd-mute-console.socket",
+	"systemd-random-seed.service", "systemd-sysext.socket", "systemd-sysinstall.socket", "systemd-sysusers.service",
+	"systemd-tmpfiles-clean.timer", "systemd-udev-load-credentials.service", "systemd-update-done.service",
 }
 
 // Rootfs describes the root file system of the guest with systemd: Debian 12,
@@ -63,30 +87,56 @@ func (c *Cache) rootfs(ctx context.Context, r Rootfs, out string) error {
 	return os.Rename(temp, out)
 }
 
-// Debian returns the path of a tar file with a minimal Debian 12 and more packages.
-func (c *Cache) Debian(ctx context.Context, more ...string) (string, error) {
-	sources, content, err := aptSources()
+// Debian returns the path of a tar file with a minimal Debian of a release, and more
+// packages.
+func (c *Cache) Debian(ctx context.Context, release string, more ...string) (string, error) {
+	sources, content, err := c.sources(ctx, release)
 	if err != nil {
 		return "", err
 	}
-	packages := append(rootPackages[:len(rootPackages):len(rootPackages)], more...)
-	inputs := append([]string{"bookworm", content}, packages...)
+	packages := slices.Concat(rootPackages, morePackages(release), more)
+	inputs := append([]string{release, content}, packages...)
 	dir, err := c.entry(ctx, "debian", inputs, func(dir string) error {
 		if os.Geteuid() != 0 {
 			return fmt.Errorf("only root can make files of other owners: run as root once, afterwards it is cached")
 		}
-		_, err := run(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--mode=root",
+		// A mirror may be older than its lists shall be. This machine's apt says whether
+		// that matters, and mmdebstrap does not read it.
+		age, err := run(ctx, "apt-config", "dump", "--format", "%v", "Acquire::Check-Valid-Until")
+		if err != nil {
+			return err
+		}
+		_, err = run(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--mode=root",
 			"--include="+strings.Join(packages, ","),
-			`--aptopt=Acquire::Languages "none"`, "--skip=check/empty",
+			`--aptopt=Acquire::Languages "none"`, "--aptopt=Acquire::Check-Valid-Until "+cmp.Or(string(age), "true"), "--skip=check/empty",
 			"--dpkgopt=path-exclude=/usr/share/man/*", "--dpkgopt=path-exclude=/usr/share/locale/*",
 			"--dpkgopt=path-exclude=/usr/share/doc/*",
-			"bookworm", filepath.Join(dir, "root.tar"), sources)
+			release, filepath.Join(dir, "root.tar"), sources)
 		return err
 	})
 	if err != nil {
 		return "", err
 	}
 	return filepath.Join(dir, "root.tar"), nil
+}
+
+// sources returns where mmdebstrap gets a release from, as it takes it, and what tells
+// one state of the release from another.
+func (c *Cache) sources(ctx context.Context, release string) (sources, content string, err error) {
+	if release == ownRelease {
+		return aptSources()
+	}
+	mirror, err := debianMirror(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	// One that is not released changes each day: systemd is what it is asked for.
+	_, version, err := c.find(ctx, release, "systemd")
+	if err != nil {
+		return "", "", err
+	}
+	line := sourceLine(mirror, release)
+	return line, line + version, nil
 }
 
 // aptSources returns the file that says where this machine gets Debian from:
@@ -104,11 +154,11 @@ func aptSources() (path, content string, err error) {
 // baseImage returns an ext4 image of Debian with the kernel's modules and with
 // what is the same in every guest, which nobody may write to.
 func (c *Cache) baseImage(ctx context.Context, k *Kernel) (string, error) {
-	tar, err := c.Debian(ctx)
+	tar, err := c.Debian(ctx, ownRelease)
 	if err != nil {
 		return "", err
 	}
-	overlay, err := baseFiles(ctx, k)
+	overlay, err := baseFiles(ctx, k, ownRelease)
 	if err != nil {
 		return "", err
 	}
@@ -126,7 +176,7 @@ func (c *Cache) baseImage(ctx context.Context, k *Kernel) (string, error) {
 }
 
 // baseFiles are the files that every guest with systemd has.
-func baseFiles(ctx context.Context, k *Kernel) ([]File, error) {
+func baseFiles(ctx context.Context, k *Kernel, release string) ([]File, error) {
 	const units = "/etc/systemd/system/"
 	files := []File{
 		{Path: "/bed/lib.sh", Data: guestFile("lib.sh")},
@@ -140,7 +190,11 @@ func baseFiles(ctx context.Context, k *Kernel) ([]File, error) {
 		{Path: "/etc/machine-id", Data: []byte("6b6579616765746e7400000000000001\n")},
 		{Path: "/etc/fstab", Data: []byte("# the initrd mounts the root file system\n")},
 	}
-	for _, unit := range bootNothing {
+	nothing := bootNothing
+	if release != ownRelease {
+		nothing = slices.Concat(nothing, laterNothing)
+	}
+	for _, unit := range nothing {
 		files = append(files, File{Path: units + unit, Link: "/dev/null"})
 	}
 	modules, err := k.modules(ctx, append(smallModules[:len(smallModules):len(smallModules)], rootModules...))

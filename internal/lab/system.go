@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -13,6 +14,7 @@ import (
 // and commands that run inside.
 type System struct {
 	Kernel   *Kernel
+	Release  string   // of Debian; empty: 12
 	Packages []string // beyond Debian's minimum
 	Files    []File
 	// Setup is run by sh as root inside, with /proc, /sys and /dev, after the files were
@@ -54,7 +56,7 @@ mke2fs -q -t ext4 -b 4096 -m 0 -d "$dir/tree" "$dir/root.img" "$size"
 `
 
 func (s System) build(ctx context.Context, c *Cache, dir, size string) (*Built, error) {
-	base, err := c.systemTree(ctx, s.Kernel, s.Packages)
+	base, err := c.systemTree(ctx, s.Kernel, cmp.Or(s.Release, ownRelease), s.Packages)
 	if err != nil {
 		return nil, err
 	}
@@ -79,12 +81,12 @@ func (s System) build(ctx context.Context, c *Cache, dir, size string) (*Built, 
 
 // systemTree returns a folder with Debian and all modules of the kernel, which nobody may
 // write to.
-func (c *Cache) systemTree(ctx context.Context, k *Kernel, packages []string) (string, error) {
-	tar, err := c.Debian(ctx, packages...)
+func (c *Cache) systemTree(ctx context.Context, k *Kernel, release string, packages []string) (string, error) {
+	tar, err := c.Debian(ctx, release, packages...)
 	if err != nil {
 		return "", err
 	}
-	overlay, err := baseFiles(ctx, k)
+	overlay, err := baseFiles(ctx, k, release)
 	if err != nil {
 		return "", err
 	}

@@ -2,6 +2,7 @@ package emulator
 
 import (
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,32 +14,75 @@ import (
 	"testing"
 )
 
-// servers is the folder of the module that the servers in Go are built from.
-func servers(t testing.TB) string {
+// module returns the folder beside this file of a module that programs are built
+// from.
+func module(t testing.TB, name string) string {
 	t.Helper()
 	_, file, _, _ := runtime.Caller(0)
-	dir := filepath.Join(filepath.Dir(file), "servers")
+	dir := filepath.Join(filepath.Dir(file), name)
 	if _, err := os.Stat(dir); err != nil {
 		t.Fatalf("%v (hint: the emulators are built from this repository, without -trimpath)", err)
 	}
 	return dir
 }
 
+// kubernetesFlags tell a program of Kubernetes its version.
+const kubernetesFlags = "-s -w -X k8s.io/component-base/version.gitVersion=v1.37.1" +
+	" -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37" +
+	" -X k8s.io/component-base/version.gitTreeState=clean"
+
 // KubeAPIServer returns the path of a kube-apiserver, built by the first who asks:
 // twelve minutes of one processor.
 func KubeAPIServer(t testing.TB) string {
 	t.Helper()
-	const name, minor = "kube-apiserver", "37"
-	module, tool := filepath.Join(filepath.Dir(servers(t)), "apiserver"), installed(t, "go")
-	version := "-X k8s.io/component-base/version."
-	flags := "-s -w " + version + "gitVersion=v1." + minor + ".1 " + version + "gitMajor=1 " + version + "gitMinor=" + minor + " " + version + "gitTreeState=clean"
-	dir := cached(t, name, []string{module}, runtime.Version()+" "+flags, func(dir string) *exec.Cmd {
-		cmd := exec.Command(tool, "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(dir, name), "k8s.io/kubernetes/cmd/kube-apiserver")
-		cmd.Dir = module
-		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off", "CGO_ENABLED=0", "GOEXPERIMENT=")
-		return cmd
-	})
-	return filepath.Join(dir, name)
+	return build(t, "kubernetes", "kube-apiserver", kubernetesFlags, "k8s.io/kubernetes/cmd/kube-apiserver")
+}
+
+// Kubelet returns the path of a kubelet, built by the first who asks: nine minutes
+// of one processor.
+func Kubelet(t testing.TB) string {
+	t.Helper()
+	return build(t, "kubernetes", "kubelet", kubernetesFlags, "k8s.io/kubernetes/cmd/kubelet")
+}
+
+// ContainerRuntime returns the path of a container runtime for a kubelet. It starts
+// no container.
+func ContainerRuntime(t testing.TB) string {
+	t.Helper()
+	return build(t, "kubernetes", "runtime", "-s -w", "./runtime", "runtime")
+}
+
+// Registrar returns the path of a program that tells a kubelet of a CSI driver.
+func Registrar(t testing.TB) string {
+	t.Helper()
+	return build(t, "kubernetes", "registrar", "-s -w", "./registrar", "registrar")
+}
+
+// TopoLVM returns the path of TopoLVM, a CSI driver for logical volumes, built by the
+// first who asks, and of the definition that it wants of a cluster.
+func TopoLVM(t testing.TB) (program, definition string) {
+	t.Helper()
+	const source = "github.com/topolvm/topolvm"
+	program = build(t, "topolvm", "hypertopolvm", "-s -w -X "+source+".Version=0.41.0", source+"/cmd/hypertopolvm")
+	cmd := exec.Command(installed(t, "go"), "mod", "download", "-json", source)
+	cmd.Dir = module(t, "topolvm")
+	cmd.Env = append(os.Environ(), "GOFLAGS=", "GOWORK=off")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v", cmd, err)
+	}
+	var m struct{ Dir string }
+	if err := json.Unmarshal(out, &m); err != nil {
+		t.Fatal(err)
+	}
+	return program, filepath.Join(m.Dir, "config", "crd", "bases", "topolvm.io_logicalvolumes.yaml")
+}
+
+// CSISanity returns the path of csi-sanity, which asks a CSI driver what each must
+// answer.
+func CSISanity(t testing.TB) string {
+	t.Helper()
+	return build(t, "csisanity", "csi-sanity", "-s -w", "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity")
 }
 
 // installed returns the path of a program of this machine.
@@ -51,25 +95,30 @@ func installed(t testing.TB, name string) string {
 	return path
 }
 
-// build returns the path of a program in Go, built by the first who asks.
-func build(t testing.TB, name, pkg string) string {
+// build returns the path of a program in Go from a module beside this file, built by
+// the first who asks. It is made from the module's requirements and the folders of
+// its own that are named.
+func build(t testing.TB, from, name, flags, pkg string, folders ...string) string {
 	t.Helper()
-	module, tool := servers(t), installed(t, "go")
-	sources := []string{filepath.Join(module, "go.mod"), filepath.Join(module, "go.sum"), filepath.Join(module, "localkms")}
-	dir := cached(t, name, sources, runtime.Version()+" "+pkg, func(dir string) *exec.Cmd {
-		cmd := exec.Command(tool, "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(dir, name), pkg)
-		cmd.Dir = module
-		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off", "CGO_ENABLED=0")
+	dir, tool := module(t, from), installed(t, "go")
+	sources := []string{filepath.Join(dir, "go.mod"), filepath.Join(dir, "go.sum")}
+	for _, folder := range folders {
+		sources = append(sources, filepath.Join(dir, folder))
+	}
+	entry := cached(t, name, sources, runtime.Version()+" "+flags+" "+pkg, func(out string) *exec.Cmd {
+		cmd := exec.Command(tool, "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(out, name), pkg)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "GOFLAGS=-buildvcs=false", "GOWORK=off", "CGO_ENABLED=0", "GOEXPERIMENT=")
 		return cmd
 	})
-	return filepath.Join(dir, name)
+	return filepath.Join(entry, name)
 }
 
 // azurite returns the paths of node and of azurite's script, installed by the
 // first who asks.
 func azurite(t testing.TB) (node, script string) {
 	t.Helper()
-	source := filepath.Join(servers(t), "azurite")
+	source := filepath.Join(module(t, "servers"), "azurite")
 	node, npm := installed(t, "node"), installed(t, "npm")
 	dir := cached(t, "azurite", []string{source}, "", func(dir string) *exec.Cmd {
 		if err := os.CopyFS(dir, os.DirFS(source)); err != nil {

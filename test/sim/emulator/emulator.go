@@ -3,11 +3,12 @@
 // ending with the test that asked for it. It lives outside every production
 // package: no configuration can select it.
 //
-// The programs are of other projects. Those in Go are built from the module in
-// servers, which is not the library's, so that nobody inherits what they need;
-// azurite is installed from the lock file in servers/azurite. Both are kept in
-// the user's cache folder, by a digest of what they are made from. etcd is
-// Debian's. A program that cannot be had fails the test: it is never skipped.
+// The programs are of other projects. Those in Go are built from the modules in
+// servers, kubernetes, topolvm and csisanity, none of which is the library's, so that
+// nobody inherits what they need; azurite is installed from the lock file in
+// servers/azurite. All are kept in the user's cache folder, by a digest of what they
+// are made from. etcd is Debian's. A program that cannot be had fails the test: it is
+// never skipped.
 package emulator
 
 import (
@@ -33,7 +34,7 @@ type S3Server struct {
 // S3 starts versitygw over a folder.
 func S3(t testing.TB) S3Server {
 	t.Helper()
-	program := build(t, "versitygw", "github.com/versity/versitygw/cmd/versitygw")
+	program := build(t, "servers", "versitygw", "-s -w", "github.com/versity/versitygw/cmd/versitygw")
 	s := S3Server{AccessKey: "test", Secret: "secret-of-the-test"}
 	s.URL = start(t, "http", func(dir string, ports []int) command {
 		// Metadata beside the data: not every file system has attributes for it.
@@ -51,7 +52,7 @@ func S3(t testing.TB) S3Server {
 // allowed everything.
 func GCS(t testing.TB) string {
 	t.Helper()
-	program := build(t, "fake-gcs-server", "github.com/fsouza/fake-gcs-server")
+	program := build(t, "servers", "fake-gcs-server", "-s -w", "github.com/fsouza/fake-gcs-server")
 	return start(t, "http", func(_ string, ports []int) command {
 		return command{path: program, args: []string{
 			"-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", fmt.Sprint(ports[0]),
@@ -124,7 +125,7 @@ func Etcd(t testing.TB) string {
 // asks is allowed everything.
 func AWSKMS(t testing.TB) string {
 	t.Helper()
-	program := build(t, "localkms", "./localkms")
+	program := build(t, "servers", "localkms", "-s -w", "./localkms", "localkms")
 	return start(t, "http", func(dir string, ports []int) command {
 		return command{path: program, args: []string{address(ports[0]), filepath.Join(dir, "data")}}
 	})

@@ -5,7 +5,7 @@
 //
 // The guest's root is the host's own / over hostfs, read-only, so that programs
 // and libraries are there as they are; /run is a tmpfs and TMPDIR lies in it.
-// There is no network. A guest boots in about two seconds, and is killed with
+// There is no network unless one is asked for. A guest boots in about two seconds, and is killed with
 // its whole process group when its context ends.
 package uml
 
@@ -38,6 +38,7 @@ type Guest struct {
 	Args    []string  // its arguments
 	Env     []string  // additions to its environment, as NAME=value
 	Memory  int       // in MiB; 0 means 512
+	Tap     string    // name of a TAP device, which the guest has as vec0; "" means no network
 	Tee     io.Writer // is shown what the guest prints while it runs; may be nil
 }
 
@@ -72,9 +73,13 @@ func Run(ctx context.Context, g Guest) (Result, error) {
 	if memory == 0 {
 		memory = 512
 	}
-	cmd := exec.CommandContext(ctx, kernel, fmt.Sprintf("mem=%dM", memory),
+	args := []string{fmt.Sprintf("mem=%dM", memory),
 		"root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet",
-		"con0=null,fd:1", "con=null", "ssl=null", "uml_dir="+dir, "init="+script)
+		"con0=null,fd:1", "con=null", "ssl=null", "uml_dir=" + dir, "init=" + script}
+	if g.Tap != "" {
+		args = append(args, "vec0:transport=tap,ifname="+g.Tap+",depth=64,gro=1")
+	}
+	cmd := exec.CommandContext(ctx, kernel, args...)
 	// The kernel is several processes. A group of their own is what is killed,
 	// and nothing else.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}

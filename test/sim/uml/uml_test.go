@@ -3,12 +3,15 @@ package uml_test
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/keyagent/keyagent/test/sim/netns"
 	"github.com/keyagent/keyagent/test/sim/uml"
 )
 
@@ -61,5 +64,33 @@ func TestAMissingKernelIsAnErrorThatSaysWhatToDo(t *testing.T) {
 	_, err := uml.Run(t.Context(), uml.Guest{Program: "/bin/true"})
 	if !errors.Is(err, uml.ErrMissing) || !strings.Contains(err.Error(), "make deps") {
 		t.Errorf("error is %v", err)
+	}
+}
+
+func TestAGuestWithANetworkReachesItsHost(t *testing.T) {
+	if !netns.Inside() {
+		netns.Enter(t)
+		return
+	}
+	netns.Tap(t, "tap0", "10.0.2.2/24")
+	l, err := net.Listen("tcp", "10.0.2.2:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_, _ = io.WriteString(c, "hello from the host\n")
+			c.Close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	got, err := uml.Run(ctx, uml.Guest{Tap: "tap0", Program: "/bin/bash", Args: []string{"-c", `set -e
+ip link set vec0 up
+ip addr add 10.0.2.15/24 dev vec0
+exec cat </dev/tcp/${1%:*}/${1#*:}`, "guest", l.Addr().String()}})
+	if err != nil || got.ExitCode != 0 || got.Output != "hello from the host\n" {
+		t.Errorf("exit code %d, %v: %q", got.ExitCode, err, got.Output)
 	}
 }

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/keyagent/keyagent/test/sim/cluster"
 )
 
 // program is the keyagent under test, built as it is released.
@@ -34,7 +36,7 @@ type plugin struct {
 	t      *testing.T
 	dir    string
 	socket string
-	p      *process
+	p      *cluster.Process
 }
 
 func newPlugin(t *testing.T) *plugin {
@@ -68,37 +70,37 @@ func (p *plugin) start(args ...string) {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.p = start(p.t, p.dir, path, append([]string{"kubekms", "--command", "cat kek", "--endpoint", "unix://" + p.socket, "--timeout", "1m"}, args...)...)
+	p.p = cluster.Start(p.t, p.dir, path, append([]string{"kubekms", "--command", "cat kek", "--endpoint", "unix://" + p.socket, "--timeout", "1m"}, args...)...)
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		if c, err := net.Dial("unix", p.socket); err == nil {
 			c.Close()
 			return
 		}
-		if p.p.ended() || time.Now().After(deadline) {
-			p.p.kill()
-			p.t.Fatalf("the plugin does not serve:\n%s", p.p.log.String())
+		if p.p.Ended() || time.Now().After(deadline) {
+			p.p.Kill()
+			p.t.Fatalf("the plugin does not serve:\n%s", p.p.Log.String())
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
 }
 
-func (p *plugin) stop() { p.p.stop(p.t) }
+func (p *plugin) stop() { p.p.Stop(p.t) }
 
 // both is a plugin and a cluster on it that are ready.
-func both(t *testing.T, version string, args ...string) (*plugin, *cluster) {
+func both(t *testing.T, version string, args ...string) (*plugin, *encrypting) {
 	t.Helper()
 	p := newPlugin(t)
 	p.kek()
 	p.start(args...)
 	c := newCluster(t, p.socket, version)
-	c.start()
+	c.Start()
 	return p, c
 }
 
 const value = "a secret that stands in no database"
 
-func (c *cluster) reads(t *testing.T, names ...string) {
+func (c *encrypting) reads(t *testing.T, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		if got, err := c.read(name); err != nil || got != value {
@@ -108,7 +110,7 @@ func (c *cluster) reads(t *testing.T, names ...string) {
 }
 
 // encrypted wants ciphertext of the plugin's in etcd.
-func (c *cluster) encrypted(t *testing.T, name, version string) []byte {
+func (c *encrypting) encrypted(t *testing.T, name, version string) []byte {
 	t.Helper()
 	data := c.stored(name)
 	if !bytes.HasPrefix(data, []byte("k8s:enc:kms:"+version+":keyagent:")) || bytes.Contains(data, []byte(value)) {
@@ -128,30 +130,33 @@ func TestARealAPIServerKeepsSecretsThroughThePlugin(t *testing.T) {
 			write := func(name string) {
 				t.Helper()
 				if err := c.write(name, value); err != nil {
-					t.Fatalf("%v\nthe plugin said:\n%s", err, tail(p.p.log.String()))
+					t.Fatalf("%v\nthe plugin said:\n%s", err, p.p.Log.Tail())
 				}
 			}
 			write("first")
 			c.encrypted(t, "first", version)
 			c.reads(t, "first")
+			if version == "v2" {
+				c.manifests(t)
+			}
 
 			p.stop()
 			p.start()
 			write("after-plugin")
 			c.reads(t, "first", "after-plugin")
 
-			c.stop()
-			c.start()
+			c.Stop()
+			c.Start()
 			write("after-server")
 			c.reads(t, "first", "after-plugin", "after-server")
 
-			c.stop()
+			c.Stop()
 			p.stop()
 			p.start()
-			c.start()
+			c.Start()
 			c.reads(t, "first", "after-plugin", "after-server")
 
-			if log := p.p.log.String(); strings.Contains(log, value) {
+			if log := p.p.Log.String(); strings.Contains(log, value) {
 				t.Error("the plugin's log has plaintext")
 			}
 			p.stop()
@@ -179,21 +184,21 @@ func TestAKEKChangesUnderLoad(t *testing.T) {
 	for n := 0; ; n++ {
 		name := fmt.Sprintf("load-%d", n)
 		if err := c.write(name, value); err != nil {
-			t.Fatalf("request %d is lost: %v\nthe plugin said:\n%s", n, err, tail(p.p.log.String()))
+			t.Fatalf("request %d is lost: %v\nthe plugin said:\n%s", n, err, p.p.Log.Tail())
 		}
 		names = append(names, name)
 		if keyID(c.encrypted(t, name, "v2")) != before {
 			break
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("after %d writes the API server still uses the old KEK:\n%s", n, tail(p.p.log.String()))
+			t.Fatalf("after %d writes the API server still uses the old KEK:\n%s", n, p.p.Log.Tail())
 		}
 		time.Sleep(250 * time.Millisecond)
 	}
 	t.Logf("%d writes", len(names))
 	c.reads(t, append(names, "old")...)
-	c.stop()
-	c.start()
+	c.Stop()
+	c.Start()
 	c.reads(t, names[0], names[len(names)-1], "old")
 }
 
@@ -247,11 +252,11 @@ func TestAnOutageOfTheSourceEnds(t *testing.T) {
 			}
 			unhealthy := false
 			for deadline := time.Now().Add(4 * time.Minute); !unhealthy && time.Now().Before(deadline); time.Sleep(time.Second) {
-				status, body, err := c.request("GET", "/readyz?verbose", "")
+				status, body, err := c.Request("GET", "/readyz?verbose", "")
 				unhealthy = err == nil && status != 200 && strings.Contains(string(body), "[-]kms")
 			}
 			if !unhealthy {
-				t.Errorf("the API server takes the plugin for healthy:\n%s", tail(p.p.log.String()))
+				t.Errorf("the API server takes the plugin for healthy:\n%s", p.p.Log.Tail())
 			}
 			if err := c.write("during", value); err != nil {
 				t.Errorf("while the source is away: %v", err)
@@ -262,14 +267,14 @@ func TestAnOutageOfTheSourceEnds(t *testing.T) {
 			}
 			healthy := false
 			for deadline := time.Now().Add(2 * time.Minute); !healthy && time.Now().Before(deadline); time.Sleep(time.Second) {
-				status, _, err := c.request("GET", "/readyz", "")
+				status, _, err := c.Request("GET", "/readyz", "")
 				healthy = err == nil && status == 200
 			}
 			if !healthy {
 				t.Error("the API server does not take the plugin back")
 			}
-			c.stop()
-			c.start()
+			c.Stop()
+			c.Start()
 			c.reads(t, "before", "during")
 		})
 	}

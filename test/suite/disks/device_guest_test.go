@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -84,16 +83,7 @@ func TestDiskAHungDiskStopsNothingElse(t *testing.T) {
 	a.waitFor(t, "does not answer")
 	n.must(t, "close", "v-good")
 	n.must(t, "unlock", "v-good")
-	check(t, a.cmd.Process.Signal(syscall.SIGTERM))
-	select {
-	case err := <-a.end:
-		a.end <- err
-		if err != nil {
-			t.Errorf("the agent ended with %v", err)
-		}
-	case <-time.After(20 * time.Second):
-		t.Error("SIGTERM is not heard")
-	}
+	a.terminate(t)
 	resume()
 	n.must(t, "close", "--all")
 }
@@ -114,7 +104,7 @@ func TestDiskALateDiskIsOpenedWhenItComes(t *testing.T) {
 		t.Errorf("status says\n%s", out)
 	}
 	check(t, os.Symlink(device, link))
-	a.waitFor(t, "a late disk is open")
+	a.waitFor(t, "a volume is open after all")
 	holds(t, filepath.Join(at, "note"), "kept")
 	n.must(t, "close", "v-late")
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -54,6 +55,33 @@ func TestDiskAVolumeBeginsWithAnImage(t *testing.T) {
 	m.must(t, "provision", "v-image")
 	holds(t, filepath.Join(at, "hello"), "mine by now")
 	m.must(t, "close", "v-image", "--standalone")
+}
+
+// An agent that runs hears of a volume that is provisioned beside it, and renews its lease,
+// which the command does no longer.
+func TestDiskARunningAgentHearsOfAProvision(t *testing.T) {
+	m := first(t)
+	from, sum := rootImage(t, 24*mib)
+	removed(t, "x-image")
+	m.configure(t, fmt.Sprintf("{id: x-image, device: %s, filesystem: ext4, format: true, on_request: true, from: {path: %s, sha256: %s}}", disk(t, 96*mib), from, sum))
+	a := m.start(t)
+	a.waitFor(t, "msg=ready")
+	m.must(t, "provision", "x-image")
+	first := m.leaseUntil(t, "x-image")
+	for deadline := time.Now().Add(time.Minute); m.leaseUntil(t, "x-image") == first; time.Sleep(time.Second) {
+		if time.Now().After(deadline) {
+			t.Fatalf("nobody renews the lease:\n%s", tail(a.log.String()))
+		}
+	}
+	m.must(t, "close", "x-image")
+	a.kill()
+}
+
+// leaseUntil is the end of a lease as the state of a volume has it.
+func (m *machine) leaseUntil(t *testing.T, id string) string {
+	t.Helper()
+	text := must[[]byte](t)(os.ReadFile(filepath.Join(m.dir, "state", id+".json")))
+	return regexp.MustCompile(`"lease_until":\d+`).FindString(string(text))
 }
 
 // The kernel checks what is read from dm-verity.

@@ -4,9 +4,11 @@ package disks
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -98,6 +100,33 @@ func TestDiskAKeyIsHandedOut(t *testing.T) {
 	running.kill()
 }
 
+// A mapping that could not be compared, since no key service was there to ask for the key,
+// is compared when one is.
+func TestDiskAMappingThatWasNotComparedIsComparedLater(t *testing.T) {
+	n := first(t)
+	const id = "v-uncompared"
+	device, running := n.handsOut(t, id)
+	if out, ok := n.ask(t, id, fmt.Sprintf("kill -KILL %d\n"+opens, running.cmd.Process.Pid, device, id)); !ok {
+		t.Fatal(out)
+	}
+	n.stop()
+	t.Cleanup(func() { n.serve(t) })
+	n.patient = false
+	n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true}", id, device))
+	running = n.start(t)
+	running.waitFor(t, `msg="volume is not open" volume=`+id)
+	if strings.Contains(running.log.String(), `msg="volume is open"`) {
+		t.Fatal(running.log)
+	}
+	n.serve(t)
+	running.waitFor(t, `msg="volume is open" volume=`+id)
+	if out := n.must(t, "status"); !strings.Contains(out, "held") {
+		t.Errorf("status says\n%s", out)
+	}
+	n.must(t, "close", id)
+	running.kill()
+}
+
 // Case 89: between the agent's look and that of a program that reads the disk again the
 // host changes what is there, and maybe back again. What comes of it is taken out of use.
 func TestDiskAHeaderThatIsSwappedBehindAHandedOutKeyIsFound(t *testing.T) {
@@ -119,7 +148,7 @@ func TestDiskAHeaderThatIsSwappedBehindAHandedOutKeyIsFound(t *testing.T) {
 	// by one that is made with the key.
 	swap := `cryptsetup luksFormat -q --type luks2 --uuid UUID --key-file $key --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --cipher aes-xts-plain64 --key-size 512 --sector-size 4096 DEV
 `
-	for name, tt := range map[string]struct{ then, says string }{
+	swaps := map[string]struct{ then, says string }{
 		"another header": {swap + "cryptsetup open --key-file $key DEV ID", "header"},
 		"another header, and back": {`kill -STOP AGENT
 trap 'kill -CONT AGENT' EXIT
@@ -136,7 +165,9 @@ trap 'kill -CONT AGENT' EXIT
 exec 8<>/dev/mapper/ID
 sleep 1000 8<&8 >/dev/null 2>&1 &
 echo $! >SAVED.pid`, "header"},
-	} {
+	}
+	for _, name := range some(t, 3, slices.Sorted(maps.Keys(swaps))) {
+		tt := swaps[name]
 		t.Run(name, func(t *testing.T) {
 			overwrite(t, device, 0, whole)
 			before := len(running.log.String())

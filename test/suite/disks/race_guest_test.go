@@ -29,6 +29,13 @@ func rounds(t *testing.T, ordinary int) int {
 	return must[int](t)(strconv.Atoi(text))
 }
 
+// some are as many of a matrix, by a seed that is printed; all of it on request.
+func some(t *testing.T, ordinary int, all []string) []string {
+	t.Helper()
+	seed.Rand(t).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	return all[:min(rounds(t, ordinary), len(all))]
+}
+
 // two nodes see one disk, each behind a delay of its own.
 type shared struct {
 	image   string

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -208,6 +209,7 @@ type machine struct {
 	tpm       *swtpm.TPM
 	eventLog  string // of the firmware; empty: none
 	more      string // lines of the configuration
+	callers   string // a rule beside that of root
 	patient   bool   // with the program's own limits in place of short ones
 }
 
@@ -232,14 +234,18 @@ func (m *machine) configure(t testing.TB, volumes ...string) {
 	if m.patient {
 		limits = ""
 	}
+	callers := ""
+	if m.callers != "" {
+		callers = ", " + m.callers
+	}
 	text := fmt.Sprintf(`servers: [{address: "127.0.0.1:%s", ca: %s/ca.pem}]
 tpm: {device: "%s", event_log: "%s"}
 state_dir: %s/state
 socket: %s/agent.sock
-callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, backup-header, restore-header], volumes: ["*"]}]
+callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, backup-header, restore-header], volumes: ["*"]}%s]
 %s%s
 volumes:
-`, m.port, m.world.dir, m.tpm.Device, cmp.Or(m.eventLog, "/nonexistent"), m.dir, m.dir, limits, m.more)
+`, m.port, m.world.dir, m.tpm.Device, cmp.Or(m.eventLog, "/nonexistent"), m.dir, m.dir, callers, limits, m.more)
 	if len(volumes) == 0 {
 		text = strings.TrimSuffix(text, "volumes:\n")
 	}
@@ -318,6 +324,21 @@ func (a *agent) waitFor(t testing.TB, word string) {
 			t.Fatalf("the agent never says %q:\n%s", word, tail(a.log.String()))
 		}
 		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// terminate asks the agent to end, and demands that it does so without an error.
+func (a *agent) terminate(t *testing.T) {
+	t.Helper()
+	check(t, a.cmd.Process.Signal(syscall.SIGTERM))
+	select {
+	case err := <-a.end:
+		a.end <- err
+		if err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("SIGTERM is not heard")
 	}
 }
 

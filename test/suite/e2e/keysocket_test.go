@@ -148,19 +148,22 @@ func keySocketFiles(t *testing.T, n *node) []lab.File {
 		lab.File{Path: "/usr/bin/forge", Data: []byte(forge), Mode: 0o755})
 }
 
-// threeParts gives the machine's disk three partitions.
-func threeParts(t *testing.T, n *node) {
+// The partitions of a disk begin there, and each is as large.
+const partStart, partSize = 1 << 20, 40 << 20
+
+// partition gives the machine's disk partitions, at most four.
+func partition(t *testing.T, n *node, count int) {
 	t.Helper()
-	const size, part = 128 << 20, 40 << 20 / 512
+	const part = partSize / 512
 	sector := make([]byte, 512)
-	for i := range 3 {
+	for i := range count {
 		entry := sector[446+16*i:]
 		entry[4] = 0x83
-		binary.LittleEndian.PutUint32(entry[8:], uint32(2048+i*part))
+		binary.LittleEndian.PutUint32(entry[8:], uint32(partStart/512+i*part))
 		binary.LittleEndian.PutUint32(entry[12:], part)
 	}
 	copy(sector[510:], "\x55\xaa")
-	must(t, os.Truncate(n.disk, size))
+	must(t, os.Truncate(n.disk, partStart+int64(count)*partSize))
 	f, err := os.OpenFile(n.disk, os.O_WRONLY, 0)
 	must(t, err)
 	_, err = f.WriteAt(sector, 0)
@@ -173,9 +176,13 @@ func threeParts(t *testing.T, n *node) {
 func TestAKeySocketOpensALineOfCrypttab(t *testing.T) {
 	n := newNode(t, commandLine("keysocket"))
 	n.limit = 8 * time.Minute // each transient unit takes seconds under emulation
-	threeParts(t, n)
+	partition(t, n, 3)
 	esp := n.path("expected.esp")
-	for i, verb := range []string{"wrote", "read"} {
+	verbs := []string{"wrote", "read"}
+	if os.Getenv("KEYAGENT_BOOTS_FULL") == "" {
+		verbs = verbs[:1] // TestCrypttabOpensItsDisks finds what its first boot wrote
+	}
+	for i, verb := range verbs {
 		g := n.boot(t, esp, n.root(t, keySocketScript, keySocketFiles(t, n)...))
 		wantStatus(t, g, 0)
 		for _, at := range []string{"data", "drop", "vault"} {
@@ -191,15 +198,15 @@ func TestAKeySocketOpensALineOfCrypttab(t *testing.T) {
 			"E2E verified keys", "E2E asked for a passphrase: 0 times")...)
 		forged(t, g)
 		if hasLine(g, "ALARM") {
-			t.Errorf("boot %d: an honest mapping was taken out of use", i+1)
+			complain(t, "boot %d: an honest mapping was taken out of use", i+1)
 		}
 		if formatted := hasLine(g, `"step":"formatted"`); formatted != (i == 0) {
-			t.Errorf("boot %d: formatted: %v", i+1, formatted)
+			complain(t, "boot %d: formatted: %v", i+1, formatted)
 		}
 		log, err := os.ReadFile(n.service.AuditLog())
 		must(t, err)
 		if got := bytes.Count(log, []byte(`"release-lease"`)); got < 2*(i+1) {
-			t.Errorf("boot %d: leases were given back %d times in all", i+1, got)
+			complain(t, "boot %d: leases were given back %d times in all", i+1, got)
 		}
 		logTimeline(t, i+1, g)
 	}
@@ -225,7 +232,7 @@ func forged(t *testing.T, g *lab.Guest) {
 		"asks for no key")
 	for _, l := range g.Lines() {
 		if strings.Contains(l.Text, "Give root password") || strings.Contains(strings.ToLower(l.Text), "enter passphrase for") {
-			t.Errorf("the console asks: %s", l.Text)
+			complain(t, "the console asks: %s", l.Text)
 		}
 	}
 }

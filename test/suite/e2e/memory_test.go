@@ -82,7 +82,7 @@ func TestTheDEKIsGone(t *testing.T) {
 	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E scratch /dev/mapper/scratch", "E2E stopped: inactive written before the dump")
 	status := statusOf(t, g)
 
-	dek := n.dek(t)
+	dek := n.dek(t, "data")
 	volumeKey := n.volumeKey(t, dek)
 	t.Run("scratch", func(t *testing.T) { throwawayIsGone(t, dumps, volumeKey) })
 	delete(dumps, "scratch")
@@ -251,8 +251,8 @@ func TestSchedulesOfAESAreRecognised(t *testing.T) {
 	}
 }
 
-// dek is the key of the volume, which anyone who has the master secret can derive.
-func (n *node) dek(t *testing.T) []byte {
+// dek is the key of a volume, which anyone who has the master secret can derive.
+func (n *node) dek(t *testing.T, volume string) []byte {
 	t.Helper()
 	master, err := cluster.LoadMasterSecret(n.service.MasterSecret())
 	must(t, err)
@@ -260,7 +260,7 @@ func (n *node) dek(t *testing.T) []byte {
 	k, err := cluster.New(cluster.Options{MasterSecret: master})
 	must(t, err)
 	defer k.Close()
-	key, _, err := k.Generate(context.Background(), kms.Binding{VolumeID: "data", Purpose: kms.VolumeDEK, Version: 1, Length: 32})
+	key, _, err := k.Generate(context.Background(), kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: 32})
 	must(t, err)
 	defer key.Close()
 	var dek []byte

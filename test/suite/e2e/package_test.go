@@ -11,7 +11,12 @@ import (
 )
 
 // deb builds the Debian package of the program under test.
-func deb(t *testing.T, version string) string {
+func deb(t testing.TB, version string) string {
+	t.Helper()
+	return packageOf(t, program, version)
+}
+
+func packageOf(t testing.TB, program, version string) string {
 	t.Helper()
 	out := t.TempDir()
 	cmd := exec.Command("../../../deploy/debian/build", program, version, out)
@@ -52,7 +57,7 @@ func TestThePackageIsInstalledUpgradedAndPurged(t *testing.T) {
 		t.Errorf("man keyagent: %v: %s", err, text)
 	}
 	cache, _ := debian(t)
-	tar, err := cache.Debian(t.Context())
+	tar, err := cache.Debian(t.Context(), "bookworm")
 	must(t, err)
 	root := t.TempDir()
 	run := func(name string, args ...string) string {
@@ -102,6 +107,12 @@ func TestThePackageIsInstalledUpgradedAndPurged(t *testing.T) {
 	}
 	if got := inside("dpkg-query", "-W", "-f", "${Version}", "keyagent"); got != "0.2.0" {
 		t.Errorf("after the upgrade it is version %s", got)
+	}
+	// As a builder of images does. Debian's own preset enables what no other one names.
+	inside("systemctl", "preset-all")
+	enabled := inside("sh", "-c", "find /etc/systemd/system -name 'keyagent-*' -path '*.wants/*'")
+	if strings.TrimSpace(enabled) != "/"+wanted {
+		t.Errorf("systemctl preset-all enables %q", enabled)
 	}
 	inside("dpkg", "--purge", "keyagent")
 	for _, path := range []string{wanted, "usr/bin/keyagent", "usr/lib/systemd/system/keyagent-agent.service", "usr/lib/systemd/system-generators/keyagent-generator"} {

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,20 +16,30 @@ import (
 
 	"github.com/keyagent/keyagent/internal/demo"
 	"github.com/keyagent/keyagent/internal/lab"
+	"github.com/keyagent/keyagent/internal/lab/pki"
+	"github.com/keyagent/keyagent/test/sim/seed"
 )
 
 // rootPackages are of the system whose root file system keyagent opens.
 var rootPackages = []string{"initramfs-tools", "dracut-core", "dracut-network", "zstd", "cryptsetup", "cryptsetup-initramfs", "dmsetup", "procps"}
 
-// rootConfig is that of the initrd, and with callers that of the agent.
+// silentAddress is a key service that accepts connections and says nothing.
+const silentAddress = "10.0.2.103:8443"
+
+// rootConfig is that of the agent, and with rootRetry that of the initrd.
 const rootConfig = `servers:
+  - address: ` + silentAddress + `
+    name: keyservice.demo
+    ca: ca.pem
   - address: ` + demo.KeyServiceAddress + `
     name: keyservice.demo
     ca: ca.pem
-retry: {budget: 15s}
 volumes:
   - {id: root, device: /dev/disk/by-id/virtio-data, format: true}
 `
+
+// rootRetry has the console say soon that the key service does not answer.
+const rootRetry = "retry: {budget: 15s}\n"
 
 const rootCallers = `callers:
   - {uid: 0, operations: [open, close, status, list], volumes: ["*"]}
@@ -41,6 +52,29 @@ case "$1" in prereqs) exit 0 ;; esac
 [ "$(blkid -o value -s TYPE /dev/mapper/root)" = ext4 ] || dd if=/dev/disk/by-id/virtio-root of=/dev/mapper/root bs=1M
 `
 
+// lateScript takes the disk and the TPM away before the initrd looks for them, where the
+// command line says so, and gives the disk back after 90 seconds and the TPM a little later. Of
+// the TPM it takes the nodes alone: a driver that is bound again calls it tpm1.
+const lateScript = `#!/bin/sh
+case "$1" in prereqs) echo udev; exit 0 ;; esac
+grep -q bed.late /proc/cmdline || exit 0
+for disk in /sys/block/vd*; do
+	[ "$(cat "$disk/serial")" = data ] && disk=$(basename "$(readlink -f "$disk/device")") && break
+done
+echo "$disk" >/sys/bus/virtio/drivers/virtio_blk/unbind
+mkdir /dev/held
+mv /dev/tpm0 /dev/tpmrm0 /dev/held
+[ -e /dev/tpm0 ] || [ -e /dev/disk/by-id/virtio-data ] || echo "E2E no TPM and no disk" >/dev/console
+(
+	sleep 90
+	echo "E2E there is a disk" >/dev/console
+	echo "$disk" >/sys/bus/virtio/drivers/virtio_blk/bind
+	sleep 25
+	echo "E2E there is a TPM" >/dev/console
+	mv /dev/held/* /dev
+) &
+`
+
 // rootScript is what the system does once it is up.
 const rootScript = `
 echo "E2E root $(findmnt -n -r -o SOURCE,FSTYPE /)"
@@ -48,6 +82,7 @@ echo "E2E agent $(systemctl is-active keyagent-agent.service) $(systemctl show k
 keyagent status | sed 's/^/E2E status /'
 journalctl -b -o cat --no-pager -u keyagent-agent.service
 echo "E2E emergency $(systemctl is-active emergency.service) $(systemctl is-active rescue.service)"
+ip -d link show | grep -o "vlan protocol 802.1Q id [0-9]*" | sed 's/^/E2E /'
 echo "E2E read: $(cat /var/lib/hello 2>/dev/null || echo nothing)"
 number=$(sed -n 's/boot //p' /var/lib/hello 2>/dev/null)
 echo "boot $((number + 1))" >/var/lib/hello
@@ -72,13 +107,14 @@ func newRootSystem(t *testing.T) *rootSystem {
 		Kernel: s.kernel, Packages: rootPackages, Script: rootScript,
 		Files: []lab.File{
 			{Path: "/keyagent.deb", Source: deb(t, "v0.1.0")},
-			{Path: "/etc/keyagent/initrd.yaml", Data: []byte(rootConfig)},
+			{Path: "/etc/keyagent/initrd.yaml", Data: []byte(rootConfig + rootRetry)},
 			{Path: "/etc/keyagent/agent.yaml", Data: []byte(rootConfig + rootCallers)},
 			{Path: "/etc/keyagent/ca.pem", Data: ca},
 			{Path: "/etc/fstab", Data: []byte("/dev/mapper/root / ext4 noatime 0 1\n")},
 			// Those that the hook names, and no others: an image is built on another machine.
 			{Path: "/etc/initramfs-tools/conf.d/modules", Data: []byte("MODULES=list\nCOMPRESSLEVEL=3\n")},
 			{Path: "/etc/initramfs-tools/scripts/local-premount/seed", Data: []byte(seedScript), Mode: 0o755},
+			{Path: "/etc/initramfs-tools/scripts/init-top/late", Data: []byte(lateScript), Mode: 0o755},
 		},
 		Setup: `
 dpkg -i /keyagent.deb
@@ -102,10 +138,16 @@ rm /etc/crypttab
 
 // accept makes a disk to start from, which the policy accepts from then on, in the boot
 // phases that are given.
-func (s *rootSystem) accept(t *testing.T, name, initrd string, phases ...string) (esp string) {
+func (s *rootSystem) accept(t testing.TB, name, initrd string, phases ...string) (esp string) {
+	t.Helper()
+	return s.acceptWith(t, name, initrd, "", phases...)
+}
+
+// acceptWith has more words on the command line.
+func (s *rootSystem) acceptWith(t testing.TB, name, initrd, words string, phases ...string) (esp string) {
 	t.Helper()
 	s.initrd = filepath.Join(s.system.Boot, initrd)
-	uki, esp := s.image2(t, name, "")
+	uki, esp := s.image2(t, name, words)
 	args := []string{"measure", "--name", name, "--trust", "root:demo", "--uki", uki, "--event-log", "trusted.log", "--pcrs", "0,1,2,3,4,5,6,7,11"}
 	for _, p := range phases {
 		args = append(args, "--phase", p)
@@ -117,12 +159,16 @@ func (s *rootSystem) accept(t *testing.T, name, initrd string, phases ...string)
 }
 
 // image2 makes what the machine starts from, with more words on the command line.
-func (s *rootSystem) image2(t *testing.T, name, more string) (uki, esp string) {
-	return s.node.image(t, name, strings.TrimSpace(lab.CommandLine("root=/dev/mapper/root", "rw", "systemd.gpt_auto=0", "nohibernate", "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:none")+" "+more))
+func (s *rootSystem) image2(t testing.TB, name, more string) (uki, esp string) {
+	network := "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:none"
+	if strings.Contains(more, "ip=") {
+		network = ""
+	}
+	return s.node.image(t, name, strings.Join(strings.Fields(lab.CommandLine("root=/dev/mapper/root", "rw", "systemd.gpt_auto=0", "nohibernate", network)+" "+more), " "))
 }
 
 // policy writes the policy, and starts the key service.
-func (s *rootSystem) policy(t *testing.T, names ...string) {
+func (s *rootSystem) policy(t testing.TB, names ...string) {
 	t.Helper()
 	var b bytes.Buffer
 	fmt.Fprintf(&b, `version: 2
@@ -154,19 +200,59 @@ profiles:
 	must(t, os.WriteFile(s.path("service/serve.yaml"), bytes.Replace(config, []byte("127.0.0.1:0"), []byte(s.service.Address), 1), 0o600))
 }
 
+// silent makes a server that the machine asks first and that says nothing.
+func (s *rootSystem) silent(t testing.TB) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	t.Cleanup(func() { listener.Close() })
+	s.forward = append(s.forward, lab.Forward{Guest: silentAddress, Host: listener.Addr().String()})
+}
+
+// another gives the key service a certificate of another authority, until undone.
+func (s *rootSystem) another(t testing.TB) (undo func()) {
+	t.Helper()
+	must(t, s.service.Stop())
+	keep := map[string][]byte{}
+	for _, name := range []string{"ca.pem", "server.pem", "server.key"} {
+		data, err := os.ReadFile(s.path("service/" + name))
+		must(t, err)
+		keep[name] = data
+	}
+	ca, err := pki.NewAuthority()
+	must(t, err)
+	cert, err := ca.Server("keyservice.demo")
+	must(t, err)
+	must(t, ca.Write(s.path("service"), cert))
+	must(t, s.service.Start(context.WithoutCancel(t.Context())))
+	return func() {
+		must(t, s.service.Stop())
+		for name, data := range keep {
+			must(t, os.WriteFile(s.path("service/"+name), data, 0o600))
+		}
+		must(t, s.service.Start(context.WithoutCancel(t.Context())))
+	}
+}
+
 // A root file system is opened in the initrd of initramfs-tools and in that of dracut,
 // and the agent of the real system takes it over. Who is refused stands outside, without
 // a shell.
 func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
+	full := os.Getenv("KEYAGENT_BOOTS_FULL") != ""
+	r := seed.Rand(t)
 	s := newRootSystem(t)
-	classic := s.accept(t, "classic", "initrd.img-"+s.kernel.Release, "", "sysinit", "sysinit:ready")
-	keyscript := s.accept(t, "keyscript", "keyscript.img", "", "sysinit", "sysinit:ready")
+	s.silent(t)
+	phases := []string{"", "sysinit", "sysinit:ready"}
+	classic := s.accept(t, "classic", "initrd.img-"+s.kernel.Release, phases...)
+	late := s.acceptWith(t, "late", "initrd.img-"+s.kernel.Release, "bed.late vlan=eth0.10:eth0 ip=:::::eth0:dhcp", phases...)
+	keyscript := s.accept(t, "keyscript", "keyscript.img", phases...)
 	dracut := s.accept(t, "dracut", "dracut.img", "enter-initrd", "enter-initrd:leave-initrd:sysinit", "enter-initrd:leave-initrd:sysinit:ready")
-	s.policy(t, "classic", "dracut", "keyscript")
+	s.policy(t, "classic", "late", "dracut", "keyscript")
 
-	good := []string{classic, dracut, keyscript}
-	if os.Getenv("KEYAGENT_BOOTS_FULL") != "" {
-		good = append(good, classic, dracut, keyscript)
+	// Of what is alike, one; all of it, and twice, where all is wanted.
+	good := []string{classic, dracut, []string{keyscript, late}[r.IntN(2)]}
+	if full {
+		good = []string{classic, dracut, keyscript, late, classic, dracut, keyscript}
 	}
 	for i, esp := range good {
 		if i == 1 {
@@ -190,21 +276,49 @@ func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 		} else {
 			wantLines(t, g, fmt.Sprintf("E2E read: boot %d", i))
 		}
-		quiet(t, g)
+		if esp == late {
+			wantLines(t, g, "E2E vlan protocol 802.1Q id 10", "E2E no TPM and no disk", "E2E there is a TPM", "E2E there is a disk",
+				"keyagent: attempt 1: not found", "no attestation device")
+		}
+		s.quiet(t, g)
 		logTimeline(t, i+1, g)
 	}
 
+	s.volumeKey(t, s.dek(t, "root")) // it is the key that consoles are searched for
 	before := digest(t, s.disk)
 	_, changed := s.image2(t, "changed", "init.debug")
 	s.refused(t, changed, "evidence refused", "correlation id")
-	s.clock = time.Now().AddDate(11, 0, 0)
-	s.refused(t, classic, "server not trusted")
-	s.clock = time.Time{}
-	if digest(t, s.disk) != before {
-		t.Error("a machine that was refused has changed its disk")
+	bad := []func(){
+		func() {
+			s.clock = time.Now().AddDate(11, 0, 0)
+			s.refused(t, classic, "server not trusted")
+			s.clock = time.Time{}
+		},
+		func() {
+			undo := s.another(t)
+			s.refused(t, dracut, "server not trusted")
+			undo()
+		},
+		func() {
+			was := digest(t, s.disk)
+			flip(t, s.disk, 0x1000+100, 0x5000+100)
+			s.refused(t, dracut, "header refused", "correlation id")
+			flip(t, s.disk, 0x1000+100, 0x5000+100)
+			if digest(t, s.disk) != was {
+				complain(t, "a header that is refused was changed")
+			}
+		},
 	}
-	flip(t, s.disk, 0x1000+100, 0x5000+100)
-	s.refused(t, dracut, "header refused", "correlation id")
+	r.Shuffle(len(bad), func(i, j int) { bad[i], bad[j] = bad[j], bad[i] })
+	if !full {
+		bad = bad[:1]
+	}
+	for _, b := range bad {
+		b()
+	}
+	if digest(t, s.disk) != before {
+		complain(t, "a machine that was refused has changed its disk")
+	}
 }
 
 // flip changes a byte at each offset.
@@ -227,25 +341,36 @@ func (s *rootSystem) refused(t *testing.T, esp string, says ...string) {
 	t.Helper()
 	g := s.boot(t, esp, s.system.Image)
 	if status, err := g.Wait(t.Context()); !errors.Is(err, lab.ErrDied) {
-		t.Errorf("the guest ended with %d, %v", status, err)
+		complain(t, "the guest ended with %d, %v", status, err)
 	}
 	wantLines(t, g, append(says, "reboot: Restarting system")...)
 	if hasLine(g, "E2E root") {
-		t.Error("the system has started")
+		complain(t, "the system has started")
 	}
-	quiet(t, g)
+	s.quiet(t, g)
 }
 
 // prompts are what a console says that waits for a person.
 var prompts = []string{"enter passphrase", "please unlock disk", "give root password", "(initramfs)", "press enter", "emergency mode", "dracut:/#", "dropping to a shell", "login:", "sh: can't access tty"}
 
-// quiet fails where the console, which is the host's, offers something.
+// quiet fails where the console, which is the host's, offers something or shows the key.
+func (s *rootSystem) quiet(t *testing.T, g *lab.Guest) {
+	t.Helper()
+	quiet(t, g)
+	for form, text := range textForms(s.dek(t, "root")) {
+		if hasLine(g, string(text)) {
+			complain(t, "the console shows the DEK (%s)", form)
+		}
+	}
+}
+
+// quiet fails where the console offers something.
 func quiet(t *testing.T, g *lab.Guest) {
 	t.Helper()
 	for _, l := range g.Lines() {
 		for _, p := range prompts {
 			if strings.Contains(strings.ToLower(l.Text), p) {
-				t.Errorf("the console asks: %s", l.Text)
+				complain(t, "the console asks: %s", l.Text)
 			}
 		}
 	}

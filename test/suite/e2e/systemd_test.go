@@ -57,7 +57,7 @@ func TestAMeasuredNodeUnlocksItsDisk(t *testing.T) {
 	unitsHold(t, second)
 	wantLines(t, second, "E2E read: written by the first boot")
 	if hasLine(second, `"step":"formatted"`) {
-		t.Error("the second boot has formatted")
+		complain(t, "the second boot has formatted")
 	}
 
 	t.Log("third boot: one word more on the kernel command line")
@@ -66,7 +66,7 @@ func TestAMeasuredNodeUnlocksItsDisk(t *testing.T) {
 	third := n.boot(t, changed, n.root(t, nodeScript))
 	wantStatus(t, third, 3)
 	if after := digest(t, n.disk); after != before {
-		t.Error("the refused node has changed its disk")
+		complain(t, "the refused node has changed its disk")
 	}
 	n.refused(t, third)
 	for i, g := range []*lab.Guest{first, second, third} {
@@ -91,10 +91,10 @@ func opened(t *testing.T, g *lab.Guest) {
 		}
 	}
 	if len(namespaces) != 2 || namespaces[0] != namespaces[1] {
-		t.Errorf("the unit must share the machine's mount namespace, they are %q", namespaces)
+		complain(t, "the unit must share the machine's mount namespace, they are %q", namespaces)
 	}
 	if v := statusOf(t, g); v.ID != "data" || v.State != "mounted" || v.Mount != "/data" || v.Generation == 0 {
-		t.Errorf("keyagent status says %+v", v)
+		complain(t, "keyagent status says %+v", v)
 	}
 }
 
@@ -136,7 +136,7 @@ func (n *node) refused(t *testing.T, g *lab.Guest) {
 		"E2E mappings No devices found", "evidence refused")
 	for _, text := range []string{"E2E the mapping exists", "E2E the file can be read", "E2E findmnt /"} {
 		if hasLine(g, text) {
-			t.Errorf("the refused guest printed %q", text)
+			complain(t, "the refused guest printed %q", text)
 		}
 	}
 	entry, err := n.service.Await(t.Context(), "attestation refused", "", 10*time.Second)
@@ -145,17 +145,21 @@ func (n *node) refused(t *testing.T, g *lab.Guest) {
 	text, _ := entry["error"].(string)
 	t.Logf("key service: refused, correlation id %s: %s", id, text)
 	if id == "" || !hasLine(g, id) {
-		t.Errorf("the guest's journal does not show the correlation ID %q of the service's log", id)
+		complain(t, "the guest's journal does not show the correlation ID %q of the service's log", id)
 	}
 	for _, want := range []string{"kernel command line", "expected", "found"} {
 		if !strings.Contains(text, want) {
-			t.Errorf("the service's log does not say %q: %s", want, text)
+			complain(t, "the service's log does not say %q: %s", want, text)
 		}
 	}
 }
 
 // logTimeline logs the way from power on to a mounted volume.
 func logTimeline(t *testing.T, number int, g *lab.Guest) {
+	t.Helper()
+	if t.Failed() {
+		return // the errors must not drown
+	}
 	for _, m := range g.Marks() {
 		t.Logf("boot %d: %8.3f s after power on, %8.3f s of the guest's clock: %s", number, m.At.Seconds(), m.Uptime.Seconds(), m.Name)
 	}

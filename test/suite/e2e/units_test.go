@@ -68,13 +68,13 @@ func unitsHold(t *testing.T, g *lab.Guest) {
 			if _, text, ok := strings.Cut(l.Text, "E2E security "+unit+" "); ok {
 				_, number, _ := strings.Cut(text, ".service: ")
 				if _, err := fmt.Sscan(number, &score); err != nil {
-					t.Errorf("systemd-analyze security says %q", text)
+					complain(t, "systemd-analyze security says %q", text)
 				}
 			}
 		}
 		t.Logf("keyagent-%s.service: exposure %.1f, at most %.1f", unit, score, most)
 		if score < 0 || score > most {
-			t.Errorf("keyagent-%s.service has an exposure of %.1f, at most %.1f is allowed", unit, score, most)
+			complain(t, "keyagent-%s.service has an exposure of %.1f, at most %.1f is allowed", unit, score, most)
 		}
 	}
 }
@@ -95,7 +95,7 @@ func TestTheAgentsUnitTriesAgainWhatMayChange(t *testing.T) {
 		failure.NeedsRepair: false,
 	} {
 		if slices.Contains(final, strconv.Itoa(failure.ExitCode(class))) == again {
-			t.Errorf("%s, exit code %d: tried again must be %v", class, failure.ExitCode(class), again)
+			complain(t, "%s, exit code %d: tried again must be %v", class, failure.ExitCode(class), again)
 		}
 	}
 }

@@ -21,7 +21,7 @@ import (
 
 // roots are the folders of public packages: all but the commands, the tests and what
 // is internal.
-var roots = []string{"./api/...", "./attestation/...", "./kms/...", "./luks/...", "./storage/...", "./systemd/..."}
+var roots = []string{"./api/...", "./attestation/...", "./csi/...", "./kms/...", "./luks/...", "./storage/...", "./systemd/..."}
 
 // public loads the public packages as their importers see them.
 func public(t *testing.T) (packages []*types.Package) {
