@@ -13,7 +13,7 @@ depends() {
 }
 
 installkernel() {
-	hostonly='' instmods dm_crypt xts aesni_intel algif_skcipher algif_hash cryptd sha256_ssse3 \
+	hostonly='' instmods dm_crypt dm_integrity authenc hmac xts aesni_intel algif_skcipher algif_hash cryptd sha256_ssse3 \
 		tpm_crb tpm_tis tpm_tis_core sev-guest tdx-guest tsm configfs \
 		virtio_pci virtio_blk virtio_scsi virtio_net nvme hv_vmbus hv_storvsc hv_netvsc gve ena mana 8021q
 }
@@ -26,7 +26,7 @@ must() {
 
 install() {
 	must inst_binary keyagent
-	inst_multiple -o mke2fs mkfs.ext4 e2fsck mkfs.xfs mkfs.btrfs /etc/mke2fs.conf
+	inst_multiple -o mke2fs mkfs.ext4 e2fsck resize2fs mkfs.xfs mkfs.btrfs /etc/mke2fs.conf
 	must keyagent initrd install --systemd "$initdir"
 	must inst_simple "$systemdsystemunitdir/keyagent-initrd.service"
 	must "$SYSTEMCTL" -q --root "$initdir" add-wants initrd-root-device.target keyagent-initrd.service
