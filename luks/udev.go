@@ -86,6 +86,20 @@ func (c cookie) drop() {
 	}
 }
 
+// Announce tells udev that what is on a mapping has changed: a filesystem was made there.
+// udev looks by itself when a writer closes its node, but not while it still works on the
+// event of the mapping, and then what waits for the filesystem waits for ever. Without udev
+// it does nothing.
+func Announce(m Mapping) error {
+	if _, err := os.Stat(udevControl); err != nil {
+		return nil
+	}
+	if err := os.WriteFile(fmt.Sprintf("/sys/dev/block/%d:%d/uevent", m.Device.Major, m.Device.Minor), []byte("change"), 0); err != nil {
+		return fmt.Errorf("tell udev of %s: %w", m.Name, err)
+	}
+	return nil
+}
+
 // ensureNode makes sure that the path of a mapping leads to it.
 func ensureNode(m Mapping) error {
 	switch _, err := os.Stat(m.Path); {

@@ -206,6 +206,7 @@ func (o *opening) throwaway(ctx context.Context) error {
 
 // prepare makes what a throw-away mapping is for.
 func (o *opening) prepare(ctx context.Context) error {
+	defer o.announce()
 	if o.v.Kind == node.Swap {
 		if err := filesystem.MakeSwap(ctx, o.mapping.Path); err != nil {
 			return err

@@ -152,12 +152,20 @@ func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 			return err
 		}
 	}
+	defer o.announce()
 	if o.v.From != nil {
 		return o.copyImage(ctx)
 	}
 	return o.step(ctx, "filesystem", func() error {
 		return filesystem.Make(ctx, o.mapping.Path, o.v.Filesystem, filesystem.Options{Label: o.v.Label, OneWriter: o.e.lease != nil && !o.v.NoMMP})
 	})
+}
+
+// announce tells udev of what was made: units of systemd wait for its word.
+func (o *opening) announce() {
+	if err := luks.Announce(o.mapping); err != nil {
+		o.Log.Warn("udev does not look at a volume again", "volume", o.v.ID, "error", err)
+	}
 }
 
 // claimData sets the mark of this attempt on a disk on which nobody has written data.
