@@ -35,8 +35,11 @@ const rootConfig = `servers:
     name: keyservice.demo
     ca: ca.pem
 volumes:
-  - {id: root, device: /dev/disk/by-id/virtio-data, format: true}
+  - {id: root, device: /dev/disk/by-id/virtio-data, format: true, filesystem: ext4, label: fresh}
 `
+
+// rootDisk is the size of the disk below it, in bytes.
+const rootDisk = 640 << 20
 
 // rootRetry has the console say soon that the key service does not answer.
 const rootRetry = "retry: {budget: 15s}\n"
@@ -49,7 +52,19 @@ const rootCallers = `callers:
 // somewhere, and here it is the disk beside it.
 const seedScript = `#!/bin/sh
 case "$1" in prereqs) exit 0 ;; esac
-[ "$(blkid -o value -s TYPE /dev/mapper/root)" = ext4 ] || dd if=/dev/disk/by-id/virtio-root of=/dev/mapper/root bs=1M
+[ "$(blkid -o value -s LABEL /dev/mapper/root)" != fresh ] || dd if=/dev/disk/by-id/virtio-root of=/dev/mapper/root bs=1M
+`
+
+// seedUnit runs it in an initrd of systemd, which waits for the volume by its unit.
+const seedUnit = `[Unit]
+DefaultDependencies=no
+Requires=dev-mapper-root.device
+After=dev-mapper-root.device
+Before=systemd-fsck-root.service sysroot.mount
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/bin/seed
 `
 
 // lateScript takes the disk and the TPM away before the initrd looks for them, where the
@@ -99,7 +114,7 @@ func newRootSystem(t *testing.T) *rootSystem {
 	t.Helper()
 	s := &rootSystem{node: newMachine(t, true)}
 	s.limit = 8 * time.Minute
-	must(t, os.Truncate(s.disk, 640<<20))
+	must(t, os.Truncate(s.disk, rootDisk))
 	ca, err := os.ReadFile(s.service.CA())
 	must(t, err)
 	release := s.kernel.Release
@@ -114,6 +129,8 @@ func newRootSystem(t *testing.T) *rootSystem {
 			// Those that the hook names, and no others: an image is built on another machine.
 			{Path: "/etc/initramfs-tools/conf.d/modules", Data: []byte("MODULES=list\nCOMPRESSLEVEL=3\n")},
 			{Path: "/etc/initramfs-tools/scripts/local-premount/seed", Data: []byte(seedScript), Mode: 0o755},
+			{Path: "/seed/usr/bin/seed", Data: []byte(seedScript), Mode: 0o755},
+			{Path: "/seed/usr/lib/systemd/system/seed.service", Data: []byte(seedUnit)},
 			{Path: "/etc/initramfs-tools/scripts/init-top/late", Data: []byte(lateScript), Mode: 0o755},
 		},
 		Setup: `
@@ -121,7 +138,9 @@ dpkg -i /keyagent.deb
 rm /keyagent.deb
 systemctl enable keyagent-agent.service
 update-initramfs -c -k ` + release + `
-dracut --quiet --force --no-hostonly --compress "zstd -q -3 -T0" --omit "plymouth btrfs lvm mdraid dmraid multipath nfs iscsi qemu crypt network-legacy" /boot/dracut.img ` + release + `
+mkdir -p /seed/usr/lib/systemd/system/initrd-root-fs.target.wants
+ln -s ../seed.service /seed/usr/lib/systemd/system/initrd-root-fs.target.wants
+dracut --quiet --force --no-hostonly --include /seed / --install "blkid dd" --compress "zstd -q -3 -T0" --omit "plymouth btrfs lvm mdraid dmraid multipath nfs iscsi qemu crypt network-legacy" /boot/dracut.img ` + release + `
 # An initrd that opens the volume itself, with our key.
 cp /etc/keyagent/initrd.yaml /initrd.yaml
 sed -i 's/format: true/on_request: true/' /etc/keyagent/initrd.yaml
@@ -249,39 +268,20 @@ func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 	dracut := s.accept(t, "dracut", "dracut.img", "enter-initrd", "enter-initrd:leave-initrd:sysinit", "enter-initrd:leave-initrd:sysinit:ready")
 	s.policy(t, "classic", "late", "dracut", "keyscript")
 
-	// Of what is alike, one; all of it, and twice, where all is wanted.
-	good := []string{classic, dracut, []string{keyscript, late}[r.IntN(2)]}
-	if full {
-		good = []string{classic, dracut, keyscript, late, classic, dracut, keyscript}
+	// Of what is alike, one; all of it, and twice, where all is wanted. The first of each
+	// row creates the volume.
+	rows := [][]string{{classic, dracut, []string{keyscript, late}[r.IntN(2)]}}
+	if row := rows[0]; r.IntN(2) == 0 {
+		row[0], row[1] = row[1], row[0]
 	}
-	for i, esp := range good {
-		if i == 1 {
-			must(t, s.service.Stop())
+	if full {
+		rows = [][]string{{dracut}, {classic, dracut, keyscript, late, classic, dracut, keyscript}}
+	}
+	for i, row := range rows {
+		if i > 0 {
+			s.empty(t)
 		}
-		g := s.boot(t, esp, s.system.Image)
-		if i == 1 {
-			// A key service that is down is waited for, and the machine starts without
-			// being switched on again.
-			_, err := g.WaitLine(t.Context(), "keyagent: attempt 1: service unreachable")
-			must(t, err)
-			must(t, s.service.Start(context.WithoutCancel(t.Context())))
-		}
-		if _, err := g.Wait(t.Context()); err != nil {
-			t.Log(strings.Join(s.service.Log(), "\n"))
-		}
-		wantStatus(t, g, 0)
-		wantLines(t, g, "E2E root /dev/mapper/root ext4", "E2E agent active", "took over a mapping from the initrd", "E2E emergency inactive inactive")
-		if i == 0 {
-			wantLines(t, g, "E2E read: nothing")
-		} else {
-			wantLines(t, g, fmt.Sprintf("E2E read: boot %d", i))
-		}
-		if esp == late {
-			wantLines(t, g, "E2E vlan protocol 802.1Q id 10", "E2E no TPM and no disk", "E2E there is a TPM", "E2E there is a disk",
-				"keyagent: attempt 1: not found", "no attestation device")
-		}
-		s.quiet(t, g)
-		logTimeline(t, i+1, g)
+		s.comesUp(t, row, late)
 	}
 
 	s.volumeKey(t, s.dek(t, "root")) // it is the key that consoles are searched for
@@ -319,6 +319,50 @@ func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 	if digest(t, s.disk) != before {
 		complain(t, "a machine that was refused has changed its disk")
 	}
+}
+
+// comesUp boots the machine from each image in turn.
+func (s *rootSystem) comesUp(t *testing.T, esps []string, late string) {
+	t.Helper()
+	for i, esp := range esps {
+		if i == 1 {
+			must(t, s.service.Stop())
+		}
+		g := s.boot(t, esp, s.system.Image)
+		if i == 1 {
+			// A key service that is down is waited for, and the machine starts without
+			// being switched on again.
+			_, err := g.WaitLine(t.Context(), "keyagent: attempt 1: service unreachable")
+			must(t, err)
+			must(t, s.service.Start(context.WithoutCancel(t.Context())))
+		}
+		if _, err := g.Wait(t.Context()); err != nil {
+			t.Log(strings.Join(s.service.Log(), "\n"))
+		}
+		wantStatus(t, g, 0)
+		wantLines(t, g, "E2E root /dev/mapper/root ext4", "E2E agent active", "took over a mapping from the initrd", "E2E emergency inactive inactive")
+		if i == 0 {
+			wantLines(t, g, "E2E read: nothing")
+		} else {
+			wantLines(t, g, fmt.Sprintf("E2E read: boot %d", i))
+		}
+		if esp == late {
+			wantLines(t, g, "E2E vlan protocol 802.1Q id 10", "E2E no TPM and no disk", "E2E there is a TPM", "E2E there is a disk",
+				"keyagent: attempt 1: not found", "no attestation device")
+		}
+		s.quiet(t, g)
+		logTimeline(t, i+1, g)
+	}
+}
+
+// empty gives the machine another disk, and the key service no memory of the one before.
+func (s *rootSystem) empty(t *testing.T) {
+	t.Helper()
+	must(t, s.service.Stop())
+	must(t, os.RemoveAll(s.path("service/records")))
+	must(t, os.Truncate(s.disk, 0))
+	must(t, os.Truncate(s.disk, rootDisk))
+	must(t, s.service.Start(context.WithoutCancel(t.Context())))
 }
 
 // flip changes a byte at each offset.
