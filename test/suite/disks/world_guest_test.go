@@ -312,7 +312,12 @@ func (m *machine) start(t testing.TB) *agent {
 	a.cmd.Dir, a.cmd.Stderr = m.dir, a.log
 	check(t, a.cmd.Start())
 	go func() { a.end <- a.cmd.Wait() }()
-	t.Cleanup(func() { a.kill() })
+	t.Cleanup(func() {
+		a.kill()
+		if t.Failed() {
+			t.Logf("the agent said:\n%s\nthe service said:\n%s", tail(a.log.String()), tail(m.log.String()))
+		}
+	})
 	return a
 }
 
