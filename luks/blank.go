@@ -131,7 +131,7 @@ func (d *disk) state(id Identity, dek *Key) (State, error) {
 	if err := d.read(sector, 0); err != nil {
 		return 0, err
 	}
-	if bytes.HasPrefix(sector, []byte("LUKS\xba\xbe\x00\x02")) {
+	if isLUKS2(sector) {
 		return StateLUKS2, nil
 	}
 	ours, err := markerVerifies(sector, id, dek)

@@ -15,6 +15,9 @@ import (
 // formatEnv makes the test binary a program that formats the image it names.
 const formatEnv = "KEYAGENT_TEST_FORMAT"
 
+// cloneEnv makes it one that makes a volume of its own of the clone that it names.
+const cloneEnv = "KEYAGENT_TEST_CLONE"
+
 // hangEnv makes it one that reads the header of a device that does not answer.
 const hangEnv = "KEYAGENT_TEST_HANG"
 
@@ -25,6 +28,14 @@ func TestMain(m *testing.M) {
 		if err == nil {
 			_, err = formatImage(path, idData, dek)
 		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	if path := os.Getenv(cloneEnv); path != "" {
+		err := cloneImage(path)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
@@ -47,6 +58,11 @@ func TestMain(m *testing.M) {
 // format got to its end instead.
 func formatKilledAt(t *testing.T, path, call string, n int) (completed bool) {
 	t.Helper()
+	return killedAt(t, formatEnv, path, call, n)
+}
+
+func killedAt(t *testing.T, what, path, call string, n int) (completed bool) {
+	t.Helper()
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Fatal("strace is needed: run `make deps`")
@@ -54,13 +70,13 @@ func formatKilledAt(t *testing.T, path, call string, n int) (completed bool) {
 	log := filepath.Join(t.TempDir(), "strace")
 	cmd := exec.Command(strace, "-f", "-qq", "-o", log, "-P", path, "-e", "trace="+call,
 		"-e", fmt.Sprintf("inject=%s:signal=SIGKILL:when=%d", call, n), os.Args[0])
-	cmd.Env = append(os.Environ(), formatEnv+"="+path)
+	cmd.Env = append(os.Environ(), what+"="+path)
 	out, err := cmd.CombinedOutput()
 	if err == nil {
 		return true
 	}
 	if trace, _ := os.ReadFile(log); !strings.Contains(string(trace), "killed by SIGKILL") {
-		t.Fatalf("format was to be killed at %s %d, but: %v: %s", call, n, err, out)
+		t.Fatalf("it was to be killed at %s %d, but: %v: %s", call, n, err, out)
 	}
 	return false
 }

@@ -46,7 +46,7 @@ static void ka_listen(struct crypt_device *cd, struct ka_log *log)
 // The one form of keyslot that we write: PBKDF2 at the least cost that
 // libcryptsetup accepts, since the DEK has full entropy.
 static int ka_format(struct crypt_device *cd, const char *cipher, const char *mode,
-	const char *uuid, size_t key_size, unsigned sector_size,
+	const char *uuid, const char *key, size_t key_size, unsigned sector_size,
 	unsigned iterations, unsigned long long data_sectors)
 {
 	struct crypt_pbkdf_type pbkdf = {
@@ -60,7 +60,7 @@ static int ka_format(struct crypt_device *cd, const char *cipher, const char *mo
 
 	if ((r = crypt_set_data_offset(cd, data_sectors)) < 0)
 		return r;
-	return crypt_format(cd, CRYPT_LUKS2, cipher, mode, uuid, NULL, key_size, &params);
+	return crypt_format(cd, CRYPT_LUKS2, cipher, mode, uuid, key, key_size, &params);
 }
 */
 import "C"
@@ -124,18 +124,24 @@ func (s *session) load(uuid string) error {
 	return nil
 }
 
-// format writes metadata with a fresh volume key, which libcryptsetup makes and
-// keeps in the context, and no keyslot.
-func (s *session) format(uuid string) error {
+// format writes metadata for a volume key, which libcryptsetup keeps in the context, and
+// no keyslot. Without a key libcryptsetup makes one.
+func (s *session) format(uuid string, vk *secret.Bytes) error {
 	cCipher, cMode, cUUID := C.CString(cipherName), C.CString(cipherMode), C.CString(uuid)
 	defer C.free(unsafe.Pointer(cCipher))
 	defer C.free(unsafe.Pointer(cMode))
 	defer C.free(unsafe.Pointer(cUUID))
-	if r := C.ka_format(s.cd, cCipher, cMode, cUUID, volumeKeySize, dataSectorSize,
-		kdfIterations, dataOffset/sectorSize); r < 0 {
-		return s.failed("format header", r)
+	format := func(key *C.char) error {
+		if r := C.ka_format(s.cd, cCipher, cMode, cUUID, key, volumeKeySize, dataSectorSize,
+			kdfIterations, dataOffset/sectorSize); r < 0 {
+			return s.failed("format header", r)
+		}
+		return nil
 	}
-	return nil
+	if vk == nil {
+		return format(nil)
+	}
+	return vk.Use(func(key []byte) error { return format(charPtr(key)) })
 }
 
 // addKeyslot puts the volume key of the context into keyslot 0 under the DEK.
@@ -148,15 +154,10 @@ func (s *session) addKeyslot(dek *Key) error {
 	})
 }
 
-// addUnboundKeyslot puts a fresh key of that size into keyslot 0 under the DEK, bound
-// to no segment: libcryptsetup makes a header with integrity only where it can map the
-// device at once. bindKeyslot does the rest.
-func (s *session) addUnboundKeyslot(size int, dek *Key) error {
-	vk, err := secret.Random(size)
-	if err != nil {
-		return err
-	}
-	defer vk.Close()
+// addUnboundKeyslot puts a volume key into keyslot 0 under the DEK, bound to no segment:
+// libcryptsetup makes a header with integrity only where it can map the device at once.
+// bindKeyslot does the rest.
+func (s *session) addUnboundKeyslot(vk *secret.Bytes, dek *Key) error {
 	return vk.Use(func(volume []byte) error {
 		return dek.Use(func(key []byte) error {
 			r := C.crypt_keyslot_add_by_key(s.cd, 0, charPtr(volume), C.size_t(len(volume)),

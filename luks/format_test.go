@@ -274,7 +274,7 @@ func TestAdoptAcceptsOnlyAHeaderThatTheKeyOpens(t *testing.T) {
 func TestTheLibrarysMessagesBecomePartOfTheError(t *testing.T) {
 	err := withSession(filepath.Join(t.TempDir(), "none"), func(*session) error { return nil })
 	wantError(t, err, ErrLibrary)
-	err = withSession(image(t, 20<<20), func(s *session) error { return s.format("not a UUID") })
+	err = withSession(image(t, 20<<20), func(s *session) error { return s.format("not a UUID", nil) })
 	wantError(t, err, ErrLibrary)
 	if !strings.Contains(err.Error(), "UUID") {
 		t.Errorf("error is %v", err)

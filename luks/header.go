@@ -19,6 +19,8 @@ type Header struct {
 	bytes   int64 // of a volume with integrity
 	macs    MACs
 	damaged int // the copy on the disk that was bad, or undamaged
+
+	source *source // of one that is made for a clone
 }
 
 const undamaged = -1
@@ -78,12 +80,27 @@ func NewHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, e
 
 func newHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, error) {
 	f, err := formOf(l.Integrity)
-	if err := cmp.Or(err, id.validate(), validateKey(dek), ctx.Err()); err != nil {
+	if err := cmp.Or(err, id.validate(), validateKey(dek)); err != nil {
 		return nil, err
 	}
 	bytes := Room(l.DeviceBytes, l.Integrity)
 	if f == authenticated && bytes < minDataSize {
 		return nil, fmt.Errorf("%w: it has %d bytes, needed are %d with integrity", ErrDeviceSize, l.DeviceBytes, Need(minDataSize, l.Integrity))
+	}
+	return makeHeader(ctx, id, content{form: f, bytes: bytes}, dek)
+}
+
+func makeHeader(ctx context.Context, id Identity, c content, dek *Key) (*Header, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if c.key == nil {
+		fresh, err := secret.Random(c.form.keySize)
+		if err != nil {
+			return nil, err
+		}
+		defer fresh.Close()
+		c.key = fresh
 	}
 	made, err := newHeaderCopy()
 	if err != nil {
@@ -91,20 +108,23 @@ func newHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, e
 	}
 	defer made.Close()
 	err = withSession(made.path(), func(s *session) error {
-		if err := s.format(id.UUID); err != nil {
-			return err
+		if c.form == authenticated {
+			if err := s.format(id.UUID, nil); err != nil {
+				return err
+			}
+			return s.addUnboundKeyslot(c.key, dek)
 		}
-		if f == authenticated {
-			return s.addUnboundKeyslot(f.keySize, dek)
+		if err := s.format(id.UUID, c.key); err != nil {
+			return err
 		}
 		return s.addKeyslot(dek)
 	})
 	if err != nil {
 		return nil, err
 	}
-	raw, err := made.guardedBytes(f)
-	if err == nil && f == authenticated {
-		err = bindKeyslot(raw, bytes)
+	raw, err := made.guardedBytes(c.form)
+	if err == nil && c.form == authenticated {
+		err = bindKeyslot(raw, c.bytes)
 	}
 	if err != nil {
 		return nil, err

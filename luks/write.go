@@ -28,7 +28,8 @@ type WriteRequest struct {
 // use with [ErrDeviceBusy], one below 17 MiB with [ErrDeviceSize] and anything but a
 // writable block device. Two things count as blank: the format marker of this very
 // DEK and Identity, and a complete header that the DEK opens, in front of a data
-// area that nobody has written to. Both are left by an earlier attempt.
+// area that nobody has written to. Both are left by an earlier attempt. A header that
+// [NewCloneHeader] made replaces that of its source instead, and no other.
 //
 // Write may be killed at any point. Afterwards [Probe] says StateBlank or
 // StateInterrupted, and Write does it; or StateLUKS2, and [Adopt] has the header.
@@ -76,7 +77,11 @@ func (d *disk) write(id Identity, dek *Key, h *Header, inTime func() error) erro
 	if err := cmp.Or(d.checkSize(), inTime()); err != nil {
 		return err
 	}
-	stands, err := d.mayReplace(id, dek, h)
+	mayReplace := d.mayReplace
+	if h.source != nil {
+		mayReplace = d.mayReplaceSource
+	}
+	stands, err := mayReplace(id, dek, h)
 	if err != nil {
 		return err
 	}
@@ -97,6 +102,9 @@ func (d *disk) writeSteps(id Identity, dek *Key, h *Header, inTime func() error)
 		return err
 	}
 	if err := d.clearMark(); err != nil {
+		return err
+	}
+	if err := d.keepSource(h); err != nil {
 		return err
 	}
 	// The marker of an interrupted format is written again: it may have been seen
