@@ -38,9 +38,10 @@ type Operation string
 const (
 	Open   Operation = "open"   // receive the key of an active volume
 	Format Operation = "format" // create the volume, once
+	Clone  Operation = "clone"  // receive the key of an active volume to make another one of a copy of its disk
 )
 
-var operations = []Operation{Open, Format}
+var operations = []Operation{Open, Format, Clone}
 
 // Writers is who may write a volume at the same time.
 type Writers string
@@ -326,7 +327,7 @@ func (c *Checker) grant(p *Policy, g *Grant, i int) {
 	}
 	c.Demand(len(g.Operations) > 0, "empty: the grant allows nothing", "grants", i, "operations")
 	for n, op := range g.Operations {
-		c.Demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format)", op), "grants", i, "operations", n)
+		c.Demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format, clone)", op), "grants", i, "operations", n)
 	}
 	for n, name := range g.Adopts {
 		c.Demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)

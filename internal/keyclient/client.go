@@ -110,7 +110,10 @@ func (c *Client) Hold() (release func()) {
 type Request struct {
 	Volume string
 	// Format asks for the key of a volume that may not exist yet.
-	Format   bool
+	Format bool
+	// Clone asks for the key of a volume of which there is a copy, to make that another
+	// volume. It takes no lease, whoever holds one.
+	Clone    bool
 	ReadOnly bool
 	Diskless bool
 	LeaseID  []byte // of a lease that this machine may still have
@@ -128,8 +131,11 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 		VolumeId: r.Volume, Operation: keyservicev1.Operation_OPERATION_OPEN, Protocol: protocol,
 		ReadOnly: r.ReadOnly, Node: c.node, LeaseId: r.LeaseID, Diskless: r.Diskless, Length: uint32(r.Length),
 	}
-	if r.Format {
+	switch {
+	case r.Format:
 		req.Operation = keyservicev1.Operation_OPERATION_FORMAT
+	case r.Clone:
+		req.Operation = keyservicev1.Operation_OPERATION_CLONE
 	}
 	// A first format goes on in the session that brought the key: it is held until
 	// the key is closed.

@@ -136,6 +136,7 @@ func callerOf(ctx context.Context) (caller, error) {
 var operations = map[keyservicev1.Operation]policy.Operation{
 	keyservicev1.Operation_OPERATION_OPEN:   policy.Open,
 	keyservicev1.Operation_OPERATION_FORMAT: policy.Format,
+	keyservicev1.Operation_OPERATION_CLONE:  policy.Clone,
 }
 
 // Reattest implements the service.

@@ -114,3 +114,44 @@ func TestTheGrantSaysWhoWrites(t *testing.T) {
 		}
 	}
 }
+
+// The key for a clone comes beside the holder of the source, and takes nothing of it.
+func TestAKeyForACloneTakesNoLease(t *testing.T) {
+	const cloneOp = keyservicev1.Operation_OPERATION_CLONE
+	w := newWorld(t)
+	first, second := w.machine(), w.another()
+	if _, err := w.creates(first, "node-1", "data-2"); err != nil {
+		t.Fatal(err)
+	}
+	w.provision(first, "data-1")
+	_, _, err := w.get(second, "data-1", cloneOp)
+	wantClass(t, err, failure.PolicyDenied)
+
+	w.writePolicy(w.pcr(4), `["data-*"]`, "[open, format, clone]")
+	if err := w.server.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	want, _, err := w.get(first, "data-1", openOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease := want.GetLease()
+	got, _, err := w.get(second, "data-1", cloneOp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.GetLease() != nil || got.GetLuksUuid() != want.GetLuksUuid() || string(got.GetHeaderMac()) != string(want.GetHeaderMac()) {
+		t.Errorf("got %v, want the volume %v without its lease", got, want)
+	}
+	if _, err := renew(t, first, lease.GetId()); err != nil {
+		t.Errorf("the holder lost its lease: %v", err)
+	}
+	for volume, class := range map[string]failure.Class{"data-2": failure.State, "data-3": failure.NotFound} {
+		_, _, err := w.get(second, volume, cloneOp)
+		wantClass(t, err, class)
+	}
+	log, err := os.ReadFile(w.cfg.Audit)
+	if err != nil || !strings.Contains(string(log), `"operation":"clone"`) {
+		t.Errorf("the audit log says nothing of it, %v", err)
+	}
+}

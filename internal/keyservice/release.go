@@ -117,6 +117,11 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		return nil, err
 	}
 	switch {
+	case rec.State == volume.Active && req.GetOperation() == keyservicev1.Operation_OPERATION_CLONE:
+		// Nobody writes the disk for it: who holds the volume may go on.
+		read := *rec
+		read.Lease = nil
+		return &read, nil
 	case rec.State == volume.Active:
 	case !format:
 		return nil, fmt.Errorf("%w: it is %s", volume.ErrNotActive, rec.State)

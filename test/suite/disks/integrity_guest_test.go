@@ -133,30 +133,30 @@ func changedByTheHost(t *testing.T, n *machine, id, device, file string) {
 func TestDiskAFormatWithIntegrityThatWasCutOffGoesOn(t *testing.T) {
 	n := patient(t)
 	device, at := disk(t, 512*mib), mountPoint(t, "data")
-	removed(t, "v-cut", "v-cut_dif")
-	n.configure(t, fmt.Sprintf("{id: v-cut, device: %s, format: true, integrity: hmac-sha256, no_journal: true, filesystem: ext4, no_mmp: true, mount: %s}", device, at))
+	removed(t, "v-integrity-cut", "v-integrity-cut_dif")
+	n.configure(t, fmt.Sprintf("{id: v-integrity-cut, device: %s, format: true, integrity: hmac-sha256, no_journal: true, filesystem: ext4, no_mmp: true, mount: %s}", device, at))
 	for i := range 2 {
 		running := n.start(t)
-		eventually(t, "the volume is mapped, and wiped from then on", func() bool { return mapped("v-cut") })
+		eventually(t, "the volume is mapped, and wiped from then on", func() bool { return mapped("v-integrity-cut") })
 		if i == 0 {
 			running.terminate(t)
 			// As after a boot: nothing is mapped, and the attempt is another one.
-			_ = exec.Command("dmsetup", "remove", "--retry", "v-cut").Run()
+			_ = exec.Command("dmsetup", "remove", "--retry", "v-integrity-cut").Run()
 			check(t, os.RemoveAll(filepath.Join(n.dir, "state")))
 			continue
 		}
 		running.kill()
-		if !mapped("v-cut") {
+		if !mapped("v-integrity-cut") {
 			t.Fatal("it was not cut off in the middle")
 		}
 	}
 	running := n.start(t)
 	running.waitFor(t, "msg=ready")
 	put(t, filepath.Join(at, "note"), "kept")
-	n.must(t, "close", "v-cut")
-	n.must(t, "unlock", "v-cut")
+	n.must(t, "close", "v-integrity-cut")
+	n.must(t, "unlock", "v-integrity-cut")
 	holds(t, filepath.Join(at, "note"), "kept")
-	n.must(t, "close", "v-cut")
+	n.must(t, "close", "v-integrity-cut")
 	running.kill()
 }
 

@@ -31,6 +31,7 @@ const (
 	Operation_OPERATION_UNSPECIFIED Operation = 0
 	Operation_OPERATION_OPEN        Operation = 1 // the volume must exist and be active
 	Operation_OPERATION_FORMAT      Operation = 2 // the volume may be created, or its creation resumed
+	Operation_OPERATION_CLONE       Operation = 3 // a copy of its disk becomes another volume: no lease, whoever holds one
 )
 
 // Enum value maps for Operation.
@@ -39,11 +40,13 @@ var (
 		0: "OPERATION_UNSPECIFIED",
 		1: "OPERATION_OPEN",
 		2: "OPERATION_FORMAT",
+		3: "OPERATION_CLONE",
 	}
 	Operation_value = map[string]int32{
 		"OPERATION_UNSPECIFIED": 0,
 		"OPERATION_OPEN":        1,
 		"OPERATION_FORMAT":      2,
+		"OPERATION_CLONE":       3,
 	}
 )
 
@@ -1189,11 +1192,12 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\"=\n" +
 	"\x14ReleaseLeaseResponse\x12%\n" +
-	"\x0ecorrelation_id\x18\x01 \x01(\tR\rcorrelationId*P\n" +
+	"\x0ecorrelation_id\x18\x01 \x01(\tR\rcorrelationId*e\n" +
 	"\tOperation\x12\x19\n" +
 	"\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eOPERATION_OPEN\x10\x01\x12\x14\n" +
-	"\x10OPERATION_FORMAT\x10\x02*z\n" +
+	"\x10OPERATION_FORMAT\x10\x02\x12\x13\n" +
+	"\x0fOPERATION_CLONE\x10\x03*z\n" +
 	"\vVolumeState\x12\x1c\n" +
 	"\x18VOLUME_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14VOLUME_STATE_PENDING\x10\x01\x12\x17\n" +
