@@ -157,6 +157,26 @@ func (d *disk) keepSource(h *Header) error {
 	return d.writeDurably(h.source.header.raw, sourceOffset)
 }
 
+// SourceKept says whether such a copy is on the device: the volume was made of a clone, and
+// that was not finished. It is the disk's word.
+func SourceKept(ctx context.Context, device string) (kept bool, err error) {
+	d, err := openShared(ctx, device)
+	if err == nil {
+		defer d.Close()
+		kept, err = d.sourceKept()
+	}
+	if err != nil {
+		return false, fmt.Errorf("look for what is left of a clone's source: %w", err)
+	}
+	return kept, nil
+}
+
+func (d *disk) sourceKept() (bool, error) {
+	head := make([]byte, sectorSize)
+	err := d.read(head, sourceOffset)
+	return err == nil && isLUKS2(head), err
+}
+
 // ForgetSource removes the copy of its source's header from a volume that was a clone,
 // once its own header stands in its record. Without one there is nothing to do.
 func ForgetSource(ctx context.Context, device string) error {
@@ -174,8 +194,7 @@ func ForgetSource(ctx context.Context, device string) error {
 }
 
 func (d *disk) forgetSource() error {
-	head := make([]byte, sectorSize)
-	if err := d.read(head, sourceOffset); err != nil || !isLUKS2(head) {
+	if kept, err := d.sourceKept(); err != nil || !kept {
 		return err
 	}
 	return d.writeDurably(make([]byte, maxGuardedSize), sourceOffset)

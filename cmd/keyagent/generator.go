@@ -42,6 +42,7 @@ A line has four fields: the name of the mapping, the device, none, and options:
   keyagent-format[=FS]  create the volume if it does not exist, with that filesystem
   keyagent-from=PATH    and begin it with a copy of this image, which
   keyagent-root-hash=HEX, keyagent-sha256=HEX   has to prove itself by one of these
+  keyagent-source=ID    or as a clone of that volume, which the disk is
   keyagent-no-mmp       and, if it is ext4, without its multiple mount protection
   keyagent-measure      and write into PCR 15 or RTMR 3 that it was opened
   keyagent-integrity    and authenticate what is on it

@@ -53,7 +53,7 @@ func (l *local) open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.Volume
 		return nil, node.UnknownVolume(r.GetId())
 	case !configured:
 		v = node.Volume{ID: r.GetId(), Device: r.GetDevice(), Name: r.GetName(), Filesystem: r.GetFilesystem(), Mount: r.GetMountPoint(),
-			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Integrity: r.GetIntegrity()}
+			Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Integrity: r.GetIntegrity(), Source: r.GetSource()}
 	}
 	defer l.leases(ctx)()
 	out, err := l.v.Open(ctx, v, agent.Intent{Format: r.GetFormat(), Dynamic: !configured})

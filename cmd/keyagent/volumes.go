@@ -151,6 +151,7 @@ func (d *described) flags(cmd *cobra.Command) {
 	f.BoolVar(&d.req.ReadOnly, "read-only", false, "map and mount it read-only")
 	f.BoolVar(&d.req.Discards, "discards", false, "pass TRIM on to the disk")
 	f.StringVar(&d.req.Integrity, "integrity", "", "hmac-sha256: authenticate what is on it")
+	f.StringVar(&d.req.Source, "source", "", "the volume of which the device is a clone, if this one does not exist")
 }
 
 // check refuses flags that would be passed over.
@@ -161,7 +162,7 @@ func (d *described) check(cmd *cobra.Command, ids []string) error {
 		}
 		return nil
 	}
-	for _, name := range []string{"name", "filesystem", "mount", "options", "read-only", "discards", "integrity"} {
+	for _, name := range []string{"name", "filesystem", "mount", "options", "read-only", "discards", "integrity", "source"} {
 		if cmd.Flags().Changed(name) {
 			return failure.Newf(failure.Usage, "add --device, or change the configuration", "--%s describes a volume that is not configured", name)
 		}
@@ -172,7 +173,7 @@ func (d *described) check(cmd *cobra.Command, ids []string) error {
 // request is what opens one volume.
 func (d *described) request(id string, format bool) *nodev1.OpenRequest {
 	return &nodev1.OpenRequest{Id: id, Format: format, Device: d.req.GetDevice(), Name: d.req.GetName(), Filesystem: d.req.GetFilesystem(),
-		MountPoint: d.req.GetMountPoint(), Options: d.req.GetOptions(), ReadOnly: d.req.GetReadOnly(), Discards: d.req.GetDiscards(), Integrity: d.req.GetIntegrity()}
+		MountPoint: d.req.GetMountPoint(), Options: d.req.GetOptions(), ReadOnly: d.req.GetReadOnly(), Discards: d.req.GetDiscards(), Integrity: d.req.GetIntegrity(), Source: d.req.GetSource()}
 }
 
 func newUnlock() *cobra.Command {

@@ -79,7 +79,7 @@ func answer(err error) error {
 // volume is the one that a request means: a configured one by its ID, another one
 // by its description, if a rule allows it.
 func (a *api) volume(ctx context.Context, r *nodev1.OpenRequest) (v node.Volume, dynamic bool, err error) {
-	described := r.GetDevice() != "" || r.GetName() != "" || r.GetFilesystem() != "" || r.GetMountPoint() != "" || len(r.GetOptions()) > 0 || r.GetReadOnly() || r.GetDiscards() || r.GetIntegrity() != ""
+	described := r.GetDevice() != "" || r.GetName() != "" || r.GetFilesystem() != "" || r.GetMountPoint() != "" || len(r.GetOptions()) > 0 || r.GetReadOnly() || r.GetDiscards() || r.GetIntegrity() != "" || r.GetSource() != ""
 	v, configured := a.cfg.Volume(r.GetId())
 	switch {
 	case configured && described:
@@ -93,6 +93,7 @@ func (a *api) volume(ctx context.Context, r *nodev1.OpenRequest) (v node.Volume,
 	v, err = a.cfg.Admit(p.UID, node.Volume{
 		ID: r.GetId(), Device: r.GetDevice(), Name: r.GetName(), Filesystem: r.GetFilesystem(), Mount: r.GetMountPoint(),
 		Options: r.GetOptions(), ReadOnly: r.GetReadOnly(), Discards: r.GetDiscards(), Integrity: r.GetIntegrity(), Format: r.GetFormat(),
+		Source: r.GetSource(),
 	})
 	return v, true, err
 }

@@ -18,7 +18,7 @@ func classify(err error) error {
 		{luks.ErrHeaderMAC, failure.HeaderRefused, "the header is not the one that was recorded: keyagent restore-header with the newest backup"},
 		{luks.ErrShortHeader, failure.HeaderRefused, ""},
 		{luks.ErrHeaderChanged, failure.HeaderRefused, "keyagent restore-header puts it back"},
-		{luks.ErrVolumeMismatch, failure.HeaderRefused, "is this the right disk? compare device in the configuration"},
+		{luks.ErrVolumeMismatch, failure.HeaderRefused, "is this the right disk? compare device in the configuration; of a clone, source names what it is a clone of"},
 		{luks.ErrTableMismatch, failure.HeaderRefused, ""},
 		{luks.ErrWrongKey, failure.WrongKey, "the key service's key is not this disk's"},
 		{luks.ErrInvalidKey, failure.WrongKey, ""},

@@ -64,14 +64,15 @@ func (o *opening) copyImage(ctx context.Context) error {
 	return o.step(ctx, "grown", func() error { return filesystem.Grow(ctx, o.mapping.Path, "", o.v.Filesystem) })
 }
 
-// growCopy makes the filesystem of an image that was just copied as large as its volume,
-// where that needs a mount. The volume is good without it.
+// growCopy makes the filesystem of an image that was just copied, or of a clone, as large
+// as its volume, where that needs a mount. The volume is good without it.
 func (o *opening) growCopy(ctx context.Context, mountPoint string) {
-	if !o.created || o.v.From == nil || filesystem.GrowsUnmounted(o.v.Filesystem) {
+	copied := o.v.From != nil && !filesystem.GrowsUnmounted(o.v.Filesystem)
+	if !o.created || !copied && !o.cloned {
 		return
 	}
 	if err := filesystem.Grow(ctx, o.mapping.Path, mountPoint, o.v.Filesystem); err != nil {
-		o.warn(o.e, "filesystem", fmt.Sprintf("the filesystem is as large as its image, and no larger: keyagent resize %s", o.v.ID))
+		o.warn(o.e, "filesystem", fmt.Sprintf("the filesystem is as large as what it was copied from, and no larger: keyagent resize %s", o.v.ID))
 		o.Log.Warn("the filesystem did not grow to the size of its volume", "volume", o.v.ID, "error", err)
 	}
 }

@@ -114,6 +114,7 @@ type opening struct {
 	left    bool // an earlier attempt's copy of the image, unfinished
 	tags    bool // a volume that is made here has integrity
 	fresh   bool // its tags are laid out
+	cloned  bool // a volume that is made here has its source's data
 	measure measuring
 }
 
@@ -325,6 +326,11 @@ func (o *opening) openActive(ctx context.Context, key *keyclient.Key) error {
 	}
 	// A crash right after the volume became active may have left its mark, which
 	// must not outlive the first mount.
+	if o.v.Source != "" && !o.v.ReadOnly {
+		if err := luks.ForgetSource(ctx, o.v.DevicePath()); err != nil {
+			return err
+		}
+	}
 	return o.clearMark(ctx)
 }
 
@@ -448,6 +454,9 @@ func (o *opening) mountedOn(canonical string) error {
 // mountOptions are a volume's own and what makes them safe.
 func mountOptions(v node.Volume, readOnly bool) []string {
 	options := filesystem.MountOptions(v.Filesystem, v.Options)
+	if v.Source != "" && v.Filesystem == "xfs" {
+		options = append(options, "nouuid") // its source has the same, and may be mounted beside it
+	}
 	if readOnly {
 		options = append(options, "ro")
 	}

@@ -33,7 +33,10 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 		if o.tags && h.Integrity() == "" {
 			return luks.ErrNoIntegrity
 		}
-		o.tags = h.Integrity() != ""
+		if err := o.goOnWithClone(ctx); err != nil {
+			return err
+		}
+		o.tags = h.Integrity() != "" && !o.cloned
 	}
 	mark, err := luks.NewFilesystemMark(identity(key), [keyclient.AttemptSize]byte(key.Attempt), key.DEK)
 	if err != nil {
@@ -75,6 +78,9 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	if err == nil {
 		err = mark.Clear(ctx, o.v.DevicePath())
 	}
+	if err == nil && o.cloned {
+		err = luks.ForgetSource(ctx, o.v.DevicePath())
+	}
 	if err != nil {
 		// A volume that is not active is not left open: nobody may use it yet.
 		o.drop(ctx, o.e)
@@ -110,11 +116,7 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 	}
 	defer release()
 	id := identity(key)
-	size, err := luks.DeviceBytes(ctx, o.v.DevicePath())
-	if err != nil {
-		return err
-	}
-	h, err := luks.NewHeader(ctx, id, luks.Layout{Integrity: luks.Integrity(o.v.Integrity), DeviceBytes: size}, key.DEK)
+	h, err := o.newHeader(ctx, id, key.DEK)
 	if err != nil {
 		return err
 	}
@@ -133,12 +135,26 @@ func (o *opening) writeHeader(ctx context.Context, key *keyclient.Key) error {
 	return o.Keys.HeaderStands(ctx, key)
 }
 
+func (o *opening) newHeader(ctx context.Context, id luks.Identity, dek *luks.Key) (*luks.Header, error) {
+	if o.v.Source != "" {
+		return o.headerOfClone(ctx, id, dek)
+	}
+	size, err := luks.DeviceBytes(ctx, o.v.DevicePath())
+	if err != nil {
+		return nil, err
+	}
+	return luks.NewHeader(ctx, id, luks.Layout{Integrity: luks.Integrity(o.v.Integrity), DeviceBytes: size}, dek)
+}
+
 // fill makes the filesystem of a volume that is not active yet, or copies the image that
 // it begins with. What somebody wrote to it before is never overwritten, whatever the
 // record says: a record that came back from a backup may call a volume new that is in
 // use. Only what an attempt of this record left unfinished is made again, and the mark
 // on the disk says so.
 func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
+	if o.cloned {
+		return nil
+	}
 	if o.tags {
 		if err := o.wipe(ctx); err != nil {
 			return err

@@ -68,6 +68,11 @@ func (v *Volume) apply(o crypttab.Option) error {
 		}
 		*map[string]*string{"keyagent-from": &v.From.Path, "keyagent-sha256": &v.From.SHA256, "keyagent-root-hash": &v.From.RootHash}[o.Name] = o.Value
 		flag = false
+	case "keyagent-source":
+		if o.Value == "" {
+			return errors.New("keyagent-source= names no volume")
+		}
+		v.Source, flag = o.Value, false
 	case "keyagent-no-mmp":
 		v.NoMMP = true
 	case "keyagent-integrity":

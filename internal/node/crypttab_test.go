@@ -36,6 +36,8 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, NoMMP: true},
 		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-from=/dev/mapper/image,keyagent-root-hash=" + hash + ",_netdev": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, From: &Image{Path: "/dev/mapper/image", RootHash: hash}},
+		"data /dev/vdb none keyagent,keyagent-format=xfs,keyagent-source=db,_netdev": {
+			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "xfs", Format: true, Source: "db"},
 		"data /dev/vdb none keyagent,keyagent-measure,_netdev": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Measure: true},
 		"data /dev/vdb none _netdev,keyagent,read-only":        {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", ReadOnly: true},
 		"sw /dev/vdb none keyagent,swap,_netdev":               {ID: "sw", Kind: Swap, Name: "sw", Device: "/dev/vdb", Filesystem: "none", Format: true},

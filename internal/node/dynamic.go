@@ -92,7 +92,7 @@ func (c *Config) Admit(uid uint32, v Volume) (Volume, error) {
 }
 
 func (d *Dynamic) admit(uid uint32, v Volume) (Volume, bool) {
-	if !slices.Contains(d.UIDs, uid) || !slices.ContainsFunc(d.Volumes, func(p string) bool { return policy.Match(p, v.ID) }) {
+	if !slices.Contains(d.UIDs, uid) || !d.covers(v.ID) || v.Source != "" && !d.covers(v.Source) {
 		return v, false
 	}
 	if v.Filesystem == "" {
@@ -122,6 +122,10 @@ func (d *Dynamic) admit(uid uint32, v Volume) (Volume, bool) {
 	device := v.DevicePath()
 	return v, path.Clean(device) == device && matchesAny(d.Devices, device) &&
 		(v.Mount == "" || path.Clean(v.Mount) == v.Mount && matchesAny(d.Mounts, v.Mount))
+}
+
+func (d *Dynamic) covers(id string) bool {
+	return slices.ContainsFunc(d.Volumes, func(p string) bool { return policy.Match(p, id) })
 }
 
 func matchesAny(patterns []string, name string) bool {

@@ -35,6 +35,9 @@ type Volume struct {
 	Options    []string `yaml:"options,omitempty"` // of the mount, as mount(8) knows them; nil: nosuid, nodev
 	// From is what a new volume begins with, in place of an empty filesystem. Nil: nothing.
 	From *Image `yaml:"from,omitempty"`
+	// Source is the volume of which the disk is a clone, or a restored snapshot, as long as
+	// this volume does not exist: it is created with that data. Empty: the disk is blank.
+	Source string `yaml:"source,omitempty"`
 	// Format is explicit intent: create the volume if it does not exist.
 	Format   bool `yaml:"format,omitempty"`
 	ReadOnly bool `yaml:"read_only,omitempty"`
@@ -111,7 +114,7 @@ func (v *Volume) Validate() error {
 		check func() error
 	}{
 		{"id", v.checkID}, {"kind", v.checkKind}, {"name", v.checkName}, {"device", v.checkDevice}, {"filesystem", v.checkFilesystem},
-		{"label", v.checkLabel}, {"mount", v.checkMount}, {"from", v.checkFrom}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
+		{"label", v.checkLabel}, {"mount", v.checkMount}, {"from", v.checkFrom}, {"source", v.checkSource}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
 	} {
 		if err := c.check(); err != nil {
 			return &FieldError{c.field, -1, err}
@@ -279,6 +282,23 @@ func (v *Volume) checkFrom() error {
 		return errors.New("the image has a label of its own: leave out label")
 	case v.ReadOnly || slices.Contains(v.Options, "ro"):
 		return errors.New("a volume that is created is written: leave out read_only")
+	}
+	return nil
+}
+
+func (v *Volume) checkSource() error {
+	switch {
+	case v.Source == "":
+	case !policy.ValidVolume(v.Source) || v.Source == v.ID:
+		return errors.New("must be the ID of another volume")
+	case v.From != nil:
+		return errors.New("a volume begins with an image or as a clone: leave out from, or source")
+	case v.Throwaway():
+		return fmt.Errorf("a %s volume begins empty", v.Kind)
+	case v.Filesystem == "btrfs":
+		return errors.New("btrfs would take a volume and its clone, which have one UUID, for one filesystem")
+	case v.Label != "":
+		return errors.New("the clone has its source's label: leave out label")
 	}
 	return nil
 }

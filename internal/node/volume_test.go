@@ -63,7 +63,13 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"image into swap": {func(v *Volume) {
 			v.Kind, v.Format, v.Mount, v.Filesystem, v.From = Swap, true, "", "", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)}
 		}, "from"},
-		"swap without format": {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
+		"a source that is no ID":    {func(v *Volume) { v.Source = "a/b" }, "source"},
+		"itself as its source":      {func(v *Volume) { v.Source = "data" }, "source"},
+		"a source and an image":     {func(v *Volume) { v.Source, v.From = "db", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)} }, "source"},
+		"a clone of btrfs":          {func(v *Volume) { v.Source, v.Filesystem = "db", "btrfs" }, "source"},
+		"a clone that gets a label": {func(v *Volume) { v.Source, v.Filesystem, v.Label = "db", "ext4", "new" }, "source"},
+		"a clone for swap":          {func(v *Volume) { v.Kind, v.Format, v.Mount, v.Filesystem, v.Source = Swap, true, "", "", "db" }, "source"},
+		"swap without format":       {func(v *Volume) { v.Kind, v.Mount, v.Filesystem = Swap, "", "" }, "kind"},
 		"integrity of a throw-away volume": {func(v *Volume) {
 			v.Kind, v.Mount, v.Filesystem, v.Format, v.Integrity = Swap, "", "", true, "hmac-sha256"
 		}, "integrity"},

@@ -93,7 +93,7 @@ profiles:
       # One extension by zeros, which is what each node's firmware measures.
       pcrs: [{pcr: 4, accept: ["f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b"]}]
 grants:
-  - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format]}
+  - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format, clone]}
   - {name: many, profiles: [node], volumes: ["many-*"], operations: [open, format], writers: many}
   - {name: expiry, profiles: [node], volumes: ["x-*"], operations: [open, format], takeover: expiry, lease: 30s}
 `

@@ -227,6 +227,7 @@ type OpenRequest struct {
 	ReadOnly      bool     `protobuf:"varint,8,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Discards      bool     `protobuf:"varint,9,opt,name=discards,proto3" json:"discards,omitempty"`
 	Integrity     string   `protobuf:"bytes,10,opt,name=integrity,proto3" json:"integrity,omitempty"` // hmac-sha256, or empty; a volume that was made without is refused
+	Source        string   `protobuf:"bytes,11,opt,name=source,proto3" json:"source,omitempty"`       // the volume of which the device is a clone, while this one does not exist
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -327,6 +328,13 @@ func (x *OpenRequest) GetDiscards() bool {
 func (x *OpenRequest) GetIntegrity() string {
 	if x != nil {
 		return x.Integrity
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetSource() string {
+	if x != nil {
+		return x.Source
 	}
 	return ""
 }
@@ -1386,7 +1394,7 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"on_request\x18\x11 \x01(\bR\tonRequest\x12\x1c\n" +
 	"\tintegrity\x18\x12 \x01(\tR\tintegrity\x12\x1a\n" +
-	"\bprogress\x18\x13 \x01(\tR\bprogress\"\x93\x02\n" +
+	"\bprogress\x18\x13 \x01(\tR\bprogress\"\xab\x02\n" +
 	"\vOpenRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\bR\x06format\x12\x16\n" +
@@ -1401,7 +1409,8 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\tread_only\x18\b \x01(\bR\breadOnly\x12\x1a\n" +
 	"\bdiscards\x18\t \x01(\bR\bdiscards\x12\x1c\n" +
 	"\tintegrity\x18\n" +
-	" \x01(\tR\tintegrity\"Z\n" +
+	" \x01(\tR\tintegrity\x12\x16\n" +
+	"\x06source\x18\v \x01(\tR\x06source\"Z\n" +
 	"\fOpenResponse\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\x12\x18\n" +
 	"\acreated\x18\x02 \x01(\bR\acreated\"j\n" +
