@@ -57,6 +57,10 @@ const (
 // the shared classes. It stands in the attributes of the volumes that it made.
 const ClassKey = "keyagent.class"
 
+// SourceKey is the attribute of a volume that was made of another one, or of a snapshot of
+// it: what the driver calls that.
+const SourceKey = "keyagent.source"
+
 // Load reads and checks a configuration file.
 func Load(path string) (*Config, error) {
 	c := &Config{}

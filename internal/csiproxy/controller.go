@@ -2,6 +2,7 @@ package csiproxy
 
 import (
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -24,23 +25,37 @@ var rewrites = map[string]rewrite{
 			plain := slices.Contains(c.PlainClasses, r.GetParameters()[ClassKey])
 			// A driver may refuse a parameter that it does not know.
 			delete(r.Parameters, ClassKey)
+			if s := r.GetVolumeContentSource().GetSnapshot(); s != nil {
+				s.SnapshotId, _ = ofSource(s.SnapshotId)
+			}
 			if !plain {
 				c.larger(r.GetCapacityRange())
 				asBlock(r.GetVolumeCapabilities())
 			}
 		},
 		func(c *Config, r *csi.CreateVolumeRequest, a *csi.CreateVolumeResponse) {
-			class := r.GetParameters()[ClassKey]
-			if !slices.Contains(c.PlainClasses, class) {
-				c.smallerVolume(a.GetVolume())
+			v := a.GetVolume()
+			if v == nil {
+				return
 			}
-			if class != "" && a.GetVolume() != nil {
-				context := maps.Clone(a.GetVolume().GetVolumeContext())
-				if context == nil {
-					context = map[string]string{}
-				}
-				context[ClassKey] = class
-				a.GetVolume().VolumeContext = context
+			if v.GetContentSource().GetSnapshot() != nil && r.GetVolumeContentSource().GetSnapshot() != nil {
+				v.ContentSource = r.GetVolumeContentSource()
+			}
+			class := r.GetParameters()[ClassKey]
+			if class != "" {
+				addTo(v, ClassKey, class)
+			}
+			if slices.Contains(c.PlainClasses, class) {
+				return
+			}
+			c.smallerVolume(v)
+			// The node has to know whose header and key the new disk has.
+			source := r.GetVolumeContentSource().GetVolume().GetVolumeId()
+			if s := r.GetVolumeContentSource().GetSnapshot(); s != nil {
+				_, source = ofSource(s.GetSnapshotId())
+			}
+			if source != "" {
+				addTo(v, SourceKey, source)
 			}
 		}),
 	csi.Controller_ControllerPublishVolume_FullMethodName: rewriting[*csi.ControllerPublishVolumeRequest, *csi.ControllerPublishVolumeResponse](
@@ -90,18 +105,40 @@ var rewrites = map[string]rewrite{
 	// What is restored from a snapshot must be allowed to be as large as its source was.
 	csi.Controller_CreateSnapshot_FullMethodName: rewriting(nil,
 		func(c *Config, _ *csi.CreateSnapshotRequest, a *csi.CreateSnapshotResponse) {
-			c.smallerSnapshot(a.GetSnapshot())
+			c.snapshots(a.GetSnapshot())
 		}),
-	csi.Controller_ListSnapshots_FullMethodName: rewriting(nil,
+	csi.Controller_DeleteSnapshot_FullMethodName: rewriting[*csi.DeleteSnapshotRequest, *csi.DeleteSnapshotResponse](
+		func(_ *Config, r *csi.DeleteSnapshotRequest) { r.SnapshotId, _ = ofSource(r.SnapshotId) }, nil),
+	csi.Controller_ListSnapshots_FullMethodName: rewriting(
+		func(_ *Config, r *csi.ListSnapshotsRequest) { r.SnapshotId, _ = ofSource(r.SnapshotId) },
 		func(c *Config, _ *csi.ListSnapshotsRequest, a *csi.ListSnapshotsResponse) {
 			for _, e := range a.GetEntries() {
-				c.smallerSnapshot(e.GetSnapshot())
+				c.snapshots(e.GetSnapshot())
 			}
 		}),
-	csi.Controller_GetSnapshot_FullMethodName: rewriting(nil,
+	csi.Controller_GetSnapshot_FullMethodName: rewriting(
+		func(_ *Config, r *csi.GetSnapshotRequest) { r.SnapshotId, _ = ofSource(r.SnapshotId) },
 		func(c *Config, _ *csi.GetSnapshotRequest, a *csi.GetSnapshotResponse) {
-			c.smallerSnapshot(a.GetSnapshot())
+			c.snapshots(a.GetSnapshot())
 		}),
+	csi.GroupController_CreateVolumeGroupSnapshot_FullMethodName: rewriting(nil,
+		func(c *Config, _ *csi.CreateVolumeGroupSnapshotRequest, a *csi.CreateVolumeGroupSnapshotResponse) {
+			c.snapshots(a.GetGroupSnapshot().GetSnapshots()...)
+		}),
+	csi.GroupController_GetVolumeGroupSnapshot_FullMethodName: rewriting(
+		func(_ *Config, r *csi.GetVolumeGroupSnapshotRequest) { withoutSources(r.SnapshotIds) },
+		func(c *Config, _ *csi.GetVolumeGroupSnapshotRequest, a *csi.GetVolumeGroupSnapshotResponse) {
+			c.snapshots(a.GetGroupSnapshot().GetSnapshots()...)
+		}),
+	csi.GroupController_DeleteVolumeGroupSnapshot_FullMethodName: rewriting[*csi.DeleteVolumeGroupSnapshotRequest, *csi.DeleteVolumeGroupSnapshotResponse](
+		func(_ *Config, r *csi.DeleteVolumeGroupSnapshotRequest) { withoutSources(r.SnapshotIds) }, nil),
+	csi.SnapshotMetadata_GetMetadataAllocated_FullMethodName: rewriting[*csi.GetMetadataAllocatedRequest, *csi.GetMetadataAllocatedResponse](
+		func(_ *Config, r *csi.GetMetadataAllocatedRequest) { r.SnapshotId, _ = ofSource(r.SnapshotId) }, nil),
+	csi.SnapshotMetadata_GetMetadataDelta_FullMethodName: rewriting[*csi.GetMetadataDeltaRequest, *csi.GetMetadataDeltaResponse](
+		func(_ *Config, r *csi.GetMetadataDeltaRequest) {
+			r.BaseSnapshotId, _ = ofSource(r.BaseSnapshotId)
+			r.TargetSnapshotId, _ = ofSource(r.TargetSnapshotId)
+		}, nil),
 	csi.Controller_GetCapacity_FullMethodName: rewriting(
 		func(_ *Config, r *csi.GetCapacityRequest) {
 			delete(r.Parameters, ClassKey)
@@ -176,10 +213,50 @@ func (c *Config) smallerVolume(v *csi.Volume) {
 	}
 }
 
-func (c *Config) smallerSnapshot(s *csi.Snapshot) {
-	if s != nil {
+// snapshots are shown with their sources' names in their own: whoever restores one has to
+// know, and a driver need not remember it.
+func (c *Config) snapshots(all ...*csi.Snapshot) {
+	for _, s := range all {
+		if s == nil {
+			continue
+		}
 		c.smaller(&s.SizeBytes)
+		if s.GetSourceVolumeId() != "" {
+			s.SnapshotId += sourceMark + url.QueryEscape(s.GetSourceVolumeId())
+		}
 	}
+}
+
+// sourceMark stands between the driver's name of a snapshot and that of its source.
+const sourceMark = "@keyagent:"
+
+// ofSource splits what snapshots made. A name from elsewhere has no source.
+func ofSource(id string) (snapshot, source string) {
+	at := strings.LastIndex(id, sourceMark)
+	if at < 0 {
+		return id, ""
+	}
+	source, err := url.QueryUnescape(id[at+len(sourceMark):])
+	if err != nil || source == "" {
+		return id, ""
+	}
+	return id[:at], source
+}
+
+func withoutSources(ids []string) {
+	for i := range ids {
+		ids[i], _ = ofSource(ids[i])
+	}
+}
+
+// addTo puts an attribute into a volume that was just created.
+func addTo(v *csi.Volume, key, value string) {
+	attributes := maps.Clone(v.GetVolumeContext())
+	if attributes == nil {
+		attributes = map[string]string{}
+	}
+	attributes[key] = value
+	v.VolumeContext = attributes
 }
 
 // asBlock has the driver attach raw devices, with the same access.

@@ -82,3 +82,60 @@ func TestADriverMayAnswerNothing(t *testing.T) {
 		}
 	}
 }
+
+// What is made of a volume, or of its snapshot, is known by its source on the node, and the
+// driver sees the names that it gave.
+func TestAVolumeRemembersItsSource(t *testing.T) {
+	b := newBed(t, func(c *Config) { c.PlainClasses = []string{"scratch"} })
+	controller := csi.NewControllerClient(b.conn)
+	const odd = "vol@keyagent:1/ä"
+	s, err := controller.CreateSnapshot(ctx(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: odd})
+	must(t, 0, err)
+	named := s.GetSnapshot().GetSnapshotId()
+	b.driver.Calls()
+	snapshot := func(id string) *csi.VolumeContentSource {
+		return &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: id}}}
+	}
+	volume := &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: "v"}}}
+	for _, tt := range []struct {
+		name    string
+		of      *csi.VolumeContentSource
+		class   string
+		source  string
+		atFirst string // name of the snapshot that the driver sees
+	}{
+		{"nothing", nil, "", "", ""},
+		{"volume", volume, "", "v", ""},
+		{"snapshot", snapshot(named), "", odd, "s"},
+		{"a snapshot of before", snapshot("s-1"), "", "", "s-1"},
+		{"a bad suffix", snapshot("s@keyagent:%zz"), "", "", "s@keyagent:%zz"},
+		{"plain", snapshot(named), "scratch", "", "s"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a, err := controller.CreateVolume(ctx(), &csi.CreateVolumeRequest{
+				Name: "n", VolumeContentSource: tt.of, Parameters: map[string]string{ClassKey: tt.class},
+				VolumeCapabilities: []*csi.VolumeCapability{filesystem(once, "ext4")},
+			})
+			must(t, 0, err)
+			asked := b.driver.Calls()[0].(*csi.CreateVolumeRequest)
+			if got := asked.GetVolumeContentSource().GetSnapshot().GetSnapshotId(); got != tt.atFirst {
+				t.Errorf("the driver was asked for %q, want %q", got, tt.atFirst)
+			}
+			if got := a.GetVolume().GetVolumeContext()[SourceKey]; got != tt.source {
+				t.Errorf("its source is %q, want %q", got, tt.source)
+			}
+		})
+	}
+	_, err = controller.DeleteSnapshot(ctx(), &csi.DeleteSnapshotRequest{SnapshotId: named})
+	must(t, 0, err)
+	if got := b.driver.Calls()[0].(*csi.DeleteSnapshotRequest).GetSnapshotId(); got != "s" {
+		t.Errorf("the driver was asked to delete %q", got)
+	}
+	for id, want := range map[string][2]string{
+		"s": {"s", ""}, "": {"", ""}, "a@keyagent:": {"a@keyagent:", ""}, "@keyagent:v": {"", "v"}, "a@keyagent:b@keyagent:c": {"a@keyagent:b", "c"},
+	} {
+		if a, b := ofSource(id); a != want[0] || b != want[1] {
+			t.Errorf("%q is %q of %q", id, a, b)
+		}
+	}
+}

@@ -307,6 +307,9 @@ func (p *Proxy) open(ctx context.Context, r *csi.NodeStageVolumeRequest, device 
 	} else {
 		want.Filesystem = "none"
 	}
+	if source := r.GetVolumeContext()[SourceKey]; source != "" {
+		want.Source = p.cfg.volumeID(source)
+	}
 	o.say("the agent opens the volume")
 	stream, err := p.agent.OpenProgress(ctx, want)
 	if err != nil {

@@ -91,6 +91,14 @@ func TestADriverThatDoesNotStage(t *testing.T) {
 	}
 }
 
+func TestTheAgentHearsOfASource(t *testing.T) {
+	b := newBed(t, nil)
+	must(t, 0, b.stageIt(filesystem(once, "xfs"), SourceKey, "handle-of-another"))
+	if o := b.agent.asked()[0].(*nodev1.OpenRequest); o.GetSource() != b.cfg.volumeID("handle-of-another") || !o.GetFormat() {
+		t.Errorf("opened with %v", o)
+	}
+}
+
 func TestADeviceThatIsGoneIsAttachedAgain(t *testing.T) {
 	b := newBed(t, nil)
 	must(t, 0, b.stageIt(block(once)))
