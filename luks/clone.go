@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/hmac"
 	"errors"
 	"fmt"
 
@@ -16,8 +17,11 @@ import (
 // header stays between header and data until that is done: without it, a power cut in the
 // middle would take the key away.
 
-// sourceOffset is where that copy stands.
-const sourceOffset = 8 << 20
+// sourceOffset is where that copy stands, and cloneMagic begins the mark behind it.
+const (
+	sourceOffset = 8 << 20
+	cloneMagic   = "KEYAGENT\x00CLONE\x00\x00"
+)
 
 // Source is the volume of which a disk is a clone: what its record says of it.
 type Source struct {
@@ -149,55 +153,77 @@ func (d *disk) mayReplaceSource(id Identity, dek *Key, h *Header) (stands bool, 
 	return false, nil
 }
 
-// keepSource puts a copy of the source's header where the new header does not reach.
-func (d *disk) keepSource(h *Header) error {
-	if h.source == nil {
-		return nil
-	}
-	return d.writeDurably(h.source.header.raw, sourceOffset)
-}
-
-// SourceKept says whether such a copy is on the device: the volume was made of a clone, and
-// that was not finished. It is the disk's word.
-func SourceKept(ctx context.Context, device string) (kept bool, err error) {
-	d, err := openShared(ctx, device)
-	if err == nil {
-		defer d.Close()
-		kept, err = d.sourceKept()
-	}
+// keepSource puts a copy of the source's header where the new header does not reach, and
+// behind it a mark that only who has the new volume's DEK can make.
+func (d *disk) keepSource(id Identity, dek *Key, h *Header) error {
+	mark, err := taggedSector(cloneMagic, cloneLabel, id, nil, dek)
 	if err != nil {
-		return false, fmt.Errorf("look for what is left of a clone's source: %w", err)
+		return err
 	}
-	return kept, nil
+	kept := make([]byte, maxGuardedSize, maxGuardedSize+sectorSize)
+	copy(kept, h.source.header.raw)
+	return d.writeDurably(append(kept, mark...), sourceOffset)
 }
 
-func (d *disk) sourceKept() (bool, error) {
-	head := make([]byte, sectorSize)
-	err := d.read(head, sourceOffset)
-	return err == nil && isLUKS2(head), err
+// SourceKept says whether such a copy is on the device: the volume is made of a clone, and
+// that is not finished.
+func SourceKept(ctx context.Context, device string, id Identity, dek *Key) (bool, error) {
+	want, err := taggedSector(cloneMagic, cloneLabel, id, nil, dek)
+	if err != nil {
+		return false, err
+	}
+	d, err := openShared(ctx, device)
+	if err != nil {
+		return false, fmt.Errorf("look for a clone's mark: %w", err)
+	}
+	defer d.Close()
+	mark, err := d.cloneMark()
+	if err != nil {
+		return false, fmt.Errorf("look for a clone's mark: %w", err)
+	}
+	return hmac.Equal(mark, want), nil
+}
+
+func (d *disk) cloneMark() ([]byte, error) {
+	mark := make([]byte, sectorSize)
+	return mark, d.read(mark, sourceOffset+maxGuardedSize)
 }
 
 // ForgetSource removes the copy of its source's header from a volume that was a clone,
 // once its own header stands in its record. Without one there is nothing to do.
 func ForgetSource(ctx context.Context, device string) error {
-	d, err := openWritable(ctx, device)
-	if err == nil {
-		defer d.Close()
-		if err = cmp.Or(d.mustBeBlock(), d.checkSize()); err == nil {
-			err = d.forgetSource()
-		}
-	}
-	if err != nil {
+	if err := forgetSource(ctx, device); err != nil {
 		return fmt.Errorf("remove what is left of a clone's source: %w", err)
 	}
 	return nil
 }
 
-func (d *disk) forgetSource() error {
-	if kept, err := d.sourceKept(); err != nil || !kept {
+func forgetSource(ctx context.Context, device string) error {
+	look, err := openShared(ctx, device)
+	if err != nil {
 		return err
 	}
-	return d.writeDurably(make([]byte, maxGuardedSize), sourceOffset)
+	defer look.Close()
+	if mark, err := look.cloneMark(); err != nil || !bytes.HasPrefix(mark, []byte(cloneMagic)) {
+		return err
+	}
+	d, err := openWritable(ctx, device)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if d.rdev != look.rdev {
+		return fmt.Errorf("%w: %s is another device now", ErrVolumeMismatch, device)
+	}
+	return d.forgetSource()
+}
+
+// forgetSource removes the mark last: while it is there, something may be left.
+func (d *disk) forgetSource() error {
+	if err := d.writeDurably(make([]byte, maxGuardedSize), sourceOffset); err != nil {
+		return err
+	}
+	return d.writeDurably(make([]byte, sectorSize), sourceOffset+maxGuardedSize)
 }
 
 // isLUKS2 says whether a sector begins as a primary header of LUKS2 does.

@@ -112,11 +112,20 @@ func wantClone(t *testing.T, path string, source []byte) {
 	if !bytes.Equal(data[dataOffset:dataOffset+4<<20], bytes.Repeat([]byte("data"), 1<<20)) {
 		t.Error("its data was changed")
 	}
-	d, err := openWritable(t.Context(), path)
+	kept, err := SourceKept(t.Context(), path, idData, dek)
+	must(t, err)
+	other, err := SourceKept(t.Context(), path, idData, from)
+	must(t, err)
+	if !kept || other {
+		t.Errorf("the source is kept: %v, by its own DEK %v", kept, other)
+	}
+	d, err := openExclusive(t.Context(), path)
 	must(t, err)
 	defer d.Close()
 	must(t, d.forgetSource())
-	must(t, d.forgetSource())
+	if kept, err = SourceKept(t.Context(), path, idData, dek); err != nil || kept {
+		t.Errorf("afterwards it is kept: %v, %v", kept, err)
+	}
 	data, err = os.ReadFile(path)
 	must(t, err)
 	if !allZero(data[maxGuardedSize:dataOffset]) {

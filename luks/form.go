@@ -8,7 +8,8 @@ type Integrity string
 
 // HMACSHA256 authenticates each sector of 4096 bytes, with its place, by HMAC-SHA256:
 // a sector that somebody changed, moved or took from elsewhere gives an I/O error. It
-// does not tell a sector's former content from its present one. The tags are kept by
+// does not tell a sector's former content from its present one, nor a volume's from that of
+// its clone. The tags are kept by
 // dm-integrity below dm-crypt, on the same device.
 const HMACSHA256 Integrity = "hmac-sha256"
 

@@ -38,6 +38,9 @@ func (h *Header) UUID() string { return h.uuid }
 // Integrity says how the volume's data is authenticated.
 func (h *Header) Integrity() Integrity { return h.form.integrity }
 
+// Length is how many bytes of data a volume with integrity has; 0 without.
+func (h *Header) Length() int64 { return h.bytes }
+
 // Bytes returns a copy of the first bytes of the device, as they should be: 290816, or
 // 417792 of an authenticated volume.
 func (h *Header) Bytes() []byte { return append([]byte(nil), h.raw...) }

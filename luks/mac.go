@@ -43,6 +43,7 @@ const (
 	copyMACLabel = "keyagent luks2 header mac v2"
 	markerLabel  = "keyagent luks2 format marker v1"
 	markLabel    = "keyagent luks2 filesystem mark v1"
+	cloneLabel   = "keyagent luks2 clone mark v1"
 )
 
 // headerMACs makes all three MACs of a header.

@@ -126,7 +126,7 @@ func TestTheDerivationInfoIsUnambiguous(t *testing.T) {
 	for _, volume := range []string{"a", "aa", "a6", "data"} {
 		for _, generation := range []uint64{0, 1, 256, 1 << 63} {
 			for _, uuid := range []string{idData.UUID, idLogs.UUID} {
-				for _, label := range []string{macLabel, copyMACLabel, markerLabel, markLabel} {
+				for _, label := range []string{macLabel, copyMACLabel, markerLabel, markLabel, cloneLabel} {
 					id := Identity{volume, uuid, generation}
 					info := derivationInfo(label, id)
 					if before, twice := seen[info]; twice {

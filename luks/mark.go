@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/hmac"
-	"encoding/binary"
 	"fmt"
 )
 
@@ -13,9 +12,8 @@ import (
 // stands between the header and the data, where neither looks. Its layout is in the
 // package documentation.
 const (
-	markMagic   = "KEYAGENT\x00MKFS\x00\x00\x00"
-	markVersion = 1
-	markOffset  = 1 << 20
+	markMagic  = "KEYAGENT\x00MKFS\x00\x00\x00"
+	markOffset = 1 << 20
 
 	offMarkAttempt = 200
 )
@@ -33,18 +31,10 @@ func NewFilesystemMark(id Identity, attempt [16]byte, dek *Key) (*FilesystemMark
 	if attempt == [16]byte{} {
 		return nil, fmt.Errorf("%w: the attempt has no ID", ErrInvalid)
 	}
-	m := make([]byte, sectorSize)
-	copy(m, markMagic)
-	binary.BigEndian.PutUint32(m[offMarkerVersion:], markVersion)
-	binary.BigEndian.PutUint64(m[offMarkerGeneration:], id.Generation)
-	copy(m[offMarkerUUID:offMarkerVolume], id.UUID)
-	copy(m[offMarkerVolume:offMarkAttempt], id.Volume)
-	copy(m[offMarkAttempt:], attempt[:])
-	sum, err := tag(dek, derivationInfo(markLabel, id), m[:offMarkerTag])
+	m, err := taggedSector(markMagic, markLabel, id, attempt[:], dek)
 	if err != nil {
 		return nil, err
 	}
-	copy(m[offMarkerTag:], sum[:])
 	return &FilesystemMark{m}, nil
 }
 

@@ -22,13 +22,20 @@ const (
 // newMarker makes the marker. It holds nothing random, so there is one marker
 // for one DEK and one Identity and verifying it is comparing it.
 func newMarker(id Identity, dek *Key) ([]byte, error) {
+	return taggedSector(markerMagic, markerLabel, id, nil, dek)
+}
+
+// taggedSector makes a sector that only who has the DEK can make, for one Identity: what
+// marker and marks are. With more it is of an attempt.
+func taggedSector(magic, label string, id Identity, more []byte, dek *Key) ([]byte, error) {
 	m := make([]byte, sectorSize)
-	copy(m, markerMagic)
+	copy(m, magic)
 	binary.BigEndian.PutUint32(m[offMarkerVersion:], markerVersion)
 	binary.BigEndian.PutUint64(m[offMarkerGeneration:], id.Generation)
 	copy(m[offMarkerUUID:offMarkerVolume], id.UUID)
-	copy(m[offMarkerVolume:], id.Volume)
-	sum, err := tag(dek, derivationInfo(markerLabel, id), m[:offMarkerTag])
+	copy(m[offMarkerVolume:offMarkAttempt], id.Volume)
+	copy(m[offMarkAttempt:], more)
+	sum, err := tag(dek, derivationInfo(label, id), m[:offMarkerTag])
 	if err != nil {
 		return nil, err
 	}

@@ -22,7 +22,7 @@ type WriteRequest struct {
 // nobody else may act upon before Until. Write looks at Until before it writes
 // anything, and again before the write that makes a header of what is there: a
 // machine that was frozen in between gives [ErrTooLate] and has at worst changed the
-// first 284 KiB of the device.
+// first 284 KiB of the device, or 408 KiB with integrity, and what is kept of a clone.
 //
 // Write refuses every device that is not blank with [ErrNotBlank], one that is in
 // use with [ErrDeviceBusy], one below 17 MiB with [ErrDeviceSize] and anything but a
@@ -104,8 +104,13 @@ func (d *disk) writeSteps(id Identity, dek *Key, h *Header, inTime func() error)
 	if err := d.clearMark(); err != nil {
 		return err
 	}
-	if err := d.keepSource(h); err != nil {
-		return err
+	if h.source != nil {
+		if err := d.keepSource(id, dek, h); err != nil {
+			return err
+		}
+		if err := inTime(); err != nil {
+			return err
+		}
 	}
 	// The marker of an interrupted format is written again: it may have been seen
 	// in the cache only, and must not be lost while what follows it stays.

@@ -348,7 +348,8 @@ func (c *Checker) writers(g *Grant, i int) {
 	}
 	known := []Writers{WritersOne, WritersMany, WritersReaders}
 	c.Demand(slices.Contains(known, g.Writers), fmt.Sprintf("%q is not known (hint: one, many, readers)", g.Writers), "grants", i, "writers")
-	c.Demand(g.Writers != WritersReaders || !slices.Contains(g.Operations, Format), "readers create no volume: a grant for them has only the operation open", "grants", i, "writers")
+	creates := slices.Contains(g.Operations, Format) || slices.Contains(g.Operations, Clone)
+	c.Demand(g.Writers != WritersReaders || !creates, "readers create no volume: a grant for them has only the operation open", "grants", i, "writers")
 	c.Demand(g.Takeover == "" || g.Takeover == takeoverExpiry, fmt.Sprintf("%q is not known (hint: expiry, or nothing for an operator's word only)", g.Takeover), "grants", i, "takeover")
 	alone := g.Writers == WritersOne
 	c.Demand(alone || g.Takeover == "", "there is no lease to take over unless one node writes", "grants", i, "takeover")

@@ -61,7 +61,7 @@ func newLocalServer(who callers, maxMessage int) *grpc.Server {
 		grpc.WriteBufferSize(4<<10),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: maxIdle}),
 		grpc.UnaryInterceptor(func(ctx context.Context, r any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-			if err := grpc.SetHeader(ctx, metadata.Pairs(nodev1.FeaturesHeader, nodev1.FeatureIntegrity)); err != nil {
+			if err := grpc.SetHeader(ctx, metadata.Pairs(nodev1.FeaturesHeader, nodev1.FeatureIntegrity, nodev1.FeaturesHeader, nodev1.FeatureSource)); err != nil {
 				return nil, err
 			}
 			return handle(ctx, r)
@@ -105,6 +105,12 @@ func (a *api) open(ctx context.Context, r *nodev1.OpenRequest, tell func(string,
 	}
 	if err := a.allow(ctx, operation, r.GetId()); err != nil {
 		return Volume{}, err
+	}
+	if r.GetSource() != "" {
+		// What it holds is shown under another name.
+		if err := a.allow(ctx, "open", r.GetSource()); err != nil {
+			return Volume{}, err
+		}
 	}
 	v, dynamic, err := a.volume(ctx, r)
 	if err != nil {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/luks"
@@ -14,9 +16,16 @@ import (
 // headerOfClone makes the header of a new volume whose disk is a clone of another one. Of
 // the source it needs the key, for a moment, and no lease: who holds it goes on.
 func (o *opening) headerOfClone(ctx context.Context, id luks.Identity, dek *luks.Key) (*luks.Header, error) {
+	if err := o.notTheSourcesDisk(); err != nil {
+		return nil, err
+	}
 	source, err := o.Keys.GetKey(ctx, keyclient.Request{Volume: o.v.Source, Clone: true})
 	if err != nil {
-		return nil, fmt.Errorf("source %q: %w", o.v.Source, err)
+		err = fmt.Errorf("source %q: %w", o.v.Source, err)
+		if f := failure.Of(err); f.Class == failure.NotFound || f.Class == failure.State {
+			return nil, failure.WithID(failure.New(f.Class, err, "the source has to be a volume that was opened once, and is not retired"), f.CorrelationID)
+		}
+		return nil, err
 	}
 	defer source.Close()
 	h, err := luks.NewCloneHeader(ctx, o.v.DevicePath(), luks.Source{Identity: identity(source), MACs: luksMACs(source.MACs)}, source.DEK, id, dek)
@@ -29,18 +38,47 @@ func (o *opening) headerOfClone(ctx context.Context, id luks.Identity, dek *luks
 	case o.v.Integrity != "" && h.Integrity() == "":
 		return nil, luks.ErrNoIntegrity
 	}
+	// Before it is written: what the source is, the clone is.
+	as := o.v
+	as.Integrity = string(h.Integrity())
+	if err := as.Validate(); err != nil {
+		return nil, failure.New(failure.Usage, fmt.Errorf("the source has integrity: %w", err), "")
+	}
+	if size, err := luks.DeviceBytes(ctx, o.v.DevicePath()); err == nil && h.Integrity() != "" && luks.Room(size, h.Integrity()) > h.Length() {
+		o.Log.Warn("the disk is larger than its source, and a volume with integrity stays as large as that", "volume", o.v.ID)
+	}
 	o.cloned, o.tags = true, false // it has its tags, as all its data
 	return h, nil
 }
 
-// goOnWithClone finds out whether a volume whose header stands was begun as a clone, whatever
-// the configuration says by now: nothing may be made on its data.
-func (o *opening) goOnWithClone(ctx context.Context) (err error) {
-	if o.cloned, err = luks.SourceKept(ctx, o.v.DevicePath()); err != nil {
+// notTheSourcesDisk refuses the disk of the source itself, as far as this node knows which
+// that is: its header looks the same.
+func (o *opening) notTheSourcesDisk() error {
+	e := o.find(o.v.Source)
+	if e == nil {
+		return nil
+	}
+	var device string
+	o.set(func() { device = e.spec.DevicePath() })
+	var disk, source unix.Stat_t
+	if unix.Stat(o.v.DevicePath(), &disk) == nil && unix.Stat(device, &source) == nil && disk.Rdev == source.Rdev {
+		return failure.Newf(failure.Configuration, "device names the copy", "%s is the disk of %q itself, and no clone of it", o.v.DevicePath(), o.v.Source)
+	}
+	return nil
+}
+
+// goOnWithClone finds out whether a volume whose header stands was begun as a clone: then
+// nothing may be made on its data. What was begun in another way is not taken for one, since
+// nothing would be made on it, or copied to it, and it would be used as it is.
+func (o *opening) goOnWithClone(ctx context.Context, key *keyclient.Key) (err error) {
+	if o.cloned, err = luks.SourceKept(ctx, o.v.DevicePath(), identity(key), key.DEK); err != nil {
 		return err
 	}
-	if o.v.Source != "" && !o.cloned {
-		return failure.Newf(failure.State, "leave source out, and it is finished", "the volume was begun on a blank disk, and not as a clone of %q", o.v.Source)
+	switch {
+	case o.cloned && o.v.Source == "":
+		return failure.Newf(failure.State, "say source again, and it is finished", "the volume was begun as a clone, of which source says nothing now")
+	case o.v.Source != "" && !o.cloned:
+		return failure.Newf(failure.State, "leave source out, and it is finished", "the volume was not begun as a clone of %q, or its disk has no word of that any more", o.v.Source)
 	}
 	return nil
 }

@@ -45,6 +45,15 @@ func (o *opening) copyImage(ctx context.Context) error {
 	if err := o.step(ctx, "copied", func() error { return s.CopyTo(ctx, o.mapping.Path) }); err != nil {
 		return err
 	}
+	if err := o.holdsFilesystem(ctx); err != nil || o.v.Filesystem == "none" || !filesystem.GrowsUnmounted(o.v.Filesystem) {
+		return err
+	}
+	return o.step(ctx, "grown", func() error { return filesystem.Grow(ctx, o.mapping.Path, "", o.v.Filesystem) })
+}
+
+// holdsFilesystem refuses what was copied if the filesystem in it is another one than the
+// volume is said to have.
+func (o *opening) holdsFilesystem(ctx context.Context) error {
 	if o.v.Filesystem == "none" {
 		return nil
 	}
@@ -53,22 +62,17 @@ func (o *opening) copyImage(ctx context.Context) error {
 		return err
 	}
 	if !slices.ContainsFunc(found, func(s luks.Signature) bool { return s.Type == o.v.Filesystem }) {
-		return failure.Newf(failure.Configuration, "say which filesystem it has, or none", "the image holds no %s: %v", o.v.Filesystem, found)
+		return failure.Newf(failure.Configuration, "say which filesystem it has, or none", "what was copied holds no %s: %v", o.v.Filesystem, found)
 	}
-	if err := filesystem.Suits(o.mapping.Path, o.v.Filesystem); err != nil {
-		return err
-	}
-	if !filesystem.GrowsUnmounted(o.v.Filesystem) {
-		return nil
-	}
-	return o.step(ctx, "grown", func() error { return filesystem.Grow(ctx, o.mapping.Path, "", o.v.Filesystem) })
+	return filesystem.Suits(o.mapping.Path, o.v.Filesystem)
 }
 
 // growCopy makes the filesystem of an image that was just copied, or of a clone, as large
-// as its volume, where that needs a mount. The volume is good without it.
+// as its volume, where that needs a mount. The volume is good without it. A clone may have
+// been made by a run that was cut off, so that each mount looks.
 func (o *opening) growCopy(ctx context.Context, mountPoint string) {
 	copied := o.v.From != nil && !filesystem.GrowsUnmounted(o.v.Filesystem)
-	if !o.created || !copied && !o.cloned {
+	if !(o.created && copied) && (o.v.Source == "" || o.mapping.ReadOnly) {
 		return
 	}
 	if err := filesystem.Grow(ctx, o.mapping.Path, mountPoint, o.v.Filesystem); err != nil {

@@ -326,20 +326,16 @@ func (o *opening) openActive(ctx context.Context, key *keyclient.Key) error {
 	}
 	// A crash right after the volume became active may have left its mark, which
 	// must not outlive the first mount.
-	if o.v.Source != "" && !o.v.ReadOnly {
-		if err := luks.ForgetSource(ctx, o.v.DevicePath()); err != nil {
-			return err
-		}
-	}
 	return o.clearMark(ctx)
 }
 
-// clearMark removes the mark of a mkfs from a volume that holds data by now.
+// clearMark removes the mark of a mkfs, and what is kept of a clone's source, from a volume
+// that holds data by now.
 func (o *opening) clearMark(ctx context.Context) error {
 	if o.v.ReadOnly {
 		return nil
 	}
-	return luks.ClearFilesystemMark(ctx, o.v.DevicePath())
+	return errors.Join(luks.ClearFilesystemMark(ctx, o.v.DevicePath()), luks.ForgetSource(ctx, o.v.DevicePath()))
 }
 
 func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {

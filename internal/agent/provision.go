@@ -33,7 +33,7 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 		if o.tags && h.Integrity() == "" {
 			return luks.ErrNoIntegrity
 		}
-		if err := o.goOnWithClone(ctx); err != nil {
+		if err := o.goOnWithClone(ctx, key); err != nil {
 			return err
 		}
 		o.tags = h.Integrity() != "" && !o.cloned
@@ -153,7 +153,7 @@ func (o *opening) newHeader(ctx context.Context, id luks.Identity, dek *luks.Key
 // on the disk says so.
 func (o *opening) fill(ctx context.Context, mark *luks.FilesystemMark) error {
 	if o.cloned {
-		return nil
+		return o.holdsFilesystem(ctx)
 	}
 	if o.tags {
 		if err := o.wipe(ctx); err != nil {

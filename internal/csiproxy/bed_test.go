@@ -38,7 +38,7 @@ type agent struct {
 	open    func(*nodev1.OpenRequest, func(string)) error
 	close   error
 	resize  error
-	old     bool // it does not know of integrity
+	old     bool // it knows no features
 }
 
 func (a *agent) seen(m proto.Message) {
@@ -71,7 +71,7 @@ func (a *agent) OpenProgress(r *nodev1.OpenRequest, s grpc.ServerStreamingServer
 
 func (a *agent) Status(ctx context.Context, r *nodev1.StatusRequest) (*nodev1.StatusResponse, error) {
 	if !a.old {
-		if err := grpc.SetHeader(ctx, metadata.Pairs(nodev1.FeaturesHeader, nodev1.FeatureIntegrity)); err != nil {
+		if err := grpc.SetHeader(ctx, metadata.Pairs(nodev1.FeaturesHeader, nodev1.FeatureIntegrity, nodev1.FeaturesHeader, nodev1.FeatureSource)); err != nil {
 			return nil, err
 		}
 	}

@@ -104,7 +104,11 @@ var rewrites = map[string]rewrite{
 		}),
 	// What is restored from a snapshot must be allowed to be as large as its source was.
 	csi.Controller_CreateSnapshot_FullMethodName: rewriting(nil,
-		func(c *Config, _ *csi.CreateSnapshotRequest, a *csi.CreateSnapshotResponse) {
+		func(c *Config, r *csi.CreateSnapshotRequest, a *csi.CreateSnapshotResponse) {
+			if a.GetSnapshot() != nil {
+				// The name by which it was asked for is the one that nodes know.
+				a.GetSnapshot().SourceVolumeId = r.GetSourceVolumeId()
+			}
 			c.snapshots(a.GetSnapshot())
 		}),
 	csi.Controller_DeleteSnapshot_FullMethodName: rewriting[*csi.DeleteSnapshotRequest, *csi.DeleteSnapshotResponse](

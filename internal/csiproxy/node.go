@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -89,7 +90,7 @@ func (p *Proxy) NodeStageVolume(ctx context.Context, r *csi.NodeStageVolumeReque
 			}
 			return out, nil
 		}
-		if err := p.knows(ctx, r.GetVolumeId()); err != nil {
+		if err := p.knows(ctx, r); err != nil {
 			return nil, undecided(err)
 		}
 		o.say("the driver attaches the device")
@@ -276,18 +277,22 @@ func (p *Proxy) publishRaw(ctx context.Context, r *csi.NodeStageVolumeRequest, a
 }
 
 // knows refuses an agent that would make volumes without the integrity that is asked for,
-// for good.
-func (p *Proxy) knows(ctx context.Context, handle string) error {
-	if p.cfg.Integrity == "" {
+// for good, or passes over what they are clones of.
+func (p *Proxy) knows(ctx context.Context, r *csi.NodeStageVolumeRequest) error {
+	needs := map[string]bool{nodev1.FeatureIntegrity: p.cfg.Integrity != "", nodev1.FeatureSource: r.GetVolumeContext()[SourceKey] != ""}
+	maps.DeleteFunc(needs, func(_ string, needed bool) bool { return !needed })
+	if len(needs) == 0 {
 		return nil
 	}
 	var header metadata.MD
-	_, err := p.agent.Status(ctx, &nodev1.StatusRequest{Id: p.cfg.volumeID(handle)}, grpc.Header(&header))
-	switch {
-	case err != nil && status.Code(err) != codes.NotFound:
+	_, err := p.agent.Status(ctx, &nodev1.StatusRequest{Id: p.cfg.volumeID(r.GetVolumeId())}, grpc.Header(&header))
+	if err != nil && status.Code(err) != codes.NotFound {
 		return ofAgent(err)
-	case !nodev1.Has(header, nodev1.FeatureIntegrity):
-		return status.Error(codes.Unavailable, "the agent is older than this program, and would make the volume without integrity: upgrade it")
+	}
+	for feature := range needs {
+		if !nodev1.Has(header, feature) {
+			return status.Errorf(codes.Unavailable, "the agent is older than this program, and does not know of %s: upgrade it", feature)
+		}
 	}
 	return nil
 }
@@ -320,6 +325,8 @@ func (p *Proxy) open(ctx context.Context, r *csi.NodeStageVolumeRequest, device 
 		switch {
 		case errors.Is(err, io.EOF):
 			return status.Error(codes.Internal, "the agent ended in the middle of its answer")
+		case status.Code(err) == codes.NotFound && want.GetSource() != "" && !want.GetFormat():
+			return status.Error(codes.FailedPrecondition, "a read-only claim cannot be the first of a clone: stage it once for writing, which makes it a volume")
 		case err != nil:
 			return ofAgent(err)
 		case e.GetVolume() != nil:

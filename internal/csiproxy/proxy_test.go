@@ -97,6 +97,12 @@ func TestTheAgentHearsOfASource(t *testing.T) {
 	if o := b.agent.asked()[0].(*nodev1.OpenRequest); o.GetSource() != b.cfg.volumeID("handle-of-another") || !o.GetFormat() {
 		t.Errorf("opened with %v", o)
 	}
+	b = newBed(t, nil)
+	b.agent.old = true
+	wantCode(t, b.stageIt(block(once), SourceKey, "handle-of-another"), codes.Unavailable, "older", "source")
+	b = newBed(t, nil)
+	b.agent.open = func(*nodev1.OpenRequest, func(string)) error { return status.Error(codes.NotFound, "no such volume") }
+	wantCode(t, b.stageIt(block(csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY), SourceKey, "handle-of-another"), codes.Unavailable, "stage it once for writing")
 }
 
 func TestADeviceThatIsGoneIsAttachedAgain(t *testing.T) {

@@ -139,6 +139,9 @@ func matchesAny(patterns []string, name string) bool {
 func (c *Config) collides(v *Volume) error {
 	for i := range c.Volumes {
 		o := &c.Volumes[i]
+		if o.ID == v.Source {
+			return failure.Newf(failure.PolicyDenied, "only the configuration makes clones of its volumes", "the source %q is a configured volume", o.ID)
+		}
 		if o.ID == v.ID || o.Name == v.Name || o.DevicePath() == v.DevicePath() || v.Mount != "" && o.Mount == v.Mount {
 			return failure.Newf(failure.PolicyDenied, "a configured volume is opened by its ID alone", "volume %q of the configuration has this ID, name, device or mount point", o.ID)
 		}

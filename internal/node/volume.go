@@ -181,6 +181,9 @@ var deviceTags = map[string]string{
 	"LABEL": "/dev/disk/by-label", "PARTLABEL": "/dev/disk/by-partlabel",
 }
 
+// tagFolders hold links by what a disk and its clones have in common.
+var tagFolders = []string{"/dev/disk/by-uuid", "/dev/disk/by-partuuid", "/dev/disk/by-label", "/dev/disk/by-partlabel"}
+
 func (v *Volume) checkDevice() error {
 	tag, value, tagged := strings.Cut(v.Device, "=")
 	if dir := deviceTags[tag]; tagged && dir != "" {
@@ -293,6 +296,8 @@ func (v *Volume) checkSource() error {
 		return errors.New("must be the ID of another volume")
 	case v.From != nil:
 		return errors.New("a volume begins with an image or as a clone: leave out from, or source")
+	case !filepath.IsAbs(v.Device), slices.ContainsFunc(tagFolders, func(dir string) bool { return strings.HasPrefix(v.Device, dir+"/") }):
+		return errors.New("device must be the path of the disk: its tags are its source's as well")
 	case v.Throwaway():
 		return fmt.Errorf("a %s volume begins empty", v.Kind)
 	case v.Filesystem == "btrfs":

@@ -66,6 +66,8 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"a source that is no ID":    {func(v *Volume) { v.Source = "a/b" }, "source"},
 		"itself as its source":      {func(v *Volume) { v.Source = "data" }, "source"},
 		"a source and an image":     {func(v *Volume) { v.Source, v.From = "db", &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64)} }, "source"},
+		"a clone by its UUID":       {func(v *Volume) { v.Source, v.Device = "db", "UUID=6f1d3a52-1c6b-4f0c-9a53-0d8a4a6b7c11" }, "source"},
+		"a clone by udev's link":    {func(v *Volume) { v.Source, v.Device = "db", "/dev/disk/by-label/db" }, "source"},
 		"a clone of btrfs":          {func(v *Volume) { v.Source, v.Filesystem = "db", "btrfs" }, "source"},
 		"a clone that gets a label": {func(v *Volume) { v.Source, v.Filesystem, v.Label = "db", "ext4", "new" }, "source"},
 		"a clone for swap":          {func(v *Volume) { v.Kind, v.Format, v.Mount, v.Filesystem, v.Source = Swap, true, "", "", "db" }, "source"},

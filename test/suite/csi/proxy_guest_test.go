@@ -42,7 +42,7 @@ profiles:
       event_log: optional
       pcrs: [{pcr: 4, accept: ["f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b"]}] # one extension by zeros
 grants:
-  - {name: csi, profiles: [node], volumes: ["csi-*"], operations: [open, format]}
+  - {name: csi, profiles: [node], volumes: ["csi-*"], operations: [open, format, clone]}
 `
 
 const serviceConfig = `listen: 127.0.0.1:8443

@@ -58,9 +58,15 @@ func call[Q, A any](t testing.TB, f func(context.Context, Q, ...grpc.CallOption)
 // create makes a volume, which ends with the test.
 func create(t testing.TB, d *driver, name string, size int64, capability *csi.VolumeCapability) *volume {
 	t.Helper()
+	return createOf(t, d, name, size, capability, nil)
+}
+
+// createOf makes one that begins with what another volume, or a snapshot, holds.
+func createOf(t testing.TB, d *driver, name string, size int64, capability *csi.VolumeCapability, of *csi.VolumeContentSource) *volume {
+	t.Helper()
 	rsp := call(t, d.controller.CreateVolume, &csi.CreateVolumeRequest{
 		Name: name, Parameters: thin, CapacityRange: &csi.CapacityRange{RequiredBytes: size},
-		VolumeCapabilities: []*csi.VolumeCapability{capability},
+		VolumeCapabilities: []*csi.VolumeCapability{capability}, VolumeContentSource: of,
 	})
 	dir := place(t)
 	v := &volume{

@@ -31,8 +31,8 @@ func TestDiskACloneBecomesAVolume(t *testing.T) {
 			}
 			file, copied := image(t, size), image(t, size+32*mib)
 			device := loop(t, file)
-			at := map[string]string{from: mountPoint(t, "from"), to: mountPoint(t, "to")}
-			removed(t, from, to, from+"_dif", to+"_dif")
+			at := map[string]string{from: mountPoint(t, "from"), to: mountPoint(t, "to"), name + "-alias": mountPoint(t, "alias")}
+			removed(t, from, to, from+"_dif", to+"_dif", name+"-alias")
 			line := func(id, device, rest string) string {
 				l := fmt.Sprintf("{id: %s, device: %s, format: true", id, device) + rest
 				if fs != "none" {
@@ -87,6 +87,13 @@ func TestDiskACloneBecomesAVolume(t *testing.T) {
 				t.Fatal("it was written to, and is no clone of what was named")
 			}
 
+			if fs == "ext4" {
+				// Of another filesystem: unfinished, until the configuration is right.
+				n.configure(t, line(from, device, ""), strings.Replace(line(to, clone, ", source: "+from), "filesystem: ext4", "filesystem: xfs", 1))
+				n.fails(t, 3, "holds no xfs", "unlock", to)
+				n.configure(t, line(from, device, ""), line(to, clone, ""))
+				n.fails(t, 15, "begun as a clone", "unlock", to)
+			}
 			n.configure(t, line(from, device, ""), line(to, clone, ", source: "+from))
 			n.must(t, "unlock", to)
 			reads(to, "of the source")
@@ -116,6 +123,15 @@ func TestDiskACloneBecomesAVolume(t *testing.T) {
 			}
 			n.configure(t, line(from, device, ""))
 			n.must(t, "close", from)
+			// The disk of the source itself, by another name, is no clone of it.
+			alias := filepath.Join(t.TempDir(), "alias")
+			check(t, os.Symlink(device, alias))
+			n.configure(t, line(from, device, ""), line(name+"-alias", alias, ", source: "+from))
+			before = tool(t, "sha256sum", device)
+			n.fails(t, 3, "no clone of it", "unlock", name+"-alias")
+			if tool(t, "sha256sum", device) != before {
+				t.Error("the source's disk was written to")
+			}
 		})
 	}
 }

@@ -11,8 +11,11 @@ import (
 // on one looks first, since what an agent has created it does not take back.
 const FeaturesHeader = "keyagent-features"
 
-// FeatureIntegrity is OpenRequest.integrity.
-const FeatureIntegrity = "integrity"
+// FeatureIntegrity is OpenRequest.integrity, and FeatureSource OpenRequest.source.
+const (
+	FeatureIntegrity = "integrity"
+	FeatureSource    = "source"
+)
 
 // Has reports whether the agent that answered with this header has a feature.
 func Has(header metadata.MD, feature string) bool {
