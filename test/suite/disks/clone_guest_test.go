@@ -147,7 +147,7 @@ func TestDiskACloneThatWasCutOffGoesOn(t *testing.T) {
 	n.must(t, "unlock", "v-cutclone-from")
 	overwrite(t, "/dev/mapper/v-cutclone-from", 3*mib, []byte("of the source"))
 	n.must(t, "close", "v-cutclone-from")
-	for _, when := range []string{"pwrite64:when=1", "pwrite64:when=2", "pwrite64:when=3", "pwrite64:when=4", "pwrite64:when=5", "pwrite64:when=6"} {
+	for _, when := range some(t, 2, []string{"pwrite64:when=1", "pwrite64:when=2", "pwrite64:when=3", "pwrite64:when=4"}) {
 		id := "v-cutclone-" + strings.ReplaceAll(when, ":when=", "-")
 		copied := image(t, diskSize)
 		tool(t, "dd", "if="+file, "of="+copied, "bs=1M", "status=none")
