@@ -72,7 +72,7 @@
 // # Formats
 //
 // The MACs of the header and of its copies, the rebuilding of a copy, the format
-// marker and the filesystem mark are specified in docs/spec/luks2-header.md. Test
+// marker, the filesystem mark and the mark of a clone are specified in docs/spec/luks2-header.md. Test
 // vectors are in testdata/vectors.json.
 //
 // # Concurrency

@@ -27,6 +27,7 @@ type macVector struct {
 	MAC        string `json:"mac"`
 	Marker     string `json:"marker"`
 	Mark       string `json:"filesystem_mark"`
+	Clone      string `json:"clone_mark"`
 	Primary    string `json:"primary_mac,omitempty"`
 	Secondary  string `json:"secondary_mac,omitempty"`
 }
@@ -64,6 +65,9 @@ func TestTheVectorsHold(t *testing.T) {
 		mark, err := NewFilesystemMark(id, attempt, dek)
 		must(t, err)
 		got.Mark = hex.EncodeToString(mark.sector)
+		clone, err := taggedSector(cloneMagic, cloneLabel, id, nil, dek)
+		must(t, err)
+		got.Clone = hex.EncodeToString(clone)
 		if v.Length == guardedSize || v.Length == maxGuardedSize {
 			macs, err := headerMACs(guarded{raw: message}, id, dek)
 			must(t, err)
