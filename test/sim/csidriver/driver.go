@@ -24,7 +24,10 @@ type Driver struct {
 
 	Name string
 	Can  []csi.NodeServiceCapability_RPC_Type
-	// Publish attaches a volume at a path, and Unpublish takes it away. Nil does nothing.
+	// Stage and Unstage come before and after. Publish attaches a volume at a path, and
+	// Unpublish takes it away. Nil does nothing.
+	Stage     func(*csi.NodeStageVolumeRequest) error
+	Unstage   func(*csi.NodeUnstageVolumeRequest) error
 	Publish   func(*csi.NodePublishVolumeRequest) error
 	Unpublish func(*csi.NodeUnpublishVolumeRequest) error
 	Expand    func(*csi.NodeExpandVolumeRequest) error
@@ -102,7 +105,7 @@ func (d *Driver) NodeStageVolume(_ context.Context, r *csi.NodeStageVolumeReques
 	if !d.can(csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME) {
 		return nil, status.Error(codes.Unimplemented, "this driver does not stage")
 	}
-	return &csi.NodeStageVolumeResponse{}, nil
+	return &csi.NodeStageVolumeResponse{}, ask(d.Stage, r)
 }
 
 // NodeUnstageVolume implements the node's service.
@@ -110,7 +113,7 @@ func (d *Driver) NodeUnstageVolume(_ context.Context, r *csi.NodeUnstageVolumeRe
 	if !d.can(csi.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME) {
 		return nil, status.Error(codes.Unimplemented, "this driver does not stage")
 	}
-	return &csi.NodeUnstageVolumeResponse{}, nil
+	return &csi.NodeUnstageVolumeResponse{}, ask(d.Unstage, r)
 }
 
 // NodePublishVolume implements the node's service.
