@@ -48,7 +48,7 @@ FULL := ./test/suite/csi
 
 test: deps lint ## everything, with real kernels in guests; needs root
 	cd test/suite/kubernetes && $(GO) tool -modfile=../../../tools/go.mod gotestsum --format pkgname -- ./...
-	$(TOOL) gotestsum --format pkgname -- -race -timeout 45m -p 1 $(ALONE)
+	$(TOOL) gotestsum --format pkgname -- -race -timeout 60m -p 1 $(ALONE)
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(patsubst ./%,-e /%$$,$(ALONE) $(FULL)))
 
 test-full: test ## test, and the matrices that it samples as a whole

@@ -270,10 +270,11 @@ func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 
 	// Of what is alike, one; all of it, and twice, where all is wanted. The first of each
 	// row creates the volume.
-	rows := [][]string{{classic, dracut, []string{keyscript, late}[r.IntN(2)]}}
-	if row := rows[0]; r.IntN(2) == 0 {
-		row[0], row[1] = row[1], row[0]
+	creates, rest := classic, []string{dracut, keyscript, late}
+	if r.IntN(2) == 0 {
+		creates, rest[0] = dracut, classic
 	}
+	rows := [][]string{{creates, rest[r.IntN(len(rest))]}}
 	if full {
 		rows = [][]string{{dracut}, {classic, dracut, keyscript, late, classic, dracut, keyscript}}
 	}
@@ -325,11 +326,12 @@ func TestARootFileSystemIsOpenedInTheInitrd(t *testing.T) {
 func (s *rootSystem) comesUp(t *testing.T, esps []string, late string) {
 	t.Helper()
 	for i, esp := range esps {
-		if i == 1 {
+		down := i == 1 && esp != late // which waits for its disk first
+		if down {
 			must(t, s.service.Stop())
 		}
 		g := s.boot(t, esp, s.system.Image)
-		if i == 1 {
+		if down {
 			// A key service that is down is waited for, and the machine starts without
 			// being switched on again.
 			_, err := g.WaitLine(t.Context(), "keyagent: attempt 1: service unreachable")
