@@ -6,11 +6,17 @@ import (
 	"crypto/rand"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -84,6 +90,89 @@ func TestBenchmarkOpen(t *testing.T) {
 		must(t, err)
 	})
 	report("open-in-process-keyagent", ms(m[0]), "ms")
+}
+
+// TestBenchmarkOpenMany opens 32 volumes at once, as an agent does at a boot: beside it 32
+// processes of dmsetup, which have the volume key already. cryptsetup's default, argon2id,
+// does not fit into memory 32 times: one is timed, and they would take turns.
+func TestBenchmarkOpenMany(t *testing.T) {
+	const many, rounds = 32, 5
+	volumes, slow := make([]volume, many), blankDevice(t, deviceSize)
+	key := filepath.Join(t.TempDir(), "key")
+	must(t, os.WriteFile(key, []byte("thirty-two bytes for a key file."), 0o600))
+	hexKey := strings.Repeat("0123456789abcdef", 8)
+	for i := range volumes {
+		volumes[i] = newVolume(t, Identity{Volume: fmt.Sprintf("v%d", i), UUID: fmt.Sprintf("6f1d3a52-1c6b-4f0c-9a53-%012x", i), Generation: 1}, dataKey(t))
+	}
+	run(t, "cryptsetup", "luksFormat", "-q", "--type", "luks2", "--key-file", key, slow)
+	atOnce := func(f func(i int) error) time.Duration {
+		began := time.Now()
+		var all errgroup.Group
+		for i := range many {
+			all.Go(func() error { return f(i) })
+		}
+		must(t, all.Wait())
+		return time.Since(began)
+	}
+	var rss int64 // of the largest process, in KiB
+	process := func(name string, args ...string) error {
+		cmd := exec.Command(name, args...)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%s: %w: %s", name, err, out)
+		}
+		if u, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+			for have := atomic.LoadInt64(&rss); u.Maxrss > have && !atomic.CompareAndSwapInt64(&rss, have, u.Maxrss); have = atomic.LoadInt64(&rss) {
+			}
+		}
+		return nil
+	}
+	name := func(kind string, i int) string { return fmt.Sprintf("%s-%d", kind, i) }
+	report := func(name string, value float64, unit string) { fmt.Printf("BENCH %s %.2f %s\n", name, value, unit) }
+
+	var ours, raw []time.Duration
+	must(t, os.WriteFile("/proc/self/clear_refs", []byte("5"), 0o600)) // the peak from here on
+	for range rounds {
+		ours = append(ours, atOnce(func(i int) error { _, err := volumes[i].open(name("ours", i)); return err }))
+		atOnce(func(i int) error { return volumes[i].close(name("ours", i)) })
+		raw = append(raw, atOnce(func(i int) error {
+			table := fmt.Sprintf("0 2048 crypt aes-xts-plain64 %s 0 %s 32768 1 sector_size:4096", hexKey, volumes[i].device)
+			return process("dmsetup", "create", name("raw", i), "--table", table)
+		}))
+		atOnce(func(i int) error { return process("dmsetup", "remove", "--retry", name("raw", i)) })
+	}
+	slices.Sort(ours)
+	slices.Sort(raw)
+	report("open-32-keyagent", ours[rounds/2].Seconds()*1000, "ms")
+	report("open-32-dmsetup", raw[rounds/2].Seconds()*1000, "ms")
+	report("ratio-open-32-keyagent-to-dmsetup", float64(ours[rounds/2])/float64(raw[rounds/2]), "x")
+	report("peak-memory-keyagent", float64(peak(t))/1024, "MiB")
+
+	// One with the default, whose cost cryptsetup chose for this machine: 32 take their turns.
+	rss = 0
+	began := time.Now()
+	must(t, process("cryptsetup", "open", "--key-file", key, slow, "slow"))
+	one := time.Since(began)
+	must(t, process("cryptsetup", "close", "slow"))
+	report("open-1-cryptsetup-default", one.Seconds()*1000, "ms")
+	report("ratio-open-32-cryptsetup-default-by-turns-to-keyagent", float64(many*one)/float64(ours[rounds/2]), "x")
+	report("peak-memory-one-cryptsetup-default", float64(rss)/1024, "MiB")
+}
+
+// peak is the largest resident set of this process, in KiB.
+func peak(t *testing.T) int {
+	t.Helper()
+	text, err := os.ReadFile("/proc/self/status")
+	must(t, err)
+	for line := range strings.Lines(string(text)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			n, err := strconv.Atoi(strings.Fields(rest)[0])
+			must(t, err)
+			return n
+		}
+	}
+	t.Fatal("the kernel does not say VmHWM")
+	return 0
 }
 
 // TestBenchmarkIntegrity compares volumes without integrity, with it, and with it but

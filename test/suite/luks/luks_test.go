@@ -73,6 +73,11 @@ func BenchmarkOpen(b *testing.B) {
 	})
 }
 
+// BenchmarkOpenMany opens 32 volumes at once.
+func BenchmarkOpenMany(b *testing.B) {
+	bench(b, uml.Guest{Program: build(b), Args: []string{"-test.v", "-test.run", "^TestBenchmarkOpenMany$"}, Memory: 3072})
+}
+
 // BenchmarkIntegrity is the like for what integrity costs.
 func BenchmarkIntegrity(b *testing.B) {
 	bench(b, uml.Guest{Program: build(b), Args: []string{"-test.v", "-test.run", "^TestBenchmarkIntegrity$"}, Memory: 3072})
