@@ -3,6 +3,7 @@ package luks
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"testing"
 
@@ -194,6 +195,40 @@ func TestAHeaderOfACloneReplacesNothingElse(t *testing.T) {
 	defer from.Close()
 	_, err = NewCloneHeader(t.Context(), path, Source{Identity: idLogs, MACs: MACs{Header: MAC{1}}}, from, idLogs, from)
 	wantError(t, err, ErrInvalid)
+}
+
+// A machine that was frozen at any look at the clock, while another node finished the
+// clone, wakes up and gives up: what stands in front is not written to, unless it had begun
+// to in time.
+func TestACloneThatIsTooLateGivesUp(t *testing.T) {
+	for late := 1; late <= 4; late++ {
+		path, source := clone(t, Layout{})
+		h, err := cloneHeader(path)
+		must(t, err)
+		d, err := openExclusive(t.Context(), path)
+		must(t, err)
+		dek, err := cloneDEK()
+		must(t, err)
+		looks := 0
+		err = d.write(idData, dek, h, func() error {
+			if looks++; looks == late {
+				return ErrTooLate
+			}
+			return nil
+		})
+		must(t, errors.Join(d.Close(), dek.Close()))
+		wantError(t, err, ErrTooLate)
+		if looks != late {
+			t.Errorf("it went on after look %d, until %d", late, looks)
+		}
+		front, err := os.ReadFile(path)
+		must(t, err)
+		if late < 4 && !bytes.HasPrefix(front, source) {
+			t.Errorf("late at look %d, it wrote over the header", late)
+		}
+		must(t, cloneImage(path)) // the next attempt
+		wantClone(t, path, source)
+	}
 }
 
 // Killed at every write and every flush, it converges, and keeps the key of the data.

@@ -38,6 +38,10 @@ func TestAGrantSaysWhoWrites(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
+	_, err := Parse(Builtin(), "policy.yaml", []byte(strings.Replace(whole, "[open, format]\n", "[open, clone]\n    writers: readers\n", 1)))
+	if err == nil || !strings.Contains(err.Error(), "readers create no volume") {
+		t.Errorf("readers who clone: %v", err)
+	}
 }
 
 // Case 48: a grant for readers allows nobody to write, and another grant may.

@@ -155,7 +155,7 @@ func TestADynamicVolumeIsOpenedWithinItsRuleOnly(t *testing.T) {
 		Callers: []node.Caller{{UID: uid(self), Operations: []string{"open", "format", "status", "list"}, Volumes: []string{"*"}}},
 		Dynamic: []node.Dynamic{
 			{UIDs: []uint32{self + 1}, Volumes: []string{"*"}, Devices: []string{dir + "/*"}, Format: true},
-			{UIDs: []uint32{self}, Volumes: []string{"pvc-*"}, Devices: []string{dir + "/pvc-*"}, Mounts: []string{"/var/lib/csi/*"}, Filesystem: "ext4", Filesystems: []string{"xfs"}},
+			{UIDs: []uint32{self}, Volumes: []string{"pvc-*", "a-*"}, Devices: []string{dir + "/pvc-*"}, Mounts: []string{"/var/lib/csi/*"}, Filesystem: "ext4", Filesystems: []string{"xfs"}},
 		},
 	})
 	n := dial(t, socket)
@@ -171,6 +171,7 @@ func TestADynamicVolumeIsOpenedWithinItsRuleOnly(t *testing.T) {
 		"as a raw device":           func(r *nodev1.OpenRequest) { r.Filesystem = "none" },
 		"mounted where it may be":   func(r *nodev1.OpenRequest) { r.MountPoint = "/var/lib/csi/pvc-1" },
 		"read-only, with an option": func(r *nodev1.OpenRequest) { r.ReadOnly, r.Options = true, []string{"noatime"} },
+		"as a clone":                func(r *nodev1.OpenRequest) { r.Source = "pvc-2" },
 	} {
 		before := len(keys.asked)
 		if err := ask(change); len(keys.asked) != before+1 {
@@ -193,11 +194,38 @@ func TestADynamicVolumeIsOpenedWithinItsRuleOnly(t *testing.T) {
 		},
 		"a configured volume, described": func(r *nodev1.OpenRequest) { r.Id = "a-1" },
 		"a configured volume's mapping":  func(r *nodev1.OpenRequest) { r.Name = "ka-test-a" },
+		"a clone of another ID":          func(r *nodev1.OpenRequest) { r.Source = "other" },
+		"a clone of a configured volume": func(r *nodev1.OpenRequest) { r.Source = "a-1" },
+		"a clone of itself":              func(r *nodev1.OpenRequest) { r.Source = "pvc-1" },
 	} {
 		if err := ask(change); err == nil || len(keys.asked) != before {
 			t.Errorf("%s: %v, the key service was asked for %v", name, err, keys.asked[before:])
 			before = len(keys.asked)
 		}
+	}
+}
+
+// A clone shows what its source holds: who may not open that makes none of it.
+func TestACloneNeedsTheRightToOpenItsSource(t *testing.T) {
+	self := uint32(os.Getuid())
+	disk := filepath.Join(shortDir(t), "disk")
+	if err := os.Symlink("/dev/null", disk); err != nil {
+		t.Fatal(err)
+	}
+	socket, keys := serveNode(t, node.Config{
+		Callers: []node.Caller{
+			{UID: uid(self), Operations: []string{"open", "format"}, Volumes: []string{"pvc-*"}},
+			{UID: uid(self), Operations: []string{"close", "status"}, Volumes: []string{"other-*"}},
+		},
+		Dynamic: []node.Dynamic{{UIDs: []uint32{self}, Volumes: []string{"*"}, Devices: []string{disk}, Format: true}},
+	})
+	n := dial(t, socket)
+	_, err := n.Open(t.Context(), &nodev1.OpenRequest{Id: "pvc-1", Device: disk, Format: true, Source: "other-1"})
+	if classOf(err) != failure.PolicyDenied || len(keys.asked) != 0 {
+		t.Errorf("%v, the key service was asked for %v", err, keys.asked)
+	}
+	if _, err = n.Open(t.Context(), &nodev1.OpenRequest{Id: "pvc-1", Device: disk, Format: true, Source: "pvc-2"}); len(keys.asked) == 0 {
+		t.Errorf("a clone of its own was refused: %v", err)
 	}
 }
 

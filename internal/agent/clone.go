@@ -22,8 +22,11 @@ func (o *opening) headerOfClone(ctx context.Context, id luks.Identity, dek *luks
 	source, err := o.Keys.GetKey(ctx, keyclient.Request{Volume: o.v.Source, Clone: true})
 	if err != nil {
 		err = fmt.Errorf("source %q: %w", o.v.Source, err)
-		if f := failure.Of(err); f.Class == failure.NotFound || f.Class == failure.State {
-			return nil, failure.WithID(failure.New(f.Class, err, "the source has to be a volume that was opened once, and is not retired"), f.CorrelationID)
+		switch f := failure.Of(err); f.Class {
+		case failure.NotFound, failure.State:
+			err = failure.WithID(failure.New(f.Class, err, "the source has to be a volume that was opened once, and is not retired"), f.CorrelationID)
+		case failure.Usage: // it does not know what is asked for
+			err = failure.WithID(failure.New(f.Class, err, "upgrade the key service: one of before makes no clones"), f.CorrelationID)
 		}
 		return nil, err
 	}

@@ -38,7 +38,7 @@ type machine struct {
 	mu       sync.Mutex
 	rand     *rand.Rand
 	faulty   bool
-	careless bool                // a driver that mounts again what is mounted
+	careless bool                // a driver that mounts again what is mounted, and forgets to unmount
 	owner    map[string]string   // of a disk's header, by the driver's handle; empty: blank
 	content  map[string]int      // of a disk
 	records  map[string]bool     // volumes that exist, by ID
@@ -131,7 +131,7 @@ func (m *machine) unpublishRaw(r *csi.NodeUnpublishVolumeRequest) error {
 				m.never("the driver detaches %s, and %s is open on it", path, id)
 			}
 		}
-		if on := m.attached[path]; len(on) > 0 {
+		if on := m.attached[path]; len(on) > 0 && (!m.careless || m.rand.IntN(3) > 0) {
 			m.attached[path] = on[:len(on)-1]
 		}
 		if m.at(path) != "" {

@@ -94,6 +94,15 @@ func TestDiskACloneBecomesAVolume(t *testing.T) {
 				n.configure(t, line(from, device, ""), line(to, clone, ""))
 				n.fails(t, 15, "begun as a clone", "unlock", to)
 			}
+			if more != "" {
+				// What the source cannot do, its clone cannot: known before anything is written.
+				plain := strings.Replace(line(to, clone, ", discards: true, source: "+from), ", integrity: hmac-sha256, no_journal: true", "", 1)
+				n.configure(t, line(from, device, ""), plain)
+				n.fails(t, 2, "the source has integrity", "unlock", to)
+				if tool(t, "sha256sum", clone) != before {
+					t.Error("it was written to")
+				}
+			}
 			n.configure(t, line(from, device, ""), line(to, clone, ", source: "+from))
 			n.must(t, "unlock", to)
 			reads(to, "of the source")
