@@ -217,8 +217,8 @@ func (c *Config) smallerVolume(v *csi.Volume) {
 	}
 }
 
-// snapshots are shown with their sources' names in their own: whoever restores one has to
-// know, and a driver need not remember it.
+// snapshots rewrites what the driver says of them. Each name gets the source's appended:
+// the node that restores the snapshot needs it, and a driver may not remember.
 func (c *Config) snapshots(all ...*csi.Snapshot) {
 	for _, s := range all {
 		if s == nil {

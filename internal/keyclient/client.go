@@ -111,8 +111,8 @@ type Request struct {
 	Volume string
 	// Format asks for the key of a volume that may not exist yet.
 	Format bool
-	// Clone asks for the key of a volume of which there is a copy, to make that another
-	// volume. It takes no lease, whoever holds one.
+	// Clone asks for the key of a volume to make another volume of a copy of its disk. It
+	// takes no lease, and does not disturb the node that holds one.
 	Clone    bool
 	ReadOnly bool
 	Diskless bool

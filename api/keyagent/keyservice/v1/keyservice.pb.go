@@ -31,7 +31,7 @@ const (
 	Operation_OPERATION_UNSPECIFIED Operation = 0
 	Operation_OPERATION_OPEN        Operation = 1 // the volume must exist and be active
 	Operation_OPERATION_FORMAT      Operation = 2 // the volume may be created, or its creation resumed
-	Operation_OPERATION_CLONE       Operation = 3 // a copy of its disk becomes another volume: no lease, whoever holds one
+	Operation_OPERATION_CLONE       Operation = 3 // another volume is made of a copy of its disk; needs no lease
 )
 
 // Enum value maps for Operation.
