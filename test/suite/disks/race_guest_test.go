@@ -96,24 +96,45 @@ func disturb(r *rand.Rand, cmd *exec.Cmd) (what string, wait func()) {
 	return []string{"nothing", "nothing", fmt.Sprintf("killed after %v", after), fmt.Sprintf("frozen after %v for %v", after, freeze)}[kind], func() { <-done }
 }
 
+// sourceOfClones makes the volume of which disks are cloned, and returns its image. It holds
+// a file with this text.
+func sourceOfClones(t *testing.T, n *machine, id, text string) (file string) {
+	t.Helper()
+	file = image(t, diskSize)
+	at := mountPoint(t, "source")
+	removed(t, id)
+	n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, loop(t, file), at))
+	n.must(t, "unlock", id)
+	put(t, filepath.Join(at, "of-the-source"), text)
+	n.must(t, "close", id)
+	return file
+}
+
 // TestRaceTwoNodesForOneBlankDisk is cases 47 and 48. Two nodes create and open one
-// volume on one disk at random moments, over delays, kills and freezes. What either
-// of them was told is on the disk (fsync) is there at the end, and never do both
-// have the volume.
+// volume on one disk, which is blank or a clone of another volume's, at random moments,
+// over delays, kills and freezes. What either of them was told is on the disk (fsync) is
+// there at the end, and never do both have the volume.
 func TestRaceTwoNodesForOneBlankDisk(t *testing.T) {
 	r := seed.Rand(t)
 	w, nodes := lab()
-	opened := [2]int{}
+	opened, clones := [2]int{}, 0
+	source := sourceOfClones(t, nodes[0], "v-race-source", "of the source")
 	for round := range rounds(t, 6) {
 		ok := t.Run(fmt.Sprint(round), func(t *testing.T) {
 			id := fmt.Sprintf("v-race-%d", round)
 			s := share(t, round, [2]int{r.IntN(5), r.IntN(5)})
+			more := ""
+			if r.IntN(2) == 0 {
+				clones++
+				more = ", source: v-race-source"
+				tool(t, "dd", "if="+source, "of="+s.image, "bs=1M", "conv=notrunc", "status=none")
+			}
 			var all [2]*attempt
 			var group sync.WaitGroup
 			for i, n := range nodes {
 				a := &attempt{n: n, at: mountPoint(t, "data"), name: fmt.Sprintf("%s-%d", id, i)}
 				removed(t, a.name)
-				n.configure(t, fmt.Sprintf("{id: %s, name: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, a.name, s.devices[i], a.at))
+				n.configure(t, fmt.Sprintf("{id: %s, name: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s%s}", id, a.name, s.devices[i], a.at, more))
 				all[i] = a
 				cmd := n.command("unlock", id)
 				var out bytes.Buffer
@@ -133,12 +154,17 @@ func TestRaceTwoNodesForOneBlankDisk(t *testing.T) {
 			}
 			group.Wait()
 			w.settle(t, id, nodes, all, s, &opened)
+			if more != "" {
+				nodes[0].must(t, "unlock", id)
+				holds(t, filepath.Join(all[0].at, "of-the-source"), "of the source")
+				nodes[0].must(t, "close", id)
+			}
 		})
 		if !ok {
 			return
 		}
 	}
-	t.Logf("the nodes had the volume %d and %d times", opened[0], opened[1])
+	t.Logf("the nodes had the volume %d and %d times; %d were clones", opened[0], opened[1], clones)
 }
 
 // settle looks at what a round left: at most one node has the volume, what it writes
