@@ -86,7 +86,11 @@ func startKubelet(t testing.TB, b *bed, socket string) *kubelet {
 
 func (k *kubelet) start() {
 	k.t.Helper()
-	k.process = cluster.Start(k.t, "/run", os.Getenv("KEYAGENT_TEST_KUBELET"), "--config", "/run/kubelet.yaml",
+	// One of 1.37.1 that starts again removes what is in its working directory, with the
+	// device of a pod whose driver does not stage.
+	const dir = "/run/kubelet"
+	check(k.t, os.MkdirAll(dir, 0o755))
+	k.process = cluster.Start(k.t, dir, os.Getenv("KEYAGENT_TEST_KUBELET"), "--config", "/run/kubelet.yaml",
 		"--kubeconfig", k.b.kubeconfig, "--hostname-override", "guest", "--root-dir", kubeletDir, "--cert-dir", "/run/kubelet-pki", "-v=2")
 	eventually(k.t, "the node is ready", func() bool {
 		if k.process.Ended() {

@@ -30,7 +30,7 @@ type shield struct {
 }
 
 func (s *shield) String() string {
-	return "proxy:\n" + s.node.Log.Tail() + "\nagent:\n" + s.agent.Log.Tail() + "\nkey service:\n" + s.service.Log.Tail()
+	return "proxy of the node:\n" + s.node.Log.Tail() + "\nof the controller:\n" + s.controller.Log.Tail() + "\nagent:\n" + s.agent.Log.Tail() + "\nkey service:\n" + s.service.Log.Tail()
 }
 
 const policy = `version: 1
@@ -81,6 +81,17 @@ private: /var/lib/kubelet/plugins/kubernetes.io/csi/keyagent/topolvm.io
 prefix: csi-
 `
 
+// behind gives a test the shield, and shows what all parts said where the test fails.
+func behind(t *testing.T) *shield {
+	b, s := start(), shielded()
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("%s\n%s", b, s)
+		}
+	})
+	return s
+}
+
 // shielded puts keyagent in front of the driver of this guest.
 var shielded = sync.OnceValue(func() *shield {
 	t, b := forever{}, start()
@@ -129,7 +140,7 @@ func answers(socket string) bool {
 // TestProxyLeavesNoPlaintextOnTheDisk: what the search finds without keyagent it does not
 // find with it.
 func TestProxyLeavesNoPlaintextOnTheDisk(t *testing.T) {
-	if volume, image := leaks(t, shielded().endpoints, "shielded"); volume || image {
+	if volume, image := leaks(t, behind(t).endpoints, "shielded"); volume || image {
 		t.Errorf("found in the logical volume: %v, on the disk: %v", volume, image)
 	}
 }
@@ -137,7 +148,7 @@ func TestProxyLeavesNoPlaintextOnTheDisk(t *testing.T) {
 // TestProxyRestoresSnapshots: of a volume that a pod uses a snapshot is taken, and restored
 // beside it; the volume is cloned; both hold what it held, and go their own ways.
 func TestProxyRestoresSnapshots(t *testing.T) {
-	s := shielded()
+	s := behind(t)
 	d := dial(t, s.endpoints)
 	for name, capability := range map[string]*csi.VolumeCapability{"xfs": filesystem("xfs"), "block": block()} {
 		t.Run(name, func(t *testing.T) {
@@ -194,16 +205,16 @@ func TestProxyRestoresSnapshots(t *testing.T) {
 // TestFullSanityThroughTheProxy: all that the driver passes, and what needs staging, which
 // it cannot do alone.
 func TestFullSanityThroughTheProxy(t *testing.T) {
-	s := shielded()
+	s := behind(t)
 	if got := sanity(t, s.endpoints); got <= 52 {
-		t.Errorf("%d specs passed, want those of the driver alone, 52, and more\n%s", got, s)
+		t.Errorf("%d specs passed, want those of the driver alone, 52, and more", got)
 	}
 }
 
 // TestProxyUnderAKubelet: a real kubelet, with the proxy killed as soon as a filesystem is
 // staged, before it is published, and once more while the pod runs.
 func TestProxyUnderAKubelet(t *testing.T) {
-	b, s := start(), shielded()
+	b, s := start(), behind(t)
 	staged := make(chan struct{})
 	go func() {
 		defer close(staged)

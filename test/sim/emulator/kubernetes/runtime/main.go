@@ -23,6 +23,7 @@ func run() error {
 		return fmt.Errorf("usage: runtime SOCKET")
 	}
 	server := fake.NewFakeRemoteRuntime()
+	server.ImageService.SetFakeImageSize(1) // a kubelet believes in no image of none, once it is there
 	if err := server.Start("unix://" + os.Args[1]); err != nil {
 		return err
 	}
