@@ -20,8 +20,10 @@ deps: ## Debian packages that building and testing need
 build: deps
 	$(GO) build -trimpath -ldflags "$(LDFLAGS)" -o bin/keyagent ./cmd/keyagent
 
-# What a node does not need: clients of clouds and of etcd, see docs/BENCHMARKS.md.
-NODE_TAGS := grpcnotrace,keyagent_noaws,keyagent_noazure,keyagent_nogcp,keyagent_noetcd
+# Without the key service, and all that a node does not need, see docs/BENCHMARKS.md.
+NODE_TAGS := grpcnotrace,keyagent_node
+# A key service without the clients of clouds and of etcd.
+CLOUDLESS := grpcnotrace,keyagent_noaws,keyagent_noazure,keyagent_nogcp,keyagent_noetcd
 
 node: deps ## the program for confidential VMs, half as large
 	$(GO) build -trimpath -tags $(NODE_TAGS) -ldflags "$(LDFLAGS)" -o bin/keyagent-node ./cmd/keyagent
@@ -37,7 +39,8 @@ lint:
 	$(GO) vet ./...
 	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/suite/hardware ./test/suite/disks ./test/suite/csi ./test/suite/e2e/crash
 	$(GO) vet -tags grpcnotrace,cloud ./kms/... ./storage/...
-	$(GO) vet -tags $(NODE_TAGS) ./cmd/... ./kms/setup ./internal/keyservice
+	$(GO) vet -tags $(CLOUDLESS) ./cmd/... ./kms/setup ./internal/keyservice
+	$(GO) build -tags $(NODE_TAGS) -o /dev/null ./cmd/keyagent
 	$(TOOL) staticcheck ./...
 	cd test/suite/kubernetes && $(GO) vet ./...
 

@@ -254,7 +254,7 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 			continue
 		}
 		if g.when != nil {
-			ok, err := evaluate(g.when, a, r)
+			ok, err := g.when.holds(a, r)
 			if err != nil {
 				// An expression that fails allows nothing.
 				why = fmt.Sprintf("grant %q: %v", g.Name, err)

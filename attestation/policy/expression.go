@@ -1,3 +1,5 @@
+//go:build !keyagent_node
+
 package policy
 
 import (
@@ -38,7 +40,7 @@ func environment(kinds []Kind) (*cel.Env, error) {
 // maxCost bounds the work of one evaluation, in CEL's own units.
 const maxCost = 100_000
 
-func compile(kinds []Kind, source string) (cel.Program, error) {
+func compile(kinds []Kind, source string) (condition, error) {
 	env, err := environment(kinds)
 	if err != nil {
 		return nil, err
@@ -50,10 +52,16 @@ func compile(kinds []Kind, source string) (cel.Program, error) {
 	if ast.OutputType() != cel.BoolType {
 		return nil, fmt.Errorf("expression gives %s, it must give bool", ast.OutputType())
 	}
-	return env.Program(ast, cel.CostLimit(maxCost))
+	program, err := env.Program(ast, cel.CostLimit(maxCost))
+	if err != nil {
+		return nil, err
+	}
+	return expression{program}, nil
 }
 
-func evaluate(program cel.Program, a *Appraisal, r Request) (bool, error) {
+type expression struct{ cel.Program }
+
+func (e expression) holds(a *Appraisal, r Request) (bool, error) {
 	input := map[string]any{"volume": r.Volume, "operation": string(r.Operation), "profile": a.Profile, "now": r.Now}
 	var speaker attestation.Claims
 	var kinds []string
@@ -73,7 +81,7 @@ func evaluate(program cel.Program, a *Appraisal, r Request) (bool, error) {
 		input[string(c.Kind)] = seen
 	}
 	input["identity"], input["trust"], input["kinds"] = speaker.Identity, speaker.Trust, kinds
-	out, _, err := program.Eval(input)
+	out, _, err := e.Eval(input)
 	if err != nil {
 		return false, fmt.Errorf("expression: %w", err)
 	}

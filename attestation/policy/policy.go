@@ -24,8 +24,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/cel-go/cel"
-
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/pattern"
@@ -99,8 +97,13 @@ type Grant struct {
 	// Lease is how long a writer's lease lasts without renewal. Default 2m.
 	Lease string `yaml:"lease,omitempty"`
 
-	when  cel.Program
+	when  condition
 	lease time.Duration
+}
+
+// condition is a compiled expression.
+type condition interface {
+	holds(a *Appraisal, r Request) (bool, error)
 }
 
 // Policy is a file that was checked as a whole. It is immutable.

@@ -54,7 +54,7 @@ A node proves with its processor and its TPM what machine it is and what booted
 on it; a key service checks that proof against a policy and releases one volume's
 key over attested TLS; the node opens its LUKS2 volume and forgets the key.
 
-Start with "keyagent demo", which does all of that on this machine.`,
+` + whatNext,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
@@ -71,9 +71,9 @@ Start with "keyagent demo", which does all of that on this machine.`,
 		return failure.New(failure.Usage, err, fmt.Sprintf("see %s --help", cmd.CommandPath()))
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true // for who makes packages
+	root.AddGroup(&cobra.Group{ID: "node", Title: "In the confidential VM:"})
+	root.AddGroup(serviceGroups...)
 	root.AddGroup(
-		&cobra.Group{ID: "node", Title: "In the confidential VM:"},
-		&cobra.Group{ID: "service", Title: "On the trusted side:"},
 		&cobra.Group{ID: "proof", Title: "Evidence and policy:"},
 		&cobra.Group{ID: "other", Title: "Other:"},
 	)
@@ -83,10 +83,10 @@ Start with "keyagent demo", which does all of that on this machine.`,
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newKubeKMS(), newCSIProxy())
-	add("service", newServe(), newVolume(), newAudit(), newKMS())
-	add("proof", newEvidence(), newEndorsements(), newMeasure(), newVerify(), newPolicy())
-	add("other", newDemo(), newVersion())
+	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newCSIProxy())
+	add("proof", newEvidence(), newEndorsements())
+	add("other", newVersion())
+	addService(add)
 	root.SetHelpCommandGroupID("other")
 	wrapArgs(root)
 	return root

@@ -1,3 +1,5 @@
+//go:build !keyagent_node
+
 package main
 
 import (

@@ -226,16 +226,17 @@ func getKeys(b *testing.B, dir string) {
 	b.ReportMetric(float64(spentOurs)/float64(spentBare), "ratio")
 }
 
-// BenchmarkLeftOut builds the program without the backends that a build tag leaves
-// out: what each adds to its size and to its start.
+// BenchmarkLeftOut builds the program without what a build tag leaves
+// out: what that adds to its size and to its start.
 func BenchmarkLeftOut(b *testing.B) {
 	all := []string{"keyagent_noaws", "keyagent_noazure", "keyagent_nogcp", "keyagent_noetcd"}
 	for name, tags := range map[string][]string{
 		"nothing": nil, "AWS": all[:1], "Azure": all[1:2], "Google": all[2:3], "etcd": all[3:], "Google and etcd": all[2:], "all": all,
+		"key service": {"keyagent_node"},
 	} {
 		b.Run(name, func(b *testing.B) {
 			path := filepath.Join(b.TempDir(), "keyagent")
-			build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", strings.Join(tags, ","), "-o", path, "../../cmd/keyagent")
+			build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-tags", "grpcnotrace,"+strings.Join(tags, ","), "-o", path, "../../cmd/keyagent")
 			if out, err := build.CombinedOutput(); err != nil {
 				b.Fatalf("%v: %s", err, out)
 			}

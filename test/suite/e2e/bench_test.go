@@ -156,12 +156,12 @@ func benchSystem(b *testing.B, tiny string) *rootSystem {
 	return s
 }
 
-// nodeProgram builds the program for confidential VMs, without clients of clouds.
+// nodeProgram builds the program for confidential VMs.
 func nodeProgram(b *testing.B) string {
 	b.Helper()
 	out := filepath.Join(b.TempDir(), "keyagent")
 	build := exec.CommandContext(b.Context(), "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out,
-		"-tags", "grpcnotrace,keyagent_noaws,keyagent_noazure,keyagent_nogcp,keyagent_noetcd", "./cmd/keyagent")
+		"-tags", "grpcnotrace,keyagent_node", "./cmd/keyagent")
 	build.Dir = moduleRoot
 	build.Env = append(os.Environ(), "GOEXPERIMENT=runtimesecret")
 	if text, err := build.CombinedOutput(); err != nil {
