@@ -42,11 +42,9 @@ func (o *opening) provision(ctx context.Context, key *keyclient.Key) error {
 	if err != nil {
 		return err
 	}
-	if o.v.From != nil || o.tags {
-		// A copy, or a wipe, takes long enough for a power cut, after which the attempt is another.
-		if o.left, err = luks.MarkLeft(ctx, o.v.DevicePath(), identity(key), key.DEK); err != nil {
-			return err
-		}
+	// Of any attempt: after a power cut it is another one.
+	if o.left, err = luks.MarkLeft(ctx, o.v.DevicePath(), identity(key), key.DEK); err != nil {
+		return err
 	}
 	if err := o.remember(o.state(key)); err != nil {
 		return err
