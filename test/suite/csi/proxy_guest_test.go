@@ -113,7 +113,7 @@ var shielded = sync.OnceValue(func() *shield {
 		"registration: "+kubeletDir+"/plugins_registry/topolvm.io-keyagent-reg.sock\n")
 	write("controller.yaml", fmt.Sprintf(proxyConfig, b.endpoints.controller, s.endpoints.controller, s.dir))
 	s.service = s.run(t, "serve", "--config", "serve.yaml", "--init-master-secret")
-	s.agent = s.run(t, "agent", "--config", "agent.yaml")
+	s.agent = s.contained(t, "agent", "--config", "agent.yaml")
 	s.controller = s.run(t, "csi-proxy", "--config", "controller.yaml")
 	s.startNode(t)
 	for _, socket := range []string{s.endpoints.controller, s.dir + "/agent.sock"} {
@@ -127,8 +127,15 @@ func (s *shield) run(t testing.TB, args ...string) *cluster.Process {
 	return cluster.Start(t, s.dir, os.Getenv("KEYAGENT_TEST_KEYAGENT"), args...)
 }
 
+// contained runs the program as a DaemonSet does, as far as mounts go: with a mount
+// namespace of its own, of which the node sees those below kubelet's folder.
+func (s *shield) contained(t testing.TB, args ...string) *cluster.Process {
+	args = append([]string{"--mount", "--propagation", "unchanged", "/bin/sh", "-c", `mount --make-private / && exec "$0" "$@"`, os.Getenv("KEYAGENT_TEST_KEYAGENT")}, args...)
+	return cluster.Start(t, s.dir, "/usr/bin/unshare", args...)
+}
+
 func (s *shield) startNode(t testing.TB) {
-	s.node = s.run(forever{t}, "csi-proxy", "--config", "node.yaml")
+	s.node = s.contained(forever{t}, "csi-proxy", "--config", "node.yaml")
 	eventually(t, "the proxy listens", func() bool { return answers(s.endpoints.node) }, s)
 }
 
