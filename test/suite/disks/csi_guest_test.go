@@ -583,6 +583,7 @@ func TestDiskACSICallIsCutOffAtEachSystemCall(t *testing.T) {
 		p.up(handle, fs)
 		p.holds(handle, fs, "kept")
 		p.down(handle)
+		check(t, os.Remove(s.image(handle))) // the guest's memory holds it
 		return n
 	}
 	for _, what := range some(t, 2, []string{
