@@ -55,7 +55,7 @@ test: deps lint ## everything, with real kernels in guests; needs root
 	$(TOOL) gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m -p 2 $$($(GO) list ./... | grep -v $(patsubst ./%,-e /%$$,$(ALONE) $(FULL)))
 
 test-full: test ## test, and the matrices that it samples as a whole
-	KEYAGENT_TEST_ROUNDS=200 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
+	KEYAGENT_TEST_ROUNDS=50 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
 	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd|TestCrypttabOpensItsDisks|TestAKeySocketOpensALineOfCrypttab" ./test/suite/e2e
 	KEYAGENT_CSI_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 $(FULL)
 	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model
