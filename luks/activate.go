@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -58,8 +57,8 @@ func (c creation) load() error {
 		return fmt.Errorf("%w: open %s read-only", ErrReadOnlyDevice, c.name)
 	case c.kind != cryptKind && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT)):
 		return fmt.Errorf("%w: dm-integrity (CONFIG_DM_INTEGRITY), unless the disk below %s is smaller than it was: %w", ErrKernel, c.name, err)
-	case strings.HasPrefix(c.params, authenticated.cipher) && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT)):
-		return fmt.Errorf("%w: HMAC-SHA256 beside encryption (CONFIG_CRYPTO_AUTHENC, CONFIG_CRYPTO_HMAC): %w", ErrKernel, err)
+	case taggedForm(c.params) != nil && (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT)):
+		return fmt.Errorf("%w: %s: %w", ErrKernel, taggedForm(c.params).needs, err)
 	case err != nil:
 		return fmt.Errorf("load the table of %s: %w", c.name, err)
 	}

@@ -193,7 +193,7 @@ func TestBenchmarkIntegrity(t *testing.T) {
 			resizeDevice(t, volumes[i].device, size)
 			continue
 		}
-		volumes[i] = newAuthenticated(t, size)
+		volumes[i] = newAuthenticated(t, size, HMACSHA256)
 	}
 	p, err := unix.Mmap(-1, 0, block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	must(t, err)

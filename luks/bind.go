@@ -7,14 +7,14 @@ import (
 	"strconv"
 )
 
-// A header of the authenticated form begins as a plain one whose keyslot has a key for
+// A header of a form with tags begins as a plain one whose keyslot has a key for
 // no segment, with a digest of its own. What libcryptsetup writes where it can map the
 // device differs in the JSON alone, and in the length, which is fixed here: how much room
 // there is would be the word of dm-integrity's superblock, which is the host's.
 
 // bindKeyslot makes the primary copy of a header that has an unbound keyslot one of
-// the authenticated form, with a length. The secondary is made from it.
-func bindKeyslot(raw []byte, bytesOfData int64) error {
+// a form with tags, with a length. The secondary is made from it.
+func bindKeyslot(raw []byte, f *form, bytesOfData int64) error {
 	area := raw[binarySize:metadataSize]
 	text, _, _ := bytes.Cut(area, []byte{0})
 	var root struct {
@@ -39,8 +39,9 @@ func bindKeyslot(raw []byte, bytesOfData int64) error {
 	digest["segments"] = []string{"0"}
 	root.Digests = map[string]map[string]any{ofSegment: digest}
 	root.Segments.Only["size"] = strconv.FormatInt(bytesOfData, 10)
+	root.Segments.Only["encryption"] = f.encryption
 	root.Segments.Only["integrity"] = map[string]string{
-		"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none",
+		"type": f.tags, "journal_encryption": "none", "journal_integrity": "none",
 	}
 	made, err := json.Marshal(root)
 	if err != nil {

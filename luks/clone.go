@@ -70,7 +70,7 @@ func newCloneHeader(ctx context.Context, device string, of Source, sourceDEK *Ke
 	if err != nil {
 		return nil, err
 	}
-	if need := Need(src.header.bytes, src.header.form.integrity); src.header.form == authenticated && d.size < need {
+	if need := Need(src.header.bytes, src.header.form.integrity); src.header.form.tagged() && d.size < need {
 		return nil, fmt.Errorf("%w: it has %d bytes, its source's tags and data need %d", ErrDeviceSize, d.size, need)
 	}
 	vk, err := src.header.volumeKey(sourceDEK)

@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -31,7 +32,7 @@ func volumeKeyName(uuid string) string { return "cryptsetup:" + uuid + "-d0" }
 // cryptParams is a crypt target in the words of the kernel.
 func cryptParams(f *form, keyRef string, dev DevNum, offset int64, opts OpenOptions) string {
 	options := []string{optSectorSize}
-	if f == authenticated {
+	if f.tagged() {
 		options = append(options, optTags)
 	}
 	if opts.AllowDiscards {
@@ -51,8 +52,12 @@ func checkTable(m liveMapping, name, uuid string) (Mapping, error) {
 	if m.tags == nil {
 		return checkCrypt(m, as, plain, plain.volumeKeyRef(uuid), dataOffset)
 	}
-	as.Integrity = authenticated.integrity
-	as, err := checkCrypt(m, as, authenticated, authenticated.volumeKeyRef(uuid), 0)
+	f := authenticated
+	if len(m.table) > 0 {
+		f = cmp.Or(taggedForm(m.table[0].params), f)
+	}
+	as.Integrity = f.integrity
+	as, err := checkCrypt(m, as, f, f.volumeKeyRef(uuid), 0)
 	if err != nil {
 		return Mapping{}, err
 	}
@@ -112,7 +117,7 @@ func checkCrypt(m liveMapping, as Mapping, f *form, keyRef string, offset int64)
 		}
 	}
 	known := []string{optSectorSize, optDiscards, optNoReadQueue, optNoWriteQ}
-	if f == authenticated {
+	if f.tagged() {
 		known = []string{optSectorSize, optTags}
 	}
 	for i, o := range options {
@@ -123,7 +128,7 @@ func checkCrypt(m liveMapping, as Mapping, f *form, keyRef string, offset int64)
 	if !slices.Contains(options, optSectorSize) {
 		return wrong("sector size is not %d", dataSectorSize)
 	}
-	if f == authenticated && !slices.Contains(options, optTags) {
+	if f.tagged() && !slices.Contains(options, optTags) {
 		return wrong("it verifies no tags")
 	}
 	as.Path, as.Device, as.DataDevice = mapperPath(as.Name), m.dev, dev

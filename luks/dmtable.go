@@ -59,7 +59,7 @@ func inspect(name string) (liveMapping, error) {
 // verifiesTags says whether a mapping is that of an authenticated volume, or pretends
 // to be.
 func (m liveMapping) verifiesTags() bool {
-	return strings.HasPrefix(m.uuid, dmPrefix) && len(m.table) == 1 && m.table[0].kind == cryptKind && strings.HasPrefix(m.table[0].params, authenticated.cipher+" ")
+	return strings.HasPrefix(m.uuid, dmPrefix) && len(m.table) == 1 && m.table[0].kind == cryptKind && taggedForm(m.table[0].params) != nil
 }
 
 // parseLive reads the kernel's answer. The kernel is trusted, but a slip here

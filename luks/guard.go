@@ -21,7 +21,7 @@ type guarded struct {
 // guard checks the first bytes of a device against the whitelist, and takes as many
 // of them as the header's form has. Whatever the whitelist does not name is refused.
 func guard(raw []byte) (guarded, error) {
-	if len(raw) < guardedSize {
+	if len(raw) < areasOffset {
 		return guarded{}, ErrShortHeader
 	}
 	g, err := guardMetadata(raw[:areasOffset])
@@ -79,20 +79,21 @@ func (h binaryHeader) guardJSON() (guarded, error) {
 	if err := g.form.whitelist.check("", root); err != nil {
 		return guarded{}, err
 	}
-	if g.form == authenticated {
+	if g.form.tagged() {
 		g.bytes, err = parseLength(root.at("segments", "0", "size").text)
 	}
 	return g, err
 }
 
 // newWhitelist is the one form of metadata that this package writes and opens for a
-// form. That of a plain volume is version 1, that of an authenticated one version 2.
+// form. That of a plain volume is version 1, with HMAC-SHA256 version 2, with AEGIS-128
+// version 3.
 func newWhitelist(f *form) object {
 	integrity, size := rule(forbidden{RuleIntegrity}), rule(text{"dynamic", RuleSize})
 	if f.integrity != "" {
 		size = length{}
 		integrity = object{
-			{"type", text{"hmac(sha256)", RuleIntegrity}},
+			{"type", text{f.tags, RuleIntegrity}},
 			{"journal_encryption", text{"none", RuleIntegrity}},
 			{"journal_integrity", text{"none", RuleIntegrity}},
 		}
@@ -109,7 +110,7 @@ func newWhitelist(f *form) object {
 				}},
 				{"area", object{
 					{"type", text{"raw", RuleKeyslotArea}},
-					{"encryption", cipher{}},
+					{"encryption", cipher{cipherSpec}},
 					{"key_size", number{"64", RuleKeySize}},
 					{"offset", text{"32768", RuleKeyslotArea}},
 					{"size", text{fmt.Sprint(f.areaSize), RuleKeyslotArea}},
@@ -126,7 +127,7 @@ func newWhitelist(f *form) object {
 		{"segments", object{
 			{"0", object{
 				{"type", text{"crypt", RuleSegmentType}},
-				{"encryption", cipher{}},
+				{"encryption", cipher{f.encryption}},
 				{"offset", text{"16777216", RuleOffset}},
 				{"size", size},
 				{"iv_tweak", text{"0", RuleIVTweak}},
@@ -260,11 +261,11 @@ func parseLength(text string) (int64, error) {
 
 // cipher demands the one cipher, and gives the null cipher its own refusal: with
 // it the right key would open the volume and plaintext would go to the disk.
-type cipher struct{}
+type cipher struct{ want string }
 
-func (cipher) check(where string, n *node) error {
+func (c cipher) check(where string, n *node) error {
 	switch {
-	case n.kind == kindText && n.text == cipherSpec:
+	case n.kind == kindText && n.text == c.want:
 		return nil
 	case strings.Contains(strings.ToLower(n.text), "null"):
 		return refuse(RuleNullCipher, where, n.text)

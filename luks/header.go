@@ -87,7 +87,7 @@ func newHeader(ctx context.Context, id Identity, l Layout, dek *Key) (*Header, e
 		return nil, err
 	}
 	bytes := Room(l.DeviceBytes, l.Integrity)
-	if f == authenticated && bytes < minDataSize {
+	if f.tagged() && bytes < minDataSize {
 		return nil, fmt.Errorf("%w: it has %d bytes, needed are %d with integrity", ErrDeviceSize, l.DeviceBytes, Need(minDataSize, l.Integrity))
 	}
 	return makeHeader(ctx, id, content{form: f, bytes: bytes}, dek)
@@ -111,7 +111,7 @@ func makeHeader(ctx context.Context, id Identity, c content, dek *Key) (*Header,
 	}
 	defer made.Close()
 	err = withSession(made.path(), func(s *session) error {
-		if c.form == authenticated {
+		if c.form.tagged() {
 			if err := s.format(id.UUID, nil); err != nil {
 				return err
 			}
@@ -126,8 +126,8 @@ func makeHeader(ctx context.Context, id Identity, c content, dek *Key) (*Header,
 		return nil, err
 	}
 	raw, err := made.guardedBytes(c.form)
-	if err == nil && c.form == authenticated {
-		err = bindKeyslot(raw, c.bytes)
+	if err == nil && c.form.tagged() {
+		err = bindKeyslot(raw, c.form, c.bytes)
 	}
 	if err != nil {
 		return nil, err

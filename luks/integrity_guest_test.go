@@ -10,23 +10,33 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/secret"
 )
 
 // newAuthenticated is a volume with integrity, on a loop device, as a first format
 // leaves it.
-func newAuthenticated(t testing.TB, size int64) volume {
+func newAuthenticated(t testing.TB, size int64, i Integrity) volume {
 	t.Helper()
 	v := volume{device: blankDevice(t, size), id: idData, dek: dataKey(t)}
-	h, err := NewHeader(t.Context(), v.id, Layout{HMACSHA256, size}, v.dek)
+	h, err := NewHeader(t.Context(), v.id, Layout{i, size}, v.dek)
 	must(t, err)
 	must(t, Write(t.Context(), WriteRequest{v.device, v.id, h, DeadlineIn(time.Minute)}, v.dek))
 	v.macs = h.MACs()
 	return v
+}
+
+// withEachIntegrity runs a test for each way in which sectors have tags.
+func withEachIntegrity(t *testing.T, test func(t *testing.T, i Integrity)) {
+	for _, i := range []Integrity{HMACSHA256, AEGIS128} {
+		t.Run(string(i), func(t *testing.T) { test(t, i) })
+	}
 }
 
 // fresh opens an authenticated volume for the first time.
@@ -63,11 +73,15 @@ func direct(t testing.TB, path string, at int64, write []byte) ([]byte, error) {
 }
 
 func TestLiveAnAuthenticatedVolumeKeepsItsDataAndNotWhatSomebodyChanged(t *testing.T) {
-	for _, opts := range []OpenOptions{{}, {NoJournal: true}} {
-		t.Run(fmt.Sprintf("journal=%v", !opts.NoJournal), func(t *testing.T) {
-			v := newAuthenticated(t, 40<<20)
+	for _, c := range []struct {
+		Integrity
+		OpenOptions
+	}{{HMACSHA256, OpenOptions{}}, {HMACSHA256, OpenOptions{NoJournal: true}}, {AEGIS128, OpenOptions{NoJournal: true}}} {
+		i, opts := c.Integrity, c.OpenOptions
+		t.Run(fmt.Sprintf("%s/journal=%v", i, !opts.NoJournal), func(t *testing.T) {
+			v := newAuthenticated(t, 40<<20, i)
 			m := v.fresh(t, opts)
-			if m.Integrity != HMACSHA256 || m.NoJournal != opts.NoJournal || m.Bytes < 20<<20 || m.Bytes%dataSectorSize != 0 {
+			if m.Integrity != i || m.NoJournal != opts.NoJournal || m.Bytes < 20<<20 || m.Bytes%dataSectorSize != 0 {
 				t.Fatalf("it is mapped as %+v", m)
 			}
 			t.Log(run(t, "dmsetup", "table", "data_dif"), m.Bytes)
@@ -98,7 +112,7 @@ func TestLiveAnAuthenticatedVolumeKeepsItsDataAndNotWhatSomebodyChanged(t *testi
 			// Again, by what is there: the key is proved through the lower mapping.
 			_, _, err = Open(t.Context(), v.request("data", opts), v.dek)
 			must(t, err)
-			_, _, err = Open(t.Context(), OpenRequest{Device: v.device, Name: "data", Identity: v.id, MACs: v.macs, Options: opts, Integrity: HMACSHA256}, v.dek)
+			_, _, err = Open(t.Context(), OpenRequest{Device: v.device, Name: "data", Identity: v.id, MACs: v.macs, Options: opts, Integrity: i}, v.dek)
 			must(t, err)
 
 			// Each bit of the sector as it lies on the disk.
@@ -141,108 +155,118 @@ func TestLiveAnAuthenticatedVolumeKeepsItsDataAndNotWhatSomebodyChanged(t *testi
 
 // The stock program makes the same form of header, and opens ours.
 func TestLiveStockCryptsetupOpensAnAuthenticatedVolume(t *testing.T) {
-	v := newAuthenticated(t, 40<<20)
-	m := v.fresh(t, OpenOptions{})
-	ours := [2]string{run(t, "dmsetup", "table", "data"), run(t, "dmsetup", "table", "data_dif")}
-	must(t, Wipe(t.Context(), m, false, nil))
-	text := bytes.Repeat([]byte("sector!!"), dataSectorSize/8)
-	_, err := direct(t, m.Path, 0, text)
-	must(t, err)
-	must(t, v.close("data"))
-	key := keyFile(t, v.dek)
-	run(t, "cryptsetup", "open", "--disable-locks", "--key-file", key, v.device, "stock")
-	stock := [2]string{run(t, "dmsetup", "table", "stock"), run(t, "dmsetup", "table", "stock_dif")}
-	got, err := direct(t, "/dev/mapper/stock", 0, nil)
-	must(t, err)
-	if !bytes.Equal(got, text) {
-		t.Error("stock cryptsetup reads something else")
-	}
-	run(t, "cryptsetup", "close", "stock")
-	t.Logf("tables:\n%s\n%s\n%s\n%s", ours[0], stock[0], ours[1], stock[1])
+	withEachIntegrity(t, func(t *testing.T, i Integrity) {
+		v := newAuthenticated(t, 40<<20, i)
+		m := v.fresh(t, OpenOptions{})
+		ours := [2]string{run(t, "dmsetup", "table", "data"), run(t, "dmsetup", "table", "data_dif")}
+		must(t, Wipe(t.Context(), m, false, nil))
+		text := bytes.Repeat([]byte("sector!!"), dataSectorSize/8)
+		_, err := direct(t, m.Path, 0, text)
+		must(t, err)
+		must(t, v.close("data"))
+		key := keyFile(t, v.dek)
+		run(t, "cryptsetup", "open", "--disable-locks", "--key-file", key, v.device, "stock")
+		stock := [2]string{run(t, "dmsetup", "table", "stock"), run(t, "dmsetup", "table", "stock_dif")}
+		got, err := direct(t, "/dev/mapper/stock", 0, nil)
+		must(t, err)
+		if !bytes.Equal(got, text) {
+			t.Error("stock cryptsetup reads something else")
+		}
+		run(t, "cryptsetup", "close", "stock")
+		t.Logf("tables:\n%s\n%s\n%s\n%s", ours[0], stock[0], ours[1], stock[1])
 
-	// What it formats differs in the length alone, which it leaves to the disk.
-	theirs := blankDevice(t, 40<<20)
-	out, err := exec.Command("cryptsetup", "luksFormat", "--batch-mode", "--disable-locks", "--type", "luks2", "--uuid", idData.UUID, "--key-file", key,
-		"--cipher", "aes-xts-plain64", "--key-size", "512", "--integrity", "hmac-sha256", "--integrity-no-wipe", "--sector-size", "4096",
-		"--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", "sha256", "--offset", fmt.Sprint(dataOffset/sectorSize), theirs).CombinedOutput()
-	if err != nil {
-		t.Fatalf("cryptsetup luksFormat: %v: %s", err, out)
-	}
-	_, err = Adopt(t.Context(), theirs, idData, v.dek)
-	wantRule(t, err, RuleSize)
+		// What it formats differs in the length alone, which it leaves to the disk.
+		theirs := blankDevice(t, 40<<20)
+		form := []string{"--cipher", "aes-xts-plain64", "--key-size", "512", "--integrity", "hmac-sha256"}
+		if i == AEGIS128 {
+			form = []string{"--cipher", "aegis128-random", "--key-size", "128", "--integrity", "aead"}
+		}
+		out, err := exec.Command("cryptsetup", append(form, "luksFormat", "--batch-mode", "--disable-locks", "--type", "luks2", "--uuid", idData.UUID, "--key-file", key,
+			"--integrity-no-wipe", "--sector-size", "4096",
+			"--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--hash", "sha256", "--offset", fmt.Sprint(dataOffset/sectorSize), theirs)...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("cryptsetup luksFormat: %v: %s", err, out)
+		}
+		_, err = Adopt(t.Context(), theirs, idData, v.dek)
+		wantRule(t, err, RuleSize)
+	})
 }
 
 func TestLiveWhatAnAuthenticatedVolumeDoesNotDo(t *testing.T) {
-	v := newAuthenticated(t, 20<<20)
-	m := v.fresh(t, OpenOptions{})
-	must(t, Wipe(t.Context(), m, false, nil))
-	must(t, v.close("data"))
-	for name, req := range map[string]OpenRequest{
-		"read-only": v.request("data", OpenOptions{ReadOnly: true}),
-		"TRIM":      v.request("data", OpenOptions{AllowDiscards: true}),
-		"long name": v.request(strings.Repeat("n", maxAuthenticatedName+1), OpenOptions{}),
-	} {
-		wantError(t, untouched(t, v.device, func() error { _, _, err := Open(t.Context(), req, v.dek); return err }), ErrInvalid)
-		_ = name
-	}
-	other := newVolume(t, idLogs, logsKey(t))
-	req := other.request("logs", OpenOptions{})
-	req.Integrity = HMACSHA256
-	wantError(t, untouched(t, other.device, func() error { _, _, err := Open(t.Context(), req, other.dek); return err }), ErrNoIntegrity)
-	// What the host may say in the superblock.
-	for _, forged := range []struct {
-		at   int64
-		with []byte
-	}{{0, []byte("integrX")}, {offTagsVersion, []byte{99}}, {offTagsTagSize, []byte{4, 0}}, {offTagsProvided, []byte{0, 0, 0, 0, 1}}, {offTagsFlags, []byte{2 | 8}}, {offTagsBlock, []byte{0}}} {
-		d, err := openShared(t.Context(), v.device)
+	withEachIntegrity(t, func(t *testing.T, i Integrity) {
+		v := newAuthenticated(t, 20<<20, i)
+		m := v.fresh(t, OpenOptions{})
+		must(t, Wipe(t.Context(), m, false, nil))
+		must(t, v.close("data"))
+		for name, req := range map[string]OpenRequest{
+			"read-only": v.request("data", OpenOptions{ReadOnly: true}),
+			"TRIM":      v.request("data", OpenOptions{AllowDiscards: true}),
+			"long name": v.request(strings.Repeat("n", maxAuthenticatedName+1), OpenOptions{}),
+		} {
+			wantError(t, untouched(t, v.device, func() error { _, _, err := Open(t.Context(), req, v.dek); return err }), ErrInvalid)
+			_ = name
+		}
+		other := newVolume(t, idLogs, logsKey(t))
+		req := other.request("logs", OpenOptions{})
+		req.Integrity = i
+		wantError(t, untouched(t, other.device, func() error { _, _, err := Open(t.Context(), req, other.dek); return err }), ErrNoIntegrity)
+		// What the host may say in the superblock.
+		for _, forged := range []struct {
+			at   int64
+			with []byte
+		}{{0, []byte("integrX")}, {offTagsVersion, []byte{99}}, {offTagsTagSize, []byte{4, 0}}, {offTagsProvided, []byte{0, 0, 0, 0, 1}}, {offTagsFlags, []byte{2 | 8}}, {offTagsBlock, []byte{0}}} {
+			d, err := openShared(t.Context(), v.device)
+			must(t, err)
+			was := make([]byte, len(forged.with))
+			must(t, d.read(was, dataOffset+forged.at))
+			d.Close()
+			patch(t, v.device, forged.with, dataOffset+forged.at)
+			wantError(t, untouched(t, v.device, func() error { _, err := v.open("data"); return err }), ErrHeaderRefused)
+			patch(t, v.device, was, dataOffset+forged.at)
+		}
+		_, err := v.open("data")
 		must(t, err)
-		was := make([]byte, len(forged.with))
-		must(t, d.read(was, dataOffset+forged.at))
-		d.Close()
-		patch(t, v.device, forged.with, dataOffset+forged.at)
-		wantError(t, untouched(t, v.device, func() error { _, err := v.open("data"); return err }), ErrHeaderRefused)
-		patch(t, v.device, was, dataOffset+forged.at)
-	}
-	_, err := v.open("data")
-	must(t, err)
+	})
 }
 
 // A process that was killed left the lower mapping, or both before anything was
 // written.
 func TestLiveRemainsOfAnAuthenticatedVolumeAreCleared(t *testing.T) {
-	v := newAuthenticated(t, 40<<20)
-	v.fresh(t, OpenOptions{})
-	_, err := v.open("data") // nothing verifies: it is made anew
-	must(t, err)
-	run(t, "dmsetup", "remove", "data")
-	held, err := os.Open("/dev/mapper/data_dif")
-	must(t, err)
-	wantError(t, v.close("data"), ErrDeviceBusy) // what is below may still write
-	must(t, held.Close())
-	wantError(t, v.close("data"), ErrNotActive)
-	if names := mappingNames(t); strings.Contains(names, "data") {
-		t.Errorf("closing leaves %s", names)
-	}
-	m, err := v.open("data")
-	must(t, err)
-	must(t, Wipe(t.Context(), m, false, nil))
-	run(t, "dmsetup", "remove", "data")
-	_, err = v.open("data")
-	must(t, err)
-	must(t, Suspend(t.Context(), "data", v.id.UUID))
-	m, err = Resume(t.Context(), v.existing("data"), v.dek)
-	must(t, err)
-	if m.Suspended || m.Integrity == "" {
-		t.Errorf("resumed: %+v", m)
-	}
-	must(t, Cut(t.Context(), "data", v.id.UUID))
-	if table := run(t, "dmsetup", "table", "data_dif"); !strings.Contains(table, "error") {
-		t.Errorf("cut off, its tags are still written: %s", table)
-	}
-	must(t, v.close("data"))
-	if names := mappingNames(t); strings.Contains(names, "data") {
-		t.Errorf("closing leaves %s", names)
-	}
+	withEachIntegrity(t, func(t *testing.T, i Integrity) {
+		v := newAuthenticated(t, 40<<20, i)
+		v.fresh(t, OpenOptions{})
+		_, err := v.open("data") // nothing verifies: it is made anew
+		must(t, err)
+		run(t, "dmsetup", "remove", "data")
+		held, err := os.Open("/dev/mapper/data_dif")
+		must(t, err)
+		wantError(t, v.close("data"), ErrDeviceBusy) // what is below may still write
+		must(t, held.Close())
+		wantError(t, v.close("data"), ErrNotActive)
+		if names := mappingNames(t); strings.Contains(names, "data") {
+			t.Errorf("closing leaves %s", names)
+		}
+		m, err := v.open("data")
+		must(t, err)
+		must(t, Wipe(t.Context(), m, false, nil))
+		run(t, "dmsetup", "remove", "data")
+		_, err = v.open("data")
+		must(t, err)
+		must(t, Suspend(t.Context(), "data", v.id.UUID))
+		m, err = Resume(t.Context(), v.existing("data"), v.dek)
+		must(t, err)
+		if m.Suspended || m.Integrity == "" {
+			t.Errorf("resumed: %+v", m)
+		}
+		must(t, Cut(t.Context(), "data", v.id.UUID))
+		if table := run(t, "dmsetup", "table", "data_dif"); !strings.Contains(table, "error") {
+			t.Errorf("cut off, its tags are still written: %s", table)
+		}
+		must(t, v.close("data"))
+		if names := mappingNames(t); strings.Contains(names, "data") {
+			t.Errorf("closing leaves %s", names)
+		}
+	})
 }
 
 // XFS reads nothing that it has not written: its volume is there at once. It does not
@@ -252,7 +276,7 @@ func TestLiveAnAuthenticatedVolumeWithXFSIsNotWiped(t *testing.T) {
 		t.Fatal(err)
 	}
 	const small, big = 340 << 20, 440 << 20
-	v := newAuthenticated(t, small)
+	v := newAuthenticated(t, small, HMACSHA256)
 	m := v.fresh(t, OpenOptions{})
 	d, err := openShared(t.Context(), v.device)
 	must(t, err)
@@ -297,41 +321,103 @@ func TestLiveAnAuthenticatedVolumeWithXFSIsNotWiped(t *testing.T) {
 // What a suspended volume accepted is on the disk when it is suspended, and nothing of it
 // is written afterwards: the disk may be another machine's by then.
 func TestLiveASuspendedVolumeWithIntegrityWritesNothingMore(t *testing.T) {
-	v := newAuthenticated(t, 40<<20)
-	m := v.fresh(t, OpenOptions{})
-	must(t, Wipe(t.Context(), m, false, nil))
-	text := bytes.Repeat([]byte("accepted"), dataSectorSize/8)
-	for at := int64(0); at < 1<<20; at += dataSectorSize {
-		_, err := direct(t, m.Path, at, text) // without a flush: it is in memory, or in the journal
-		must(t, err)
-	}
-	must(t, Suspend(t.Context(), "data", v.id.UUID))
-	m, err := Status(t.Context(), "data")
-	must(t, err)
-	if !m.Suspended {
-		t.Error("it is not suspended")
-	}
-	must(t, Suspend(t.Context(), "data", v.id.UUID)) // once more
-	run(t, "blockdev", "--flushbufs", v.device)
-	before := digest(t, v.device)
-	must(t, Cut(t.Context(), "data", v.id.UUID))
-	must(t, v.close("data"))
-	run(t, "blockdev", "--flushbufs", v.device)
-	if digest(t, v.device) != before {
-		t.Error("the disk was written after the volume was suspended")
-	}
-	m, err = v.open("data")
-	must(t, err)
-	for at := int64(0); at < 1<<20; at += dataSectorSize {
-		got, err := direct(t, m.Path, at, nil)
-		must(t, err)
-		if !bytes.Equal(got, text) {
-			t.Fatalf("byte %d: what was accepted is lost", at)
+	withEachIntegrity(t, func(t *testing.T, i Integrity) {
+		v := newAuthenticated(t, 40<<20, i)
+		m := v.fresh(t, OpenOptions{})
+		must(t, Wipe(t.Context(), m, false, nil))
+		text := bytes.Repeat([]byte("accepted"), dataSectorSize/8)
+		for at := int64(0); at < 1<<20; at += dataSectorSize {
+			_, err := direct(t, m.Path, at, text) // without a flush: it is in memory, or in the journal
+			must(t, err)
 		}
+		must(t, Suspend(t.Context(), "data", v.id.UUID))
+		m, err := Status(t.Context(), "data")
+		must(t, err)
+		if !m.Suspended {
+			t.Error("it is not suspended")
+		}
+		must(t, Suspend(t.Context(), "data", v.id.UUID)) // once more
+		run(t, "blockdev", "--flushbufs", v.device)
+		before := digest(t, v.device)
+		must(t, Cut(t.Context(), "data", v.id.UUID))
+		must(t, v.close("data"))
+		run(t, "blockdev", "--flushbufs", v.device)
+		if digest(t, v.device) != before {
+			t.Error("the disk was written after the volume was suspended")
+		}
+		m, err = v.open("data")
+		must(t, err)
+		for at := int64(0); at < 1<<20; at += dataSectorSize {
+			got, err := direct(t, m.Path, at, nil)
+			must(t, err)
+			if !bytes.Equal(got, text) {
+				t.Fatalf("byte %d: what was accepted is lost", at)
+			}
+		}
+		// What another program did with such a volume is taken out of use, both halves.
+		must(t, Sever(t.Context(), "data"))
+		if names := mappingNames(t); strings.Contains(names, "data") {
+			t.Errorf("severing leaves %s", names)
+		}
+	})
+}
+
+// A mapping of the right name, UUID, device and table, through which somebody has written
+// with another key.
+func TestLiveAnotherKeyIsNotThatOfAnAuthenticatedVolume(t *testing.T) {
+	withEachIntegrity(t, func(t *testing.T, i Integrity) {
+		v := newAuthenticated(t, 40<<20, i)
+		m := v.fresh(t, OpenOptions{NoJournal: true})
+		run(t, "dmsetup", "remove", "data")
+		lower, err := inspect("data_dif")
+		must(t, err)
+		f, err := formOf(i)
+		must(t, err)
+		other, err := secret.Random(f.keySize)
+		must(t, err)
+		defer other.Close()
+		c := creation{
+			name: "data", uuid: dmUUID(v.id.UUID, "data"), kind: cryptKind, bytes: m.Bytes,
+			params: cryptParams(f, f.volumeKeyRef(v.id.UUID), lower.dev, 0, OpenOptions{Workqueues: true}),
+		}
+		runtime.LockOSThread()
+		err = withVolumeKey(v.id.UUID, other, func() error { return c.create(t.Context()) })
+		runtime.UnlockOSThread()
+		must(t, err)
+		live, err := inspect("data")
+		must(t, err)
+		must(t, ensureNode(Mapping{Path: m.Path, Device: live.dev}))
+		for n := range int64(16) {
+			_, err := direct(t, m.Path, n*dataSectorSize, []byte("written with another key"))
+			must(t, err)
+		}
+		_, err = v.open("data")
+		wantError(t, err, ErrNotOurs)
+		if names := mappingNames(t); strings.Contains(names, "_prf") {
+			t.Errorf("left are %s", names)
+		}
+		run(t, "dmsetup", "remove", "data")
+		wantError(t, v.close("data"), ErrNotActive)
+	})
+}
+
+// A process that was killed while it proved a key has left its mapping.
+func TestLiveRemainsOfAProofAreCleared(t *testing.T) {
+	v := newAuthenticated(t, 40<<20, AEGIS128)
+	m := v.fresh(t, OpenOptions{NoJournal: true})
+	must(t, Wipe(t.Context(), m, false, nil))
+	left := func() {
+		lower, err := inspect("data_dif")
+		must(t, err)
+		run(t, "dmsetup", "create", proofName("data"), "--uuid", proofUUID(v.id.UUID, "data"), "--readonly",
+			"--table", fmt.Sprintf("0 %d linear %v 0", m.Bytes/sectorSize, lower.dev))
 	}
-	// What another program did with such a volume is taken out of use, both halves.
-	must(t, Sever(t.Context(), "data"))
+	left()
+	_, err := v.open("data") // proves it
+	must(t, err)
+	left()
+	must(t, v.close("data"))
 	if names := mappingNames(t); strings.Contains(names, "data") {
-		t.Errorf("severing leaves %s", names)
+		t.Errorf("closing leaves %s", names)
 	}
 }

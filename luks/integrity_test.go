@@ -19,14 +19,22 @@ func authenticatedHeader(t testing.TB) *Header {
 }
 
 func TestAHeaderWithIntegrityHasItsOwnForm(t *testing.T) {
-	h, dek := authenticatedHeader(t), dataKey(t)
-	if h.Integrity() != HMACSHA256 || len(h.Bytes()) != maxGuardedSize {
+	for _, f := range []*form{authenticated, aead} {
+		t.Run(string(f.integrity), func(t *testing.T) { headerWithIntegrityHasItsOwnForm(t, f) })
+	}
+}
+
+func headerWithIntegrityHasItsOwnForm(t *testing.T, f *form) {
+	dek, size := dataKey(t), f.size()
+	h, err := NewHeader(t.Context(), idData, Layout{f.integrity, 100 << 20}, dek)
+	must(t, err)
+	if h.Integrity() != f.integrity || len(h.Bytes()) != size {
 		t.Fatalf("integrity %q, %d bytes", h.Integrity(), len(h.Bytes()))
 	}
 	must(t, h.opens(dek))
 	vk, err := h.volumeKey(dek)
 	must(t, err)
-	if vk.Len() != volumeKeySize+macKeySize {
+	if vk.Len() != f.keySize {
 		t.Errorf("its volume key has %d bytes", vk.Len())
 	}
 	must(t, vk.Close())
@@ -42,7 +50,7 @@ func TestAHeaderWithIntegrityHasItsOwnForm(t *testing.T) {
 	}
 	kept, err := KeptHeader(h.Bytes(), idData.UUID, h.MACs())
 	must(t, err)
-	if kept.Integrity() != HMACSHA256 {
+	if kept.Integrity() != f.integrity {
 		t.Error("kept, it has no integrity")
 	}
 	var backup bytes.Buffer
@@ -55,20 +63,20 @@ func TestAHeaderWithIntegrityHasItsOwnForm(t *testing.T) {
 	must(t, err)
 	read, err := ReadHeader(t.Context(), HeaderRequest{path, idData, h.MACs()}, dek)
 	must(t, err)
-	if read.Integrity() != HMACSHA256 {
+	if read.Integrity() != f.integrity {
 		t.Error("restored, it has no integrity")
 	}
 	must(t, Matches(t.Context(), path, read))
-	patch(t, path, []byte{h.raw[maxGuardedSize-1] ^ 1}, maxGuardedSize-1)
+	patch(t, path, []byte{h.raw[size-1] ^ 1}, int64(size-1))
 	_, err = ReadHeader(t.Context(), HeaderRequest{path, idData, h.MACs()}, dek)
 	wantError(t, err, ErrHeaderMAC)
 	wantError(t, Matches(t.Context(), path, read), ErrHeaderChanged)
-	if _, err := guard(h.raw[:maxGuardedSize-1]); !errors.Is(err, ErrShortHeader) {
+	if _, err := guard(h.raw[:size-1]); !errors.Is(err, ErrShortHeader) {
 		t.Errorf("cut short: %v", err)
 	}
 	_, err = NewHeader(t.Context(), idData, Layout{Integrity: "crc32"}, dek)
 	wantError(t, err, ErrInvalid)
-	_, err = NewHeader(t.Context(), idData, Layout{HMACSHA256, 18 << 20}, dek)
+	_, err = NewHeader(t.Context(), idData, Layout{f.integrity, 18 << 20}, dek)
 	wantError(t, err, ErrDeviceSize)
 }
 
@@ -111,6 +119,40 @@ func TestTheFormsOfAHeaderDoNotMix(t *testing.T) {
 	// What libcryptsetup reads of it is what the guard read.
 	if formIn(&node{}) != plain {
 		t.Error("nothing at all is not the plain form")
+	}
+}
+
+// A header with AEGIS-128 is none with HMAC-SHA256, and none with another AEAD.
+func TestAHeaderWithAnAEADIsOfNoOtherForm(t *testing.T) {
+	h, err := NewHeader(t.Context(), idData, Layout{AEGIS128, 100 << 20}, dataKey(t))
+	must(t, err)
+	const cipher = `"encryption":"aegis128-random"`
+	for name, c := range map[string]struct {
+		of, to string
+		rule   Rule
+	}{
+		"a MAC":             {`"type":"aead"`, `"type":"hmac(sha256)"`, RuleIntegrity},
+		"no tags":           {`"type":"aead"`, `"type":"none"`, RuleIntegrity},
+		"a short nonce":     {cipher, `"encryption":"aes-gcm-random"`, RuleCipher},
+		"nonces in order":   {cipher, `"encryption":"aegis128-plain64"`, RuleCipher},
+		"no AEAD":           {cipher, `"encryption":"aes-xts-plain64"`, RuleCipher},
+		"the null cipher":   {cipher, `"encryption":"cipher_null-ecb"`, RuleNullCipher},
+		"a longer key":      {`"key_size":16`, `"key_size":32`, RuleKeySize},
+		"a key for a MAC":   {`"key_size":16`, `"key_size":96`, RuleKeyslotArea},
+		"a plain key":       {`"key_size":16`, `"key_size":64`, RuleKeyslotArea},
+		"a plain area":      {`"size":"65536"`, `"size":"258048"`, RuleKeyslotArea},
+		"a cipher for keys": {`"encryption":"aes-xts-plain64"`, cipher, RuleCipher},
+	} {
+		f := forgery{t, bytes.Clone(h.raw)}
+		if !strings.Contains(f.json(), c.of) {
+			t.Fatalf("%s: the header does not have %q: %s", name, c.of, f.json())
+		}
+		f.replace(c.of, c.to)
+		_, err := guard(f.raw)
+		var refusal *HeaderError
+		if !errors.As(err, &refusal) || refusal.Rule != c.rule {
+			t.Errorf("%s: %v, want %s", name, err, c.rule)
+		}
 	}
 }
 

@@ -16,10 +16,12 @@ const (
 	minDataSize  = 1 << 20
 	minDevice    = dataOffset + minDataSize
 
-	// Of the authenticated form.
+	// Of the forms with tags.
 	authAreaSize   = 385024 // 96 bytes × 4000 stripes, rounded up to 4096
 	maxGuardedSize = areasOffset + authAreaSize
 	macKeySize     = 32
+	aeadAreaSize   = 65536 // 16 bytes × 4000 stripes, rounded up to 4096
+	aeadKeySize    = 16
 	tagSize        = 32 // for each sector of data
 	superblockSize = 4096
 

@@ -132,11 +132,11 @@ func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header,
 	if req.Integrity != "" && h.form.integrity != req.Integrity {
 		return m, nil, fmt.Errorf("%w: integrity %q", ErrNoIntegrity, req.Integrity)
 	}
-	if mapped && h.form == authenticated && m.Bytes != h.bytes {
+	if mapped && h.form.tagged() && m.Bytes != h.bytes {
 		return m, nil, fmt.Errorf("%w: %s has %d bytes, its header says %d", ErrTableMismatch, m.Name, m.Bytes, h.bytes)
 	}
 	if mapped {
-		err := d.prove(m, h, dek)
+		err := d.prove(ctx, m, h, dek)
 		if !errors.Is(err, errNothingVerifies) || m.InUse {
 			return m, h, err
 		}
@@ -154,7 +154,7 @@ func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header,
 
 // of is what the options come to for a form.
 func (o OpenOptions) of(f *form) OpenOptions {
-	if f == authenticated {
+	if f.tagged() {
 		o.Workqueues = true // the MAC is work for more than one processor
 	} else {
 		o.NoJournal = false
@@ -165,7 +165,7 @@ func (o OpenOptions) of(f *form) OpenOptions {
 // takes refuses what a form cannot be mapped with.
 func (f *form) takes(name string, o OpenOptions) error {
 	switch {
-	case f != authenticated:
+	case !f.tagged():
 		return nil
 	case len(name) > maxAuthenticatedName:
 		return fmt.Errorf("%w: the name of a mapping with integrity has at most %d characters", ErrInvalid, maxAuthenticatedName)
@@ -219,7 +219,7 @@ func (d *disk) activate(ctx context.Context, req OpenRequest, h *Header, dek *Ke
 	if d.readOnly && !opts.ReadOnly {
 		return m, fmt.Errorf("%w: %s can be opened read-only", ErrReadOnlyDevice, d.path)
 	}
-	if h.form == authenticated {
+	if h.form.tagged() {
 		if err := removeTags(ctx, name, h.uuid); err != nil {
 			return m, err
 		}
@@ -235,7 +235,7 @@ func (d *disk) activate(ctx context.Context, req OpenRequest, h *Header, dek *Ke
 	// The device goes by its number: it is the one that the header was read from,
 	// whatever its path leads to now, and its number is taken while it is open.
 	below, offset, bytes := d.rdev, int64(dataOffset), d.plainBytes()
-	if h.form == authenticated {
+	if h.form.tagged() {
 		if req.FreshTags {
 			if err := d.makeTags(ctx, name, h.uuid); err != nil {
 				return m, err

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/crypto/xts"
@@ -73,7 +74,7 @@ func (e Existing) with(ctx context.Context, dek *Key, f func(*disk, Mapping, *He
 		return err
 	}
 	if !m.Suspended {
-		if err := d.prove(m, h, dek); err != nil {
+		if err := d.prove(ctx, m, h, dek); err != nil {
 			return err
 		}
 	}
@@ -89,7 +90,7 @@ func (e Existing) header(d *disk, dek *Key) (*Header, error) {
 
 // prove compares what the mapping reads with what the header's key makes of the
 // device.
-func (d *disk) prove(m Mapping, h *Header, dek *Key) error {
+func (d *disk) prove(ctx context.Context, m Mapping, h *Header, dek *Key) error {
 	if m.Suspended {
 		return fmt.Errorf("%w: %s", ErrSuspended, m.Name)
 	}
@@ -103,23 +104,34 @@ func (d *disk) prove(m Mapping, h *Header, dek *Key) error {
 	if err != nil {
 		return err
 	}
-	verified := h.form != authenticated
+	agrees := func(sector int64, cipher, plain []byte) (bool, error) {
+		return decryptsTo(vk, uint64(sector), cipher, plain)
+	}
+	if h.form == aead {
+		second, err := mapAgain(ctx, m, h, side, vk)
+		if err != nil {
+			return err
+		}
+		defer second.remove(ctx)
+		agrees = func(sector int64, _, plain []byte) (bool, error) { return second.agrees(d, sector, plain) }
+	}
+	verified := !h.form.tagged()
 	for try := range proofTries {
 		for i := range min(int64(proofSectors), sectors) {
 			// Spread over the volume, and others at each try.
 			at := (i*sectors/proofSectors + int64(try)*17) % sectors
-			if h.form == authenticated && try == 0 {
+			if h.form.tagged() && try == 0 {
 				at = i // what was not written yet gives an error, and the start is written first
 			}
 			cipher, plain, err := d.bothSides(m, side, at)
-			if h.form == authenticated && errors.Is(err, unix.EILSEQ) {
+			if h.form.tagged() && errors.Is(err, unix.EILSEQ) {
 				continue
 			}
 			if err != nil {
 				return err
 			}
 			verified = true
-			same, err := decryptsTo(vk, uint64(at), cipher, plain)
+			same, err := agrees(at, cipher, plain)
 			if err != nil || same {
 				return err
 			}
@@ -129,6 +141,65 @@ func (d *disk) prove(m Mapping, h *Header, dek *Key) error {
 		return fmt.Errorf("%w: %w in %s", ErrNotOurs, errNothingVerifies, m.Name)
 	}
 	return fmt.Errorf("%w: %s does not decrypt as the header says", ErrNotOurs, m.Name)
+}
+
+// second is another mapping of a volume's tags, read-only, with the key of the header that
+// the guard knows: of an AEAD, it is the kernel that says whether a key is the right one.
+type second struct {
+	name, uuid string
+	dev        DevNum
+}
+
+func proofName(name string) string { return name + "_prf" }
+
+func proofUUID(uuid, name string) string {
+	return "KEYAGENT-PROOF-" + strings.ReplaceAll(uuid, "-", "") + "-" + proofName(name)
+}
+
+func mapAgain(ctx context.Context, m Mapping, h *Header, side cipherSide, vk *secret.Bytes) (*second, error) {
+	if err := removeProof(ctx, m.Name, h.uuid); err != nil {
+		return nil, err
+	}
+	c := creation{
+		name: proofName(m.Name), uuid: proofUUID(h.uuid, m.Name), kind: cryptKind, readOnly: true, bytes: m.Bytes,
+		params: cryptParams(h.form, h.form.volumeKeyRef(h.uuid), side.dev, 0, OpenOptions{Workqueues: true}),
+	}
+	s := &second{name: m.Name, uuid: h.uuid}
+	err := kernelCall(ctx, "mapping "+c.name, func() error {
+		return withVolumeKey(h.uuid, vk, func() error { return c.create(ctx) })
+	}, func() { s.remove(ctx) })
+	if err != nil {
+		return nil, err
+	}
+	live, err := inspect(c.name)
+	if err == nil {
+		s.dev = live.dev
+		err = ensureNode(Mapping{Path: mapperPath(c.name), Device: live.dev})
+	}
+	if err != nil {
+		s.remove(ctx)
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *second) agrees(d *disk, sector int64, plain []byte) (same bool, err error) {
+	got := aligned()
+	defer secret.Wipe(got)
+	err = d.do(func() error { return readDirect(mapperPath(proofName(s.name)), s.dev, got, sector*dataSectorSize) })
+	if errors.Is(err, unix.EILSEQ) {
+		return false, nil
+	}
+	return err == nil && bytes.Equal(got, plain), err
+}
+
+func (s *second) remove(ctx context.Context) {
+	_ = removeProof(context.WithoutCancel(ctx), s.name, s.uuid)
+}
+
+// removeProof removes what a proof mapped, or left when its process was killed.
+func removeProof(ctx context.Context, name, uuid string) error {
+	return removeBelow(ctx, proofName(name), proofUUID(uuid, name))
 }
 
 // errNothingVerifies means that no sector has a tag of the key of its mapping.

@@ -25,7 +25,7 @@ func (d *disk) resize(ctx context.Context, m Mapping, h *Header, dek *Key) (Mapp
 	switch {
 	case m.Suspended:
 		return Mapping{}, fmt.Errorf("%w: %s", ErrSuspended, m.Name)
-	case h.form == authenticated:
+	case h.form.tagged():
 		return Mapping{}, fmt.Errorf("%w: %s", ErrNoGrowth, m.Name)
 	case d.plainBytes() < m.Bytes:
 		return Mapping{}, fmt.Errorf("%w: %d bytes are left of %d", ErrShrink, d.plainBytes(), m.Bytes)

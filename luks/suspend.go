@@ -93,7 +93,7 @@ func (d *disk) resumeWith(ctx context.Context, m Mapping, h *Header, dek *Key) (
 	live, err := inspect(m.Name)
 	if err == nil {
 		if m, err = sameVolume(live, m.Name, Identity{UUID: h.uuid}, d); err == nil {
-			err = d.prove(m, h, dek)
+			err = d.prove(ctx, m, h, dek)
 		}
 	}
 	if err != nil {

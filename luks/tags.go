@@ -1,6 +1,7 @@
 package luks
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -198,14 +199,18 @@ func (d *disk) openTags(ctx context.Context, name, uuid string, bytes int64, jou
 // removeTags removes the lower mapping of a volume, if there is one that nothing
 // holds: one that was left when a process was killed, or when the upper one went.
 func removeTags(ctx context.Context, name, uuid string) error {
-	lower := tagsName(name)
+	return cmp.Or(removeProof(ctx, name, uuid), removeBelow(ctx, tagsName(name), tagsUUID(uuid, name)))
+}
+
+// removeBelow removes a mapping that goes with a volume's, if it is there.
+func removeBelow(ctx context.Context, lower, uuid string) error {
 	live, err := inspect(lower)
 	switch {
 	case errors.Is(err, ErrNotActive):
 		return nil
 	case err != nil:
 		return err
-	case live.uuid != tagsUUID(uuid, name):
+	case live.uuid != uuid:
 		return nil // somebody else's
 	}
 	// Something that looks at new devices may have it open for a moment.

@@ -150,7 +150,7 @@ func (d *described) flags(cmd *cobra.Command) {
 	f.StringSliceVar(&d.req.Options, "options", nil, "mount options, separated by commas")
 	f.BoolVar(&d.req.ReadOnly, "read-only", false, "map and mount it read-only")
 	f.BoolVar(&d.req.Discards, "discards", false, "pass TRIM on to the disk")
-	f.StringVar(&d.req.Integrity, "integrity", "", "hmac-sha256: authenticate what is on it")
+	f.StringVar(&d.req.Integrity, "integrity", "", "hmac-sha256 or aegis128: authenticate what is on it")
 	f.StringVar(&d.req.Source, "source", "", "the volume of which the device is a clone, if this one does not exist")
 }
 

@@ -31,7 +31,7 @@ type Volume struct {
 	Warnings      []string
 	Dynamic       bool
 	OnRequest     bool
-	Integrity     string // hmac-sha256, or empty
+	Integrity     string // one of [node.Integrities], or empty
 	Progress      string // of a long step that is under way, for people
 	Created       bool   // by the call that returned it
 }

@@ -10,7 +10,6 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/node"
-	"github.com/keyagent/keyagent/luks"
 )
 
 // Config is the configuration file of the proxy. It belongs to what is measured of the
@@ -34,7 +33,7 @@ type Config struct {
 	Filesystem string `yaml:"filesystem,omitempty"`
 	// Discards tells the storage what is unused.
 	Discards bool `yaml:"discards,omitempty"`
-	// Integrity authenticates what is on the volumes: hmac-sha256, or empty. One that was
+	// Integrity authenticates what is on the volumes: one of [node.Integrities], or empty. One that was
 	// made without is not staged.
 	Integrity string `yaml:"integrity,omitempty"`
 	// SharedClasses may be attached as block devices that several nodes write, which need
@@ -110,8 +109,8 @@ func (c *Config) check(doc *config.Document) error {
 	switch {
 	case c.Integrity == "none":
 		c.Integrity = ""
-	case c.Integrity != "" && c.Integrity != string(luks.HMACSHA256):
-		return doc.Errorf([]any{"integrity"}, "%.40q is not supported: %s, or none", c.Integrity, luks.HMACSHA256)
+	case c.Integrity != "" && !slices.Contains(node.Integrities, c.Integrity):
+		return doc.Errorf([]any{"integrity"}, "%.40q is not supported: %s, or none", c.Integrity, strings.Join(node.Integrities, ", "))
 	case c.Integrity != "" && c.Discards:
 		return doc.Errorf([]any{"discards"}, "a volume with integrity cannot pass TRIM on")
 	case c.Integrity != "" && len(c.SharedClasses) > 0:

@@ -2,8 +2,10 @@ package node
 
 import (
 	"errors"
+	"fmt"
 	"path"
 	"slices"
+	"strings"
 
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -58,8 +60,8 @@ func (d *Dynamic) check() error {
 			return &FieldError{"filesystems", i - 1, errors.New("must be of ext4, xfs, btrfs and none")}
 		}
 	}
-	if d.Integrity != "" && d.Integrity != "none" && d.Integrity != "hmac-sha256" {
-		return &FieldError{"integrity", -1, errors.New("must be hmac-sha256 or none")}
+	if d.Integrity != "" && d.Integrity != "none" && !slices.Contains(Integrities, d.Integrity) {
+		return &FieldError{"integrity", -1, fmt.Errorf("must be of %s and none", strings.Join(Integrities, ", "))}
 	}
 	for i, o := range d.Options {
 		if err := CheckOption(o); err != nil {

@@ -52,7 +52,7 @@ type Volume struct {
 	// Measure writes into a register of the machine that the volume was opened, so that
 	// later evidence shows it.
 	Measure bool `yaml:"measure,omitempty"`
-	// Integrity authenticates what is on the volume: hmac-sha256, or empty. A volume that
+	// Integrity authenticates what is on the volume: one of [Integrities], or empty. A volume that
 	// was made without is not opened.
 	Integrity string `yaml:"integrity,omitempty"`
 	// NoJournal has a volume with integrity write data and tags in place.
@@ -311,6 +311,9 @@ func (v *Volume) checkSource() error {
 // maxIntegrityName is the longest name of a mapping that has another one below it.
 const maxIntegrityName = 76
 
+// Integrities are the ways in which what is on a volume can be authenticated.
+var Integrities = []string{"hmac-sha256", "aegis128"}
+
 func (v *Volume) checkIntegrity() error {
 	switch {
 	case v.Integrity == "" || v.Integrity == "none":
@@ -319,8 +322,8 @@ func (v *Volume) checkIntegrity() error {
 			return errors.New("no_journal is for a volume with integrity")
 		}
 		return nil
-	case v.Integrity != "hmac-sha256":
-		return fmt.Errorf("%.40q is not supported: hmac-sha256, or none", v.Integrity)
+	case !slices.Contains(Integrities, v.Integrity):
+		return fmt.Errorf("%.40q is not supported: %s, or none", v.Integrity, strings.Join(Integrities, ", "))
 	case v.Throwaway():
 		return fmt.Errorf("a %s volume has none: its key ends with the machine's run", v.Kind)
 	case v.Discards:

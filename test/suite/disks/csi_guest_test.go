@@ -301,7 +301,7 @@ func (p *plugin) nothingIsLeft(handle string) {
 
 // TestDiskVolumesOfACSIDriver is the life of volumes: on one node, grown, on another.
 func TestDiskVolumesOfACSIDriver(t *testing.T) {
-	for _, integrity := range some(t, 1, []string{"none", "hmac-sha256"}) {
+	for _, integrity := range some(t, 1, []string{"none", "hmac-sha256", "aegis128"}) {
 		t.Run(integrity, func(t *testing.T) { volumesOfACSIDriver(t, integrity) })
 	}
 }

@@ -16,16 +16,17 @@ import (
 // the host changed.
 func TestDiskAVolumeWithIntegrity(t *testing.T) {
 	n := patient(t)
-	for _, fs := range append(some(t, 1, []string{"ext4", "xfs"}), "none") {
-		t.Run(fs, func(t *testing.T) {
+	for _, kind := range append(some(t, 1, []string{"ext4 hmac-sha256", "xfs hmac-sha256", "ext4 aegis128", "xfs aegis128", "none aegis128"}), "none hmac-sha256") {
+		fs, integrity, _ := strings.Cut(kind, " ")
+		t.Run(kind, func(t *testing.T) {
 			size := int64(diskSize)
 			if fs == "xfs" {
 				size = 400 * mib
 			}
-			id, file := "v-integrity-"+fs, image(t, size)
+			id, file := "v-integrity-"+fs+"-"+integrity, image(t, size)
 			device, at := loop(t, file), mountPoint(t, "data")
 			removed(t, id, id+"_dif")
-			line := fmt.Sprintf("{id: %s, device: %s, format: true, integrity: hmac-sha256", id, device)
+			line := fmt.Sprintf("{id: %s, device: %s, format: true, integrity: %s", id, device, integrity)
 			if fs != "none" {
 				line += fmt.Sprintf(", filesystem: %s, mount: %s", fs, at)
 			}
@@ -34,7 +35,8 @@ func TestDiskAVolumeWithIntegrity(t *testing.T) {
 			}
 			n.configure(t, line+"}")
 			n.must(t, "unlock", id)
-			if table := tool(t, "dmsetup", "table", id); !strings.Contains(table, "authenc(hmac(sha256),xts(aes))") {
+			want := map[string]string{"hmac-sha256": "authenc(hmac(sha256),xts(aes))", "aegis128": "aegis128-random"}[integrity]
+			if table := tool(t, "dmsetup", "table", id); !strings.Contains(table, want) {
 				t.Errorf("it is mapped as %s", table)
 			}
 			n.must(t, "unlock", id) // it is open already
@@ -72,7 +74,7 @@ func TestDiskAVolumeWithIntegrity(t *testing.T) {
 			n.must(t, "close", id)
 			// A configuration that says nothing of it opens what is there; one that asks for
 			// it does not open a volume without.
-			n.configure(t, strings.NewReplacer(", integrity: hmac-sha256", "", ", no_journal: true", "").Replace(line)+"}")
+			n.configure(t, strings.NewReplacer(", integrity: "+integrity, "", ", no_journal: true", "").Replace(line)+"}")
 			n.must(t, "unlock", id)
 			if !mapped(id + "_dif") {
 				t.Error("it was opened without its tags")

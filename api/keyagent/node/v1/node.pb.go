@@ -44,7 +44,7 @@ type Volume struct {
 	KeyVersion    uint32   `protobuf:"varint,15,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"`
 	Dynamic       bool     `protobuf:"varint,16,opt,name=dynamic,proto3" json:"dynamic,omitempty"`                      // the configuration does not name it
 	OnRequest     bool     `protobuf:"varint,17,opt,name=on_request,json=onRequest,proto3" json:"on_request,omitempty"` // it stays closed until somebody asks for it by its ID
-	Integrity     string   `protobuf:"bytes,18,opt,name=integrity,proto3" json:"integrity,omitempty"`                   // hmac-sha256, or empty
+	Integrity     string   `protobuf:"bytes,18,opt,name=integrity,proto3" json:"integrity,omitempty"`                   // hmac-sha256, aegis128, or empty
 	Progress      string   `protobuf:"bytes,19,opt,name=progress,proto3" json:"progress,omitempty"`                     // of a long step that is under way, for people
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -226,7 +226,7 @@ type OpenRequest struct {
 	Options       []string `protobuf:"bytes,7,rep,name=options,proto3" json:"options,omitempty"`
 	ReadOnly      bool     `protobuf:"varint,8,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
 	Discards      bool     `protobuf:"varint,9,opt,name=discards,proto3" json:"discards,omitempty"`
-	Integrity     string   `protobuf:"bytes,10,opt,name=integrity,proto3" json:"integrity,omitempty"` // hmac-sha256, or empty; a volume that was made without is refused
+	Integrity     string   `protobuf:"bytes,10,opt,name=integrity,proto3" json:"integrity,omitempty"` // hmac-sha256, aegis128, or empty; a volume that was made without is refused
 	Source        string   `protobuf:"bytes,11,opt,name=source,proto3" json:"source,omitempty"`       // the volume of which the device is a clone, while this one does not exist
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
