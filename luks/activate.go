@@ -16,6 +16,7 @@ type creation struct {
 	readOnly   bool
 	bytes      int64
 	params     string
+	private    bool // nobody else has to look at it
 }
 
 // create makes the mapping, on the calling thread, in whose keyring the key is. On
@@ -31,7 +32,7 @@ func (c creation) create(ctx context.Context) error {
 	if err := c.load(); err != nil {
 		return errors.Join(err, remove(ctx, c.name, c.uuid))
 	}
-	if err := resume(ctx, c.name, c.uuid, dmSkipLockFS|c.mode()); err != nil {
+	if err := c.resume(ctx); err != nil {
 		return errors.Join(err, remove(ctx, c.name, c.uuid))
 	}
 	return nil
@@ -65,12 +66,27 @@ func (c creation) load() error {
 	return nil
 }
 
+func (c creation) resume(ctx context.Context) error {
+	udev, err := newCookie()
+	if err != nil {
+		return err
+	}
+	if c.private {
+		udev.event |= udevLooksAway
+	}
+	return udev.resume(ctx, c.name, c.uuid, dmSkipLockFS|c.mode())
+}
+
 // resume puts the newest table in force, and waits for udev to know it.
 func resume(ctx context.Context, name, uuid string, flags uint32) error {
 	udev, err := newCookie()
 	if err != nil {
 		return err
 	}
+	return udev.resume(ctx, name, uuid, flags)
+}
+
+func (udev cookie) resume(ctx context.Context, name, uuid string, flags uint32) error {
 	answer, err := dmCall{command: dmDevSuspend, flags: flags, event: udev.event}.on(name, uuid).run()
 	if err != nil {
 		udev.drop()

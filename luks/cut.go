@@ -35,7 +35,7 @@ func cut(ctx context.Context, name, uuid string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(intoError(ctx, live, name, sectors), cutTags(ctx, name, uuid))
+	return errors.Join(intoError(ctx, live, name, sectors), cutTags(ctx, name, uuid), forgetProof(ctx, name, uuid))
 }
 
 // intoError gives a mapping a table that answers everything with an error.

@@ -42,7 +42,7 @@ func (h *Header) Integrity() Integrity { return h.form.integrity }
 func (h *Header) Length() int64 { return h.bytes }
 
 // Bytes returns a copy of the first bytes of the device, as they should be: 290816, or
-// 417792 of an authenticated volume.
+// 417792 with HMAC-SHA256, or 98304 with AEGIS-128.
 func (h *Header) Bytes() []byte { return append([]byte(nil), h.raw...) }
 
 // WriteBackup writes a backup file of [BackupSize] bytes: the header, then zeros.

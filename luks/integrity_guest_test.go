@@ -411,9 +411,47 @@ func TestLiveRemainsOfAProofAreCleared(t *testing.T) {
 		must(t, err)
 		run(t, "dmsetup", "create", proofName("data"), "--uuid", proofUUID(v.id.UUID, "data"), "--readonly",
 			"--table", fmt.Sprintf("0 %d linear %v 0", m.Bytes/sectorSize, lower.dev))
+		run(t, "dmsetup", "mknodes", proofName("data"))
 	}
 	left()
 	_, err := v.open("data") // proves it
+	must(t, err)
+	left()
+	must(t, Suspend(t.Context(), "data", v.id.UUID))
+	if names := mappingNames(t); strings.Contains(names, "_prf") {
+		t.Errorf("suspended, left are %s", names)
+	}
+	m, err = Resume(t.Context(), v.existing("data"), v.dek)
+	must(t, err)
+	// One that somebody holds has no key, and what is suspended is suspended.
+	left()
+	held, err := os.Open("/dev/mapper/" + proofName("data"))
+	must(t, err)
+	defer held.Close()
+	must(t, Suspend(t.Context(), "data", v.id.UUID))
+	if table := run(t, "dmsetup", "table", proofName("data")); !strings.Contains(table, "error") {
+		t.Errorf("it is held, and is %s", table)
+	}
+	_, err = Resume(t.Context(), v.existing("data"), v.dek)
+	wantError(t, err, ErrDeviceBusy)
+	must(t, held.Close())
+	m, err = Resume(t.Context(), v.existing("data"), v.dek)
+	must(t, err)
+	left()
+	must(t, Cut(t.Context(), "data", v.id.UUID))
+	if names := mappingNames(t); strings.Contains(names, "_prf") {
+		t.Errorf("cut off, left are %s", names)
+	}
+	must(t, v.close("data"))
+	m, err = v.open("data")
+	must(t, err)
+	if m.Integrity != AEGIS128 {
+		t.Errorf("it is %+v", m)
+	}
+	// A volume has what it was made with: asking for the other kind is asking for tags.
+	req := v.request("data", OpenOptions{NoJournal: true})
+	req.Integrity = HMACSHA256
+	_, _, err = Open(t.Context(), req, v.dek)
 	must(t, err)
 	left()
 	must(t, v.close("data"))

@@ -73,28 +73,29 @@ func (m *FilesystemMark) Present(ctx context.Context, device string) (bool, erro
 	return hmac.Equal(sector, m.sector), nil
 }
 
-// MarkLeft says whether the mark of any attempt to create this volume is on the device:
+// MarkLeft returns the mark of any attempt to create this volume that is on the device:
 // what stands behind the header was never finished, since a mark is cleared before the
-// volume is used.
-func MarkLeft(ctx context.Context, device string, id Identity, dek *Key) (bool, error) {
+// volume is used. It returns nil if there is none. Whoever acts on it later asks whether
+// it is [FilesystemMark.Present] still.
+func MarkLeft(ctx context.Context, device string, id Identity, dek *Key) (*FilesystemMark, error) {
 	d, err := openShared(ctx, device)
 	if err != nil {
-		return false, fmt.Errorf("look for a filesystem mark: %w", err)
+		return nil, fmt.Errorf("look for a filesystem mark: %w", err)
 	}
 	defer d.Close()
 	sector, err := d.readMark()
 	if err != nil {
-		return false, fmt.Errorf("look for a filesystem mark: %w", err)
+		return nil, fmt.Errorf("look for a filesystem mark: %w", err)
 	}
 	attempt := [16]byte(sector[offMarkAttempt:])
 	if !isMark(sector) || attempt == [16]byte{} {
-		return false, nil
+		return nil, nil
 	}
 	want, err := NewFilesystemMark(id, attempt, dek)
-	if err != nil {
-		return false, err
+	if err != nil || !hmac.Equal(sector, want.sector) {
+		return nil, err
 	}
-	return hmac.Equal(sector, want.sector), nil
+	return want, nil
 }
 
 // onMark opens a device for writing although dm-crypt has claimed it.

@@ -48,10 +48,10 @@ func TestAFilesystemMarkIsOfOneAttempt(t *testing.T) {
 		"of no attempt": {append(bytes.Clone(ours.sector[:offMarkAttempt]), make([]byte, sectorSize-offMarkAttempt)...), false},
 	} {
 		patch(t, path, c.sector, markOffset)
-		if got, err := MarkLeft(ctx, path, idData, dataKey(t)); err != nil || got != c.want {
+		if got, err := MarkLeft(ctx, path, idData, dataKey(t)); err != nil || (got != nil) != c.want {
 			t.Errorf("%s: left is %v, %v", name, got, err)
 		}
-		if got, err := MarkLeft(ctx, path, idData, key(t, 101, 32)); err != nil || got {
+		if got, err := MarkLeft(ctx, path, idData, key(t, 101, 32)); err != nil || got != nil {
 			t.Errorf("%s, under another key: left is %v, %v", name, got, err)
 		}
 	}

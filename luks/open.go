@@ -129,7 +129,7 @@ func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header,
 	if h, err = d.examine(req.Identity, req.MACs, dek); err != nil {
 		return m, nil, err
 	}
-	if req.Integrity != "" && h.form.integrity != req.Integrity {
+	if req.Integrity != "" && !h.form.tagged() { // of whatever kind: what it has cannot be changed
 		return m, nil, fmt.Errorf("%w: integrity %q", ErrNoIntegrity, req.Integrity)
 	}
 	if mapped && h.form.tagged() && m.Bytes != h.bytes {

@@ -161,7 +161,7 @@ func mapAgain(ctx context.Context, m Mapping, h *Header, side cipherSide, vk *se
 		return nil, err
 	}
 	c := creation{
-		name: proofName(m.Name), uuid: proofUUID(h.uuid, m.Name), kind: cryptKind, readOnly: true, bytes: m.Bytes,
+		name: proofName(m.Name), uuid: proofUUID(h.uuid, m.Name), kind: cryptKind, readOnly: true, private: true, bytes: m.Bytes,
 		params: cryptParams(h.form, h.form.volumeKeyRef(h.uuid), side.dev, 0, OpenOptions{Workqueues: true}),
 	}
 	s := &second{name: m.Name, uuid: h.uuid}
@@ -197,9 +197,33 @@ func (s *second) remove(ctx context.Context) {
 	_ = removeProof(context.WithoutCancel(ctx), s.name, s.uuid)
 }
 
-// removeProof removes what a proof mapped, or left when its process was killed.
+// removeProof removes what a proof mapped, or left when its process was killed. What
+// somebody holds loses its key, at least.
 func removeProof(ctx context.Context, name, uuid string) error {
-	return removeBelow(ctx, proofName(name), proofUUID(uuid, name))
+	err := removeBelow(ctx, proofName(name), proofUUID(uuid, name))
+	if !errors.Is(err, ErrDeviceBusy) {
+		return err
+	}
+	live, lErr := inspect(proofName(name))
+	if lErr != nil {
+		return lErr
+	}
+	sectors, lErr := liveSectors(live, proofName(name))
+	if lErr == nil {
+		lErr = intoError(ctx, live, proofName(name), sectors)
+	}
+	if lErr != nil {
+		return lErr
+	}
+	return err
+}
+
+// forgetProof makes sure that no proof has the key any more.
+func forgetProof(ctx context.Context, name, uuid string) error {
+	if err := removeProof(ctx, name, uuid); !errors.Is(err, ErrDeviceBusy) {
+		return err
+	}
+	return nil
 }
 
 // errNothingVerifies means that no sector has a tag of the key of its mapping.

@@ -24,7 +24,7 @@ func suspend(ctx context.Context, name, uuid string) error {
 	}
 	defer release()
 	dm := live.uuid
-	return kernelCall(ctx, "suspending "+name, func() error {
+	err = kernelCall(ctx, "suspending "+name, func() error {
 		if !live.suspended {
 			_, err := dmCall{command: dmDevSuspend, uuid: dm, flags: dmSuspended | dmSkipLockFS | dmNoFlush}.run()
 			if err != nil {
@@ -39,6 +39,7 @@ func suspend(ctx context.Context, name, uuid string) error {
 		}
 		return suspendTags(name, uuid)
 	}, nil)
+	return errors.Join(err, forgetProof(ctx, name, uuid))
 }
 
 // Resume gives a suspended mapping its volume key again and lets it go on. The key is

@@ -27,6 +27,10 @@ const (
 	cookieMagic   = 0x0d4d << 16
 	primarySource = 0x0040 << 16 // the event comes from the maker of the mapping
 
+	// No rules of subsystems, of disks, or others: no links to it by what is on it, and no
+	// LVM that takes it. Libdevmapper's DM_UDEV_DISABLE_*_RULES_FLAG.
+	udevLooksAway = (0x0002 | 0x0004 | 0x0008) << 16
+
 	semRemove   = 0
 	semSetValue = 16
 )

@@ -8,8 +8,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-const whatNext = `This is the program for nodes. The whole one has a key service as well, the demo,
-and what makes and tries policies.`
+const whatNext = `This is the program for nodes. The whole one has a key service as well, the
+Kubernetes plugin, the demo, and what makes and tries policies.`
 
 var serviceGroups []*cobra.Group
 

@@ -111,10 +111,10 @@ type opening struct {
 	intent  Intent
 	mapping luks.Mapping
 	created bool
-	left    bool // an earlier attempt's copy of the image, unfinished
-	tags    bool // a volume that is made here has integrity
-	fresh   bool // its tags are laid out
-	cloned  bool // a volume that is made here has its source's data
+	left    *luks.FilesystemMark // of an attempt whose mkfs, or copy, is unfinished
+	tags    bool                 // a volume that is made here has integrity
+	fresh   bool                 // its tags are laid out
+	cloned  bool                 // a volume that is made here has its source's data
 	measure measuring
 }
 
@@ -151,7 +151,7 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if o.v.Integrity != "" && string(m.Integrity) != o.v.Integrity && !m.Cut {
+	if o.v.Integrity != "" && m.Integrity == "" && !m.Cut {
 		return false, fmt.Errorf("%w: %s", luks.ErrNoIntegrity, m.Name)
 	}
 	r, known := o.recall(o.v.ID)

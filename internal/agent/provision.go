@@ -189,7 +189,15 @@ func (o *opening) claimData(ctx context.Context, mark *luks.FilesystemMark) erro
 	if err != nil || again {
 		return err
 	}
-	if !o.left {
+	// A while has gone by since it was read, in which the machine may have been frozen,
+	// and another one may have finished the volume.
+	left := false
+	if o.left != nil {
+		if left, err = o.left.Present(ctx, device); err != nil {
+			return err
+		}
+	}
+	if !left {
 		untouched, err := luks.DataUntouched(ctx, device)
 		if err != nil {
 			return err

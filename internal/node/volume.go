@@ -171,6 +171,11 @@ func (v *Volume) checkName() error {
 	if v.Name == "control" {
 		return errors.New("is the device-mapper's own")
 	}
+	for _, taken := range []string{"_dif", "_prf"} {
+		if strings.HasSuffix(v.Name, taken) {
+			return fmt.Errorf("must not end in %s, as the mappings below a volume with integrity do", taken)
+		}
+	}
 	return nil
 }
 
@@ -364,9 +369,6 @@ func CheckVolumes(all []Volume) (int, error) {
 				return i, &FieldError{u.field, -1, fmt.Errorf("%q is used twice", u.value)}
 			}
 			seen[u] = true
-		}
-		if v.Integrity != "" && slices.ContainsFunc(all, func(o Volume) bool { return o.Name == v.Name+"_dif" }) {
-			return i, &FieldError{"name", -1, fmt.Errorf("%q_dif is the name of the mapping below it, and another volume's", v.Name)}
 		}
 	}
 	for i := range all {

@@ -23,6 +23,8 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"no ID":                         {func(v *Volume) { v.ID = "" }, "id"},
 		"a path for an ID":              {func(v *Volume) { v.ID = "../x" }, "id"},
 		"a name of 81 characters":       {func(v *Volume) { v.Name = strings.Repeat("x", 81) }, "name"},
+		"a name of a mapping below":     {func(v *Volume) { v.Name = "data_dif" }, "name"},
+		"a name of a proof":             {func(v *Volume) { v.Name = "data_prf" }, "name"},
 		"the device-mapper's own name":  {func(v *Volume) { v.Name = "control" }, "name"},
 		"no device":                     {func(v *Volume) { v.Device = "" }, "device"},
 		"a relative device":             {func(v *Volume) { v.Device = "vdb" }, "device"},

@@ -13,7 +13,7 @@ depends() {
 }
 
 installkernel() {
-	hostonly='' instmods dm_crypt dm_integrity authenc hmac xts aesni_intel algif_skcipher algif_hash cryptd sha256_ssse3 \
+	hostonly='' instmods dm_crypt dm_integrity authenc hmac xts aegis128 aegis128_aesni aesni_intel algif_skcipher algif_hash cryptd sha256_ssse3 \
 		tpm_crb tpm_tis tpm_tis_core sev-guest tdx-guest tsm configfs \
 		virtio_pci virtio_blk virtio_scsi virtio_net nvme hv_vmbus hv_storvsc hv_netvsc gve ena mana 8021q
 }
