@@ -513,10 +513,10 @@ func (p *plugin) traced(victim *agent, at int, call func() error) (int, error) {
 	return n, err
 }
 
-// TestDiskACSICallIsCutOffAtEachSystemCall: the agent, or the proxy, is killed at one of
+// TestKillACSICallIsCutOffAtEachSystemCall: the agent, or the proxy, is killed at one of
 // the calls of the system by which a call of kubelet's changes something. The call is
 // repeated, and all is as if nothing had been.
-func TestDiskACSICallIsCutOffAtEachSystemCall(t *testing.T) {
+func TestKillACSICallIsCutOffAtEachSystemCall(t *testing.T) {
 	s := &storage{images: map[string]string{}}
 	p := newPlugin(t, first(t), s)
 	r := seed.Rand(t)

@@ -82,3 +82,7 @@ func TestVolumesOnRealDisks(t *testing.T) { boot(t, "^TestDisk", 25*time.Minute)
 
 // Nodes that race for one disk, in another.
 func TestNodesThatRaceForOneDisk(t *testing.T) { boot(t, "^TestRace", 5*time.Hour) }
+
+// Parts that are killed at calls of the system, in a third: what is traced and killed there
+// leaves this kernel in a state that other tests need not bear.
+func TestPartsThatAreCutOff(t *testing.T) { boot(t, "^TestKill", 5*time.Hour) }
