@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -50,6 +51,12 @@ func openExclusive(ctx context.Context, path string) (*disk, error) {
 	return openDisk(ctx, path, unix.O_RDWR|unix.O_EXCL)
 }
 
+// How often, and how long apart, a claim is tried again that another one is in the way of.
+const (
+	claimTries = 20
+	claimPause = 25 * time.Millisecond
+)
+
 func openDisk(ctx context.Context, path string, flags int) (*disk, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -76,6 +83,12 @@ func (d *disk) open(flags int) error {
 	// O_NONBLOCK keeps the open of a FIFO from waiting for ever; it has no
 	// meaning for the files and block devices that pass the check below.
 	fd, err := unix.Open(d.path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	// A program that this process starts meanwhile has copies of its descriptors until
+	// it runs, also of one that claimed this device and is closed by now.
+	for try := 0; flags&unix.O_EXCL != 0 && errors.Is(err, unix.EBUSY) && try < claimTries; try++ {
+		time.Sleep(claimPause)
+		fd, err = unix.Open(d.path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	}
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: %s is mounted, mapped or claimed", ErrDeviceBusy, d.path)
