@@ -18,9 +18,8 @@ const HMACSHA256 Integrity = "hmac-sha256"
 
 // AEGIS128 encrypts and authenticates in one pass, with a fresh random nonce of 128 bits
 // for each write, which is kept beside the tag: a sector that is written twice with the
-// same content differs. It says as much as [HMACSHA256] of what somebody changed, in
-// less time on processors with AES instructions, with a key of 128 bits. The other AEADs
-// of the kernel have nonces of 96 bits, too few to draw at random for a disk's life.
+// same content differs. It says as much as [HMACSHA256] of what somebody changed, with a
+// key of 128 bits. The other AEADs of the kernel have nonces of 96 bits, too few to draw at random for a disk's life.
 const AEGIS128 Integrity = "aegis128"
 
 // form is one of the forms of header that the guard knows. Each stands for one table.

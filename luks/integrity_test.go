@@ -80,6 +80,21 @@ func headerWithIntegrityHasItsOwnForm(t *testing.T, f *form) {
 	wantError(t, err, ErrDeviceSize)
 }
 
+// wantForgeryRefused changes words of a header, and demands that the guard refuses it for them.
+func wantForgeryRefused(t *testing.T, h *Header, name, of, to string, rule Rule) {
+	t.Helper()
+	f := forgery{t, bytes.Clone(h.raw)}
+	if !strings.Contains(f.json(), of) {
+		t.Fatalf("%s: the header does not have %q: %s", name, of, f.json())
+	}
+	f.replace(of, to)
+	_, err := guard(f.raw)
+	var refusal *HeaderError
+	if !errors.As(err, &refusal) || refusal.Rule != rule {
+		t.Errorf("%s: %v, want %s", name, err, rule)
+	}
+}
+
 // The two forms do not mix: neither passes with a word of the other.
 func TestTheFormsOfAHeaderDoNotMix(t *testing.T) {
 	h := authenticatedHeader(t)
@@ -105,16 +120,7 @@ func TestTheFormsOfAHeaderDoNotMix(t *testing.T) {
 		"the null cipher":      {`"encryption":"aes-xts-plain64","integrity"`, `"encryption":"cipher_null-ecb","integrity"`, RuleNullCipher},
 		"a second requirement": {`"config":{`, `"config":{"requirements":{"mandatory":["x"]},`, RuleRequirement},
 	} {
-		f := forgery{t, bytes.Clone(h.raw)}
-		if !strings.Contains(f.json(), c.of) {
-			t.Fatalf("%s: the header does not have %q: %s", name, c.of, f.json())
-		}
-		f.replace(c.of, c.to)
-		_, err := guard(f.raw)
-		var refusal *HeaderError
-		if !errors.As(err, &refusal) || refusal.Rule != c.rule {
-			t.Errorf("%s: %v, want %s", name, err, c.rule)
-		}
+		wantForgeryRefused(t, h, name, c.of, c.to, c.rule)
 	}
 	// What libcryptsetup reads of it is what the guard read.
 	if formIn(&node{}) != plain {
@@ -143,16 +149,7 @@ func TestAHeaderWithAnAEADIsOfNoOtherForm(t *testing.T) {
 		"a plain area":      {`"size":"65536"`, `"size":"258048"`, RuleKeyslotArea},
 		"a cipher for keys": {`"encryption":"aes-xts-plain64"`, cipher, RuleCipher},
 	} {
-		f := forgery{t, bytes.Clone(h.raw)}
-		if !strings.Contains(f.json(), c.of) {
-			t.Fatalf("%s: the header does not have %q: %s", name, c.of, f.json())
-		}
-		f.replace(c.of, c.to)
-		_, err := guard(f.raw)
-		var refusal *HeaderError
-		if !errors.As(err, &refusal) || refusal.Rule != c.rule {
-			t.Errorf("%s: %v, want %s", name, err, c.rule)
-		}
+		wantForgeryRefused(t, h, name, c.of, c.to, c.rule)
 	}
 }
 

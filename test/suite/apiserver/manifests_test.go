@@ -60,7 +60,7 @@ func (c *encrypting) manifests(t *testing.T) {
 				continue
 			}
 			meta, _ := object["metadata"].(map[string]any)
-			if kind == "Namespace" { // in more than one file, for whoever applies one of them
+			if kind == "Namespace" { // each file has it, so that each can be applied alone
 				if made[meta["name"]] {
 					continue
 				}

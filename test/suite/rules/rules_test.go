@@ -231,6 +231,18 @@ func TestNoExpressionIsCompiledAtStart(t *testing.T) {
 	})
 }
 
+// linked are the packages that packages of this module link.
+func linked(t *testing.T, args ...string) []string {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list", "-deps"}, args...)...)
+	cmd.Dir = "../../.."
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Fields(string(out))
+}
+
 // TestTheProgramLinksNoTests: neither package testing, which brings flags and a
 // runner, nor anything below test/, with whatever tags the Makefile builds it.
 func TestTheProgramLinksNoTests(t *testing.T) {
@@ -240,17 +252,11 @@ func TestTheProgramLinksNoTests(t *testing.T) {
 		t.Fatalf("the Makefile builds the program %d times, with tags %q", n, builds)
 	}
 	for _, b := range builds {
-		cmd := exec.Command("go", "list", "-deps", "-tags", b[1], "./cmd/keyagent")
-		cmd.Dir = "../../.."
-		out, err := cmd.Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		linked := strings.Fields(string(out))
-		if !slices.Contains(linked, module+"cmd/keyagent") {
+		all := linked(t, "-tags", b[1], "./cmd/keyagent")
+		if !slices.Contains(all, module+"cmd/keyagent") {
 			t.Fatalf("with %s the program is not in its own list", b[1])
 		}
-		for _, pkg := range linked {
+		for _, pkg := range all {
 			if pkg == "testing" || below(pkg, "testing") || below(pkg, module+"test") {
 				t.Errorf("with %s the program links %s", b[1], pkg)
 			}
@@ -261,14 +267,7 @@ func TestTheProgramLinksNoTests(t *testing.T) {
 // TestTheProgramForNodesIsSmall: it has no key service, and nothing that is large for the
 // sake of one. An initrd is larger by it, which firmware hashes.
 func TestTheProgramForNodesIsSmall(t *testing.T) {
-	cmd := exec.Command("go", "list", "-deps", "-tags", "grpcnotrace,keyagent_node", "./cmd/keyagent")
-	cmd.Dir = "../../.."
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for pkg := range strings.Lines(string(out)) {
-		pkg = strings.TrimSpace(pkg)
+	for _, pkg := range linked(t, "-tags", "grpcnotrace,keyagent_node", "./cmd/keyagent") {
 		own := strings.TrimPrefix(pkg, module)
 		if own == "internal/keyservice" || below(own, "kms") || below(own, "storage") || own == "internal/kubekms" || own == "internal/measure" ||
 			below(pkg, "github.com/google/cel-go") || below(pkg, "github.com/prometheus") {
@@ -280,14 +279,8 @@ func TestTheProgramForNodesIsSmall(t *testing.T) {
 // TestTheKubernetesPluginNeedsNoDisk: it gets keys by the same client as the node
 // does, and links neither libcryptsetup nor what speaks to systemd of disks.
 func TestTheKubernetesPluginNeedsNoDisk(t *testing.T) {
-	cmd := exec.Command("go", "list", "-deps", "./internal/kubekms", "./internal/keyclient", "./internal/node")
-	cmd.Dir = "../../.."
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for pkg := range strings.Lines(string(out)) {
-		pkg = strings.TrimSpace(strings.TrimPrefix(pkg, module))
+	for _, pkg := range linked(t, "./internal/kubekms", "./internal/keyclient", "./internal/node") {
+		pkg = strings.TrimPrefix(pkg, module)
 		if pkg == "luks" || below(pkg, "luks") || pkg == "internal/agent" || pkg == "systemd" {
 			t.Errorf("the plugin's packages link %s", pkg)
 		}
