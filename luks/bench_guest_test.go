@@ -183,17 +183,21 @@ func TestBenchmarkIntegrity(t *testing.T) {
 	report := func(name string, value float64, unit string) { fmt.Printf("BENCH %s %.2f %s\n", name, value, unit) }
 	// On one disk, one after the other: the guest's memory is that of all disks.
 	kinds := []struct {
-		name string
-		opts OpenOptions
-	}{{"plain", OpenOptions{}}, {"integrity", OpenOptions{}}, {"integrity-no-journal", OpenOptions{NoJournal: true}}}
+		name      string
+		integrity Integrity
+		opts      OpenOptions
+	}{
+		{"plain", "", OpenOptions{}}, {"integrity", HMACSHA256, OpenOptions{}}, {"integrity-no-journal", HMACSHA256, OpenOptions{NoJournal: true}},
+		{"aegis128-no-journal", AEGIS128, OpenOptions{NoJournal: true}},
+	}
 	volumes := make([]volume, len(kinds))
 	for i, k := range kinds {
-		if k.name == "plain" {
+		if k.integrity == "" {
 			volumes[i] = newVolume(t, idData, dataKey(t))
 			resizeDevice(t, volumes[i].device, size)
 			continue
 		}
-		volumes[i] = newAuthenticated(t, size, HMACSHA256)
+		volumes[i] = newAuthenticated(t, size, k.integrity)
 	}
 	p, err := unix.Mmap(-1, 0, block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	must(t, err)
@@ -214,7 +218,7 @@ func TestBenchmarkIntegrity(t *testing.T) {
 	for round := range 4 {
 		for i, k := range kinds {
 			req := volumes[i].request("data", k.opts)
-			req.FreshTags = round == 0 && k.name != "plain"
+			req.FreshTags = round == 0 && k.integrity != ""
 			m, _, err := Open(t.Context(), req, volumes[i].dek)
 			must(t, err)
 			w, r := pass(m.Path, unix.Pwrite), pass(m.Path, unix.Pread)

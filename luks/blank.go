@@ -78,28 +78,6 @@ func Fits(ctx context.Context, device string) error {
 	return nil
 }
 
-// DataUntouched says whether the data area of a formatted device, byte 16 MiB and
-// after, is as blank as it was: all that [CheckBlank] would read of it is zero. It
-// is for a device that was blank when it was formatted. Where another tenant's bytes
-// stay in the data area it says false.
-func DataUntouched(ctx context.Context, device string) (bool, error) {
-	d, err := openShared(ctx, device)
-	if err == nil {
-		defer d.Close()
-		if err = d.checkSize(); err == nil {
-			err = d.checkBlank(dataOffset)
-		}
-	}
-	switch {
-	case err == nil:
-		return true, nil
-	case errors.Is(err, ErrNotBlank):
-		return false, nil
-	default:
-		return false, fmt.Errorf("look at the data area of %s: %w", device, err)
-	}
-}
-
 // Probe says what stands on a device, without changing it. The DEK may be nil;
 // an interrupted format cannot be told from other data then.
 func Probe(ctx context.Context, device string, id Identity, dek *Key) (State, error) {
@@ -156,7 +134,13 @@ func (d *disk) state(id Identity, dek *Key) (State, error) {
 
 // checkBlank looks at a device from byte skip on. Behind a header of ours, which is
 // what a skip is for, a filesystem mark is no data.
+//
+// It asks the device and not the cache: what another machine has written since, or this one
+// through a mapping, is not in it.
 func (d *disk) checkBlank(skip int64) error {
+	if err := d.forget(0, 0); err != nil {
+		return err
+	}
 	buf := make([]byte, 1<<20)
 	look := func(from, to int64) error {
 		for at := max(from, skip); at < to; at += int64(len(buf)) {

@@ -214,7 +214,7 @@ func (d *disk) flushAndForget() error {
 	return d.forget(0, markOffset+sectorSize)
 }
 
-// forget drops clean pages from the cache.
+// forget drops clean pages from the cache; a length of 0 is to the end.
 func (d *disk) forget(offset, length int64) error {
 	if d.file == nil {
 		return nil

@@ -11,7 +11,8 @@
 //   - A mapping that [Open] returns is aes-xts-plain64 with a 512-bit volume key,
 //     4096-byte sectors and the data at 16 MiB of the device that the header was
 //     read from, as the kernel's live table says afterwards. With [HMACSHA256] it
-//     also verifies a tag of each sector, which a dm-integrity mapping below it keeps.
+//     also verifies a tag of each sector, which a dm-integrity mapping below it keeps;
+//     with [AEGIS128] that cipher does both, in place of aes-xts-plain64.
 //     A mapping that was there before is adopted only if it decrypts with the key of
 //     the guarded header.
 //   - No mapping is made before the header has satisfied the guard and its MAC,
@@ -38,15 +39,14 @@
 //	err = luks.Write(ctx, luks.WriteRequest{device, id, h, until}, dek)
 //	…                                           // the record says: the header stands
 //	m, h, err := luks.Open(ctx, luks.OpenRequest{…, MACs: h.MACs()}, dek)
-//	err = mark.Set(ctx, device)                 // if it is to have a filesystem
+//	err = mark.Claim(ctx, device, nil)          // if it is to have a filesystem
 //	…                                           // mkfs
 //	err = mark.Clear(ctx, device)
 //	…                                           // the record says: active, and keeps the MACs
 //	err = luks.Close(ctx, luks.CloseRequest{Name: m.Name, UUID: m.UUID, Device: m.DataDevice})
 //
 // An attempt that finds a header of a forgotten one asks [Adopt] for it, or has
-// Write replace it, which needs a data area that nobody has written to
-// ([DataUntouched]). The [FilesystemMark] tells a filesystem that was never finished
+// Write replace it, which needs a data area that nobody has written to. The [FilesystemMark] tells a filesystem that was never finished
 // from one that is used. A record that is active is opened, and nothing else.
 //
 // While a volume is open, [Matches] compares the header on the disk with the one in

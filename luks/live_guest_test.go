@@ -11,6 +11,9 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestLiveVolumeKeepsItsData(t *testing.T) {
@@ -198,4 +201,26 @@ func TestLiveMappingThatIsHeldIsBusy(t *testing.T) {
 	wantError(t, v.close("data"), ErrDeviceBusy)
 	must(t, f.Close())
 	must(t, v.close("data"))
+}
+
+// A claim that ends soon is waited for: a program between fork and exec has copies of what
+// this process has closed. One that lasts is in the way.
+func TestLiveAClaimIsWaitedForAMoment(t *testing.T) {
+	device := blankDevice(t, 20<<20)
+	claim := func() int {
+		fd, err := unix.Open(device, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		must(t, err)
+		return fd
+	}
+	fd := claim()
+	go func() {
+		time.Sleep(4 * claimPause)
+		unix.Close(fd)
+	}()
+	d, err := openExclusive(t.Context(), device)
+	must(t, err)
+	d.Close()
+	defer unix.Close(claim())
+	_, err = openExclusive(t.Context(), device)
+	wantError(t, err, ErrDeviceBusy)
 }

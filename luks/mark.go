@@ -38,12 +38,24 @@ func NewFilesystemMark(id Identity, attempt [16]byte, dek *Key) (*FilesystemMark
 	return &FilesystemMark{m}, nil
 }
 
-// Set writes the mark to the device below the volume, durably. It refuses with
-// [ErrNotBlank] to write over anything but a mark.
-func (m *FilesystemMark) Set(ctx context.Context, device string) error {
+// Claim sets the mark on the device below the volume, durably, where nobody has written
+// data, or where this mark or that of an earlier attempt stands: left is what [MarkLeft]
+// returned, or nil. Anything else is [ErrNotBlank]. All is read at this moment: since left
+// was found, the machine may have been frozen, and another one may have finished the
+// volume and use it.
+func (m *FilesystemMark) Claim(ctx context.Context, device string, left *FilesystemMark) error {
 	return onMark(ctx, device, "set", func(d *disk) error {
-		if err := d.markOrNothing(); err != nil {
+		sector, err := d.readMark()
+		switch {
+		case err != nil:
 			return err
+		case hmac.Equal(sector, m.sector):
+			return nil
+		case left != nil && hmac.Equal(sector, left.sector):
+		default:
+			if err := cmp.Or(markOrNothing(sector), d.checkBlank(dataOffset)); err != nil {
+				return err
+			}
 		}
 		return d.writeDurably(m.sector, markOffset)
 	})
@@ -52,31 +64,17 @@ func (m *FilesystemMark) Set(ctx context.Context, device string) error {
 // Clear removes the mark, durably. Without a mark there is nothing to do.
 func (m *FilesystemMark) Clear(ctx context.Context, device string) error {
 	return onMark(ctx, device, "clear", func(d *disk) error {
-		if err := d.markOrNothing(); err != nil {
+		sector, err := d.readMark()
+		if err = cmp.Or(err, markOrNothing(sector)); err != nil {
 			return err
 		}
 		return d.writeDurably(make([]byte, sectorSize), markOffset)
 	})
 }
 
-// Present says whether the mark of this attempt is on the device.
-func (m *FilesystemMark) Present(ctx context.Context, device string) (bool, error) {
-	d, err := openShared(ctx, device)
-	if err != nil {
-		return false, fmt.Errorf("look for the filesystem mark: %w", err)
-	}
-	defer d.Close()
-	sector, err := d.readMark()
-	if err != nil {
-		return false, fmt.Errorf("look for the filesystem mark: %w", err)
-	}
-	return hmac.Equal(sector, m.sector), nil
-}
-
 // MarkLeft returns the mark of any attempt to create this volume that is on the device:
 // what stands behind the header was never finished, since a mark is cleared before the
-// volume is used. It returns nil if there is none. Whoever acts on it later asks whether
-// it is [FilesystemMark.Present] still.
+// volume is used. It returns nil if there is none.
 func MarkLeft(ctx context.Context, device string, id Identity, dek *Key) (*FilesystemMark, error) {
 	d, err := openShared(ctx, device)
 	if err != nil {
@@ -115,17 +113,16 @@ func onMark(ctx context.Context, device, what string, f func(*disk) error) error
 
 func (d *disk) readMark() ([]byte, error) {
 	sector := make([]byte, sectorSize)
-	return sector, d.read(sector, markOffset)
+	return sector, cmp.Or(d.forget(markOffset, sectorSize), d.read(sector, markOffset))
 }
 
 func isMark(sector []byte) bool { return bytes.HasPrefix(sector, []byte(markMagic)) }
 
-func (d *disk) markOrNothing() error {
-	sector, err := d.readMark()
-	if err == nil && !isMark(sector) && !allZero(sector) {
-		err = &NotBlankError{Offset: markOffset, Found: "data"}
+func markOrNothing(sector []byte) error {
+	if !isMark(sector) && !allZero(sector) {
+		return &NotBlankError{Offset: markOffset, Found: "data"}
 	}
-	return err
+	return nil
 }
 
 // clearMark removes the mark of an earlier attempt from a device that is about to

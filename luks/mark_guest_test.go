@@ -17,27 +17,37 @@ func TestLiveAFilesystemMarkLivesBelowTheMapping(t *testing.T) {
 	must(t, err)
 	defer v.close("data")
 	ours := mark(t, v.id, 1)
-	must(t, ours.Set(ctx, v.device))
-	must(t, ours.Set(ctx, v.device))
+	left := func() *FilesystemMark {
+		m, err := MarkLeft(ctx, v.device, v.id, v.dek)
+		must(t, err)
+		return m
+	}
+	must(t, ours.Claim(ctx, v.device, nil))
+	must(t, ours.Claim(ctx, v.device, nil))
 	run(t, "mkfs.ext4", "-q", m.Path)
-	if there, err := ours.Present(ctx, v.device); err != nil || !there {
-		t.Errorf("present is %v, %v", there, err)
-	}
-	if untouched, err := DataUntouched(ctx, v.device); err != nil || untouched {
-		t.Errorf("untouched is %v, %v", untouched, err)
-	}
+	must(t, ours.Claim(ctx, v.device, nil)) // it is ours, whatever mkfs came to
+	wantError(t, untouchedData(t, v.device), ErrNotBlank)
 	found, err := Signatures(ctx, m.Path)
 	if err != nil || len(found) != 1 || found[0].Type != "ext4" {
 		t.Errorf("signatures are %+v, %v", found, err)
 	}
-	must(t, ours.Clear(ctx, v.device))
-	must(t, ours.Clear(ctx, v.device))
-	if there, err := ours.Present(ctx, v.device); err != nil || there {
-		t.Errorf("present is %v, %v", there, err)
+	// The next attempt goes over what that one left, if it is still there.
+	next, was := mark(t, v.id, 2), left()
+	wantError(t, next.Claim(ctx, v.device, nil), ErrNotBlank)
+	wantError(t, next.Claim(ctx, v.device, mark(t, v.id, 3)), ErrNotBlank)
+	must(t, next.Claim(ctx, v.device, was))
+	was = left()
+	must(t, next.Clear(ctx, v.device))
+	must(t, next.Clear(ctx, v.device))
+	// It was finished since, by a machine that did not wait for one that was frozen.
+	if got := left(); got != nil {
+		t.Error("a mark is left")
 	}
+	wantError(t, ours.Claim(ctx, v.device, was), ErrNotBlank)
+	wantError(t, mark(t, v.id, 3).Claim(ctx, v.device, was), ErrNotBlank)
 	must(t, Matches(ctx, v.device, h))
 	patch(t, v.device, []byte("somebody's data"), markOffset)
-	wantError(t, ours.Set(ctx, v.device), ErrNotBlank)
+	wantError(t, ours.Claim(ctx, v.device, was), ErrNotBlank)
 	wantError(t, ours.Clear(ctx, v.device), ErrNotBlank)
 }
 

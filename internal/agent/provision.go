@@ -184,29 +184,11 @@ func (o *opening) announce() {
 
 // claimData sets the mark of this attempt on a disk on which nobody has written data.
 func (o *opening) claimData(ctx context.Context, mark *luks.FilesystemMark) error {
-	device := o.v.DevicePath()
-	again, err := mark.Present(ctx, device)
-	if err != nil || again {
-		return err
+	err := mark.Claim(ctx, o.v.DevicePath(), o.left)
+	if errors.Is(err, luks.ErrNotBlank) {
+		return o.inUse(ctx)
 	}
-	// A while has gone by since it was read, in which the machine may have been frozen,
-	// and another one may have finished the volume.
-	left := false
-	if o.left != nil {
-		if left, err = o.left.Present(ctx, device); err != nil {
-			return err
-		}
-	}
-	if !left {
-		untouched, err := luks.DataUntouched(ctx, device)
-		if err != nil {
-			return err
-		}
-		if !untouched {
-			return o.inUse(ctx)
-		}
-	}
-	return mark.Set(ctx, device)
+	return err
 }
 
 // wipe gives each sector of a new volume with integrity a tag. XFS reads nothing that it
