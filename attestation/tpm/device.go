@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -36,7 +37,7 @@ func OpenDevice(path string) (transport.TPMCloser, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", attestation.ErrNoDevice, err)
 		}
-		return &stream{rw: c}, nil
+		return alone(&stream{rw: c}), nil
 	}
 	// Not by os.OpenFile: that would make the descriptor non-blocking, and the
 	// driver then answers reads before there is a response.
@@ -52,8 +53,38 @@ func OpenDevice(path string) (transport.TPMCloser, error) {
 		f.Close()
 		return nil, fmt.Errorf("%w: %s is not a character device (hint: write unix:%s for a socket)", attestation.ErrNoDevice, path, path)
 	}
-	return &stream{rw: f}, nil
+	if strings.HasPrefix(filepath.Base(path), "tpmrm") {
+		return &stream{rw: f}, nil
+	}
+	return alone(&stream{rw: f}), nil
 }
+
+// alone takes a TPM over that has no resource manager and serves one process at a time.
+// It keeps what a process that was killed had loaded, has room for three objects, and
+// would serve nobody again until it is reset.
+func alone(s *stream) *stream {
+	for _, left := range []tpm2.TPMHandle{transientFirst, loadedFirst} {
+		rsp, err := tpm2.GetCapability{Capability: tpm2.TPMCapHandles, Property: uint32(left), PropertyCount: 64}.Execute(s)
+		if err != nil {
+			return s // who uses it next says what is wrong with it
+		}
+		handles, err := rsp.CapabilityData.Data.Handles()
+		if err != nil {
+			return s
+		}
+		for _, h := range handles.Handle {
+			_, _ = tpm2.FlushContext{FlushHandle: h}.Execute(s)
+		}
+	}
+	return s
+}
+
+// The first handles of objects, and of sessions that are loaded (TPM 2.0 part 2, 7.2 and
+// 7.4).
+const (
+	transientFirst tpm2.TPMHandle = 0x80000000
+	loadedFirst    tpm2.TPMHandle = 0x02000000
+)
 
 // stream sends one command at a time and reads exactly one response.
 type stream struct {
