@@ -316,6 +316,8 @@ func (p *Proxy) open(ctx context.Context, r *csi.NodeStageVolumeRequest, device 
 		want.Source = p.cfg.volumeID(source)
 	}
 	o.say("the agent opens the volume")
+	ctx, cancel := context.WithCancel(ctx) // the answer is not read to its end
+	defer cancel()
 	stream, err := p.agent.OpenProgress(ctx, want)
 	if err != nil {
 		return ofAgent(err)

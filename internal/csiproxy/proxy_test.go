@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -68,6 +69,33 @@ func TestAFilesystemIsStagedOnARawDevice(t *testing.T) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+// A call leaves nothing behind: a proxy serves thousands of them.
+func TestNoCallLeavesAnythingRunning(t *testing.T) {
+	b := newBed(t, nil)
+	round := func() {
+		t.Helper()
+		if err := b.stageIt(block(csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER)); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.unstageIt(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	round()
+	before := runtime.NumGoroutine()
+	for range 50 {
+		round()
+	}
+	after := 0
+	for range 100 { // those that are ending end
+		if after = runtime.NumGoroutine(); after < before+10 {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%d goroutines before, %d after 50 stages", before, after)
+}
 
 func TestADriverThatDoesNotStage(t *testing.T) {
 	b := newBed(t, nil)
