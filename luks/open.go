@@ -51,7 +51,10 @@ type OpenRequest struct {
 	Name     string
 	Identity Identity
 	MACs     MACs
-	Options  OpenOptions
+	// Header is one that was read already, which is used in place of the one in front. Nil:
+	// that is read.
+	Header  *Header
+	Options OpenOptions
 	// Integrity is what the volume must have at least: a header that says less is
 	// refused. Zero: whatever the header says.
 	Integrity Integrity
@@ -126,7 +129,7 @@ func open(ctx context.Context, req OpenRequest, dek *Key) (m Mapping, h *Header,
 	case !errors.Is(err, ErrNotActive):
 		return m, nil, err
 	}
-	if h, err = d.examine(req.Identity, req.MACs, dek); err != nil {
+	if h, err = d.headerFor(req.Header, req.Identity, req.MACs, dek); err != nil {
 		return m, nil, err
 	}
 	if req.Integrity != "" && !h.form.tagged() { // of whatever kind: what it has cannot be changed

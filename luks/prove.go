@@ -69,7 +69,7 @@ func (e Existing) with(ctx context.Context, dek *Key, f func(*disk, Mapping, *He
 	if err != nil {
 		return err
 	}
-	h, err := e.header(d, dek)
+	h, err := d.headerFor(e.Header, e.Identity, e.MACs, dek)
 	if err != nil {
 		return err
 	}
@@ -81,11 +81,12 @@ func (e Existing) with(ctx context.Context, dek *Key, f func(*disk, Mapping, *He
 	return f(d, m, h)
 }
 
-func (e Existing) header(d *disk, dek *Key) (*Header, error) {
-	if e.Header == nil {
-		return d.examine(e.Identity, e.MACs, dek)
+// headerFor verifies a header that was read before, or the one in front.
+func (d *disk) headerFor(h *Header, id Identity, want MACs, dek *Key) (*Header, error) {
+	if h == nil {
+		return d.examine(id, want, dek)
 	}
-	return verify(e.Header.raw, e.Identity, e.MACs, dek)
+	return verify(h.raw, id, want, dek)
 }
 
 // prove compares what the mapping reads with what the header's key makes of the

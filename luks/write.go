@@ -44,7 +44,7 @@ func Write(ctx context.Context, req WriteRequest, dek *Key) error {
 }
 
 func write(ctx context.Context, req WriteRequest, dek *Key) error {
-	if err := cmp.Or(req.Identity.validate(), validateKey(dek), belongs(req.Header, req.Identity, dek)); err != nil {
+	if err := belongs(req.Header, req.Identity, dek); err != nil {
 		return err
 	}
 	release, err := volumes.acquire(ctx, req.Identity.Volume)
@@ -65,6 +65,9 @@ func write(ctx context.Context, req WriteRequest, dek *Key) error {
 
 // belongs makes sure that a header is of this volume and this DEK.
 func belongs(h *Header, id Identity, dek *Key) error {
+	if err := cmp.Or(id.validate(), validateKey(dek)); err != nil {
+		return err
+	}
 	if h == nil {
 		return fmt.Errorf("%w: no header was given", ErrInvalid)
 	}
