@@ -37,9 +37,10 @@ const (
 	Open   Operation = "open"   // receive the key of an active volume
 	Format Operation = "format" // create the volume, once
 	Clone  Operation = "clone"  // receive the key of an active volume to make another one of a copy of its disk
+	Rotate Operation = "rotate" // have the key of a volume changed without an operator's word
 )
 
-var operations = []Operation{Open, Format, Clone}
+var operations = []Operation{Open, Format, Clone, Rotate}
 
 // Writers is who may write a volume at the same time.
 type Writers string

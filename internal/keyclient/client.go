@@ -113,8 +113,11 @@ type Request struct {
 	Format bool
 	// Clone asks for the key of a volume to make another volume of a copy of its disk. It
 	// takes no lease, and does not disturb the node that holds one.
-	Clone    bool
-	ReadOnly bool
+	Clone bool
+	// Rotate asks for the key that an open volume is to have, and has one made unless its
+	// key is being changed already. Next asks for it only if it is.
+	Rotate, Next bool
+	ReadOnly     bool
 	Diskless bool
 	LeaseID  []byte // of a lease that this machine may still have
 	// Left is for how much longer the verdict on this machine must hold when the key
@@ -136,6 +139,10 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 		req.Operation = keyservicev1.Operation_OPERATION_FORMAT
 	case r.Clone:
 		req.Operation = keyservicev1.Operation_OPERATION_CLONE
+	case r.Rotate:
+		req.Operation = keyservicev1.Operation_OPERATION_ROTATE
+	case r.Next:
+		req.Operation = keyservicev1.Operation_OPERATION_NEXT
 	}
 	// A first format goes on in the session that brought the key: it is held until
 	// the key is closed.
@@ -229,7 +236,9 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 		if err != nil {
 			return failure.FromStatus(err)
 		}
-		lease, err = leaseOf(resp.GetLease(), sent)
+		if lease, err = leaseOf(resp.GetLease(), sent); lease != nil {
+			lease.Rotate = resp.GetRotate()
+		}
 		return err
 	})
 	return lease, err

@@ -54,6 +54,8 @@ type Lease struct {
 	Term  time.Duration
 	Until time.Duration
 	Bound bool // the holder stops writing before Until unless it renewed the lease
+	// Rotate says, after a renewal, that the volume's key is to be changed.
+	Rotate bool
 }
 
 // Key is what the key service released for one volume. Close wipes the DEK.
@@ -151,6 +153,9 @@ func (k *Key) read(req *keyservicev1.GetKeyRequest, resp *keyservicev1.GetKeyRes
 		}
 	case keyservicev1.VolumeState_VOLUME_STATE_ACTIVE:
 		k.State = Active
+		if rotates(req) && len(resp.GetHeaderMac())+len(resp.GetCopyMacs()) == 0 {
+			return nil // no header was made under it yet
+		}
 	default:
 		return fmt.Errorf("state %v", resp.GetState())
 	}

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"syscall"
+	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
@@ -133,6 +134,16 @@ func (c *AdminClient) Volumes(ctx context.Context) ([]VolumeInfo, error) {
 // Do asks for a verb on one volume: show, retire, reset, takeover, accept-restore.
 func (c *AdminClient) Do(ctx context.Context, verb, id string) (VolumeInfo, error) {
 	return answer[VolumeInfo](ctx, c, verb, adminRequest{Volume: id})
+}
+
+// Rotate has the key of a volume changed, and again every so often unless that is zero.
+func (c *AdminClient) Rotate(ctx context.Context, id string, every time.Duration) (VolumeInfo, error) {
+	return answer[VolumeInfo](ctx, c, "rotate", adminRequest{Volume: id, EveryS: int64(every / time.Second)})
+}
+
+// AbandonRotation is [Service.AbandonRotation].
+func (c *AdminClient) AbandonRotation(ctx context.Context, id string, force bool) (VolumeInfo, error) {
+	return answer[VolumeInfo](ctx, c, "abandon-rotation", adminRequest{Volume: id, Force: force})
 }
 
 // Restored lists the volumes that storage shows in an older state.

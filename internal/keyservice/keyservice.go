@@ -133,10 +133,14 @@ func callerOf(ctx context.Context) (caller, error) {
 	return caller{ch, v, id}, nil
 }
 
-var operations = map[keyservicev1.Operation]policy.Operation{
-	keyservicev1.Operation_OPERATION_OPEN:   policy.Open,
-	keyservicev1.Operation_OPERATION_FORMAT: policy.Format,
-	keyservicev1.Operation_OPERATION_CLONE:  policy.Clone,
+// operations are what a grant must allow for each operation of the protocol: the first, or
+// else one of the others.
+var operations = map[keyservicev1.Operation][]policy.Operation{
+	keyservicev1.Operation_OPERATION_OPEN:   {policy.Open},
+	keyservicev1.Operation_OPERATION_FORMAT: {policy.Format},
+	keyservicev1.Operation_OPERATION_CLONE:  {policy.Clone},
+	keyservicev1.Operation_OPERATION_ROTATE: {policy.Open}, // and Rotate, unless an operator wants it
+	keyservicev1.Operation_OPERATION_NEXT:   {policy.Open},
 }
 
 // Reattest implements the service.
@@ -206,7 +210,10 @@ func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) 
 	}
 	defer s.forget.used() // each request reads a record at least
 	started := s.now()
-	entry := &audit.Entry{Event: a.event, CorrelationID: newID(), Volume: a.volume, Operation: string(a.ops[0]), Result: "allowed"}
+	entry := &audit.Entry{Event: a.event, CorrelationID: newID(), Volume: a.volume, Result: "allowed"}
+	if len(a.ops) > 0 {
+		entry.Operation = string(a.ops[0])
+	}
 	if !policy.ValidVolume(a.volume) {
 		entry.Volume = fmt.Sprintf("%q", a.volume[:min(len(a.volume), 64)])
 	}
@@ -226,7 +233,7 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return err
 	}
 	entry.Identity, entry.Evidence = c.verified.Identity(), evidenceDigest(c.verified)
-	if ask.ops[0] == "" {
+	if len(ask.ops) == 0 {
 		return failure.Newf(failure.Usage, "", "unknown operation")
 	}
 	// The policy in force decides, and not the one of the handshake: what was
@@ -291,6 +298,9 @@ func classify(err error) error {
 		{volume.ErrHeld, failure.Held, "wait, or have an operator end it on the key service: keyagent volume takeover"},
 		{volume.ErrAttempt, failure.State, "begin again"},
 		{volume.ErrOldNode, failure.State, "upgrade this node's keyagent before it creates volumes, or writes one whose lease ends by itself"},
+		{volume.ErrNoRotation, failure.State, ""},
+		{volume.ErrRotating, failure.State, "try again in a moment: the node that has the volume open finishes it"},
+		{volume.ErrRotation, failure.State, "ask for the key again"},
 		{volume.ErrLength, failure.State, "ask for the length that the volume's key was made with"},
 		{volume.ErrRetired, failure.State, "an operator ended its life on the key service"},
 		{errProof, failure.WrongKey, ""},

@@ -29,7 +29,7 @@ func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRe
 		if err != nil {
 			return err
 		}
-		resp = &keyservicev1.RenewLeaseResponse{Lease: leaseOf(rec), CorrelationId: d.entry.CorrelationID}
+		resp = &keyservicev1.RenewLeaseResponse{Lease: leaseOf(rec), CorrelationId: d.entry.CorrelationID, Rotate: rec.Lease != nil && rec.Wants(s.now())}
 		if rec.Lease == nil || rec.Lease.Holder == before {
 			return nil
 		}

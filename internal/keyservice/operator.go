@@ -17,28 +17,30 @@ import (
 
 // VolumeInfo is what an operator sees of a volume.
 type VolumeInfo struct {
-	Volume     string          `json:"volume"`
-	State      volume.State    `json:"state,omitempty"`
-	Revision   uint64          `json:"revision,omitempty"`
-	Seen       uint64          `json:"seen,omitempty"` // if that is higher: storage went back
-	Generation uint64          `json:"generation,omitempty"`
-	Owner      string          `json:"owner,omitempty"`
-	LUKSUUID   string          `json:"luks_uuid,omitempty"`
-	KeyVersion uint32          `json:"key_version,omitempty"`
-	KEK        string          `json:"kek,omitempty"`
-	HeaderMAC  string          `json:"header_mac,omitempty"`
-	CopyMACs   []string        `json:"copy_macs,omitempty"`
-	Attempt    *volume.Attempt `json:"attempt,omitempty"`
-	Lease      *volume.Lease   `json:"lease,omitempty"`
-	Ends       *time.Time      `json:"lease_ends,omitempty"` // as this key service knows it
-	Created    *time.Time      `json:"created,omitempty"`
-	Updated    *time.Time      `json:"updated,omitempty"`
-	Refused    string          `json:"refused,omitempty"` // why it is no record
+	Volume     string           `json:"volume"`
+	State      volume.State     `json:"state,omitempty"`
+	Revision   uint64           `json:"revision,omitempty"`
+	Seen       uint64           `json:"seen,omitempty"` // if that is higher: storage went back
+	Generation uint64           `json:"generation,omitempty"`
+	Owner      string           `json:"owner,omitempty"`
+	LUKSUUID   string           `json:"luks_uuid,omitempty"`
+	KeyVersion uint32           `json:"key_version,omitempty"`
+	KEK        string           `json:"kek,omitempty"`
+	HeaderMAC  string           `json:"header_mac,omitempty"`
+	CopyMACs   []string         `json:"copy_macs,omitempty"`
+	Attempt    *volume.Attempt  `json:"attempt,omitempty"`
+	Lease      *volume.Lease    `json:"lease,omitempty"`
+	Ends       *time.Time       `json:"lease_ends,omitempty"` // as this key service knows it
+	Rotation   *volume.Rotation `json:"rotation,omitempty"`   // of the key, under way
+	Rotate     *volume.Wish     `json:"rotate,omitempty"`
+	Created    *time.Time       `json:"created,omitempty"`
+	Updated    *time.Time       `json:"updated,omitempty"`
+	Refused    string           `json:"refused,omitempty"` // why it is no record
 }
 
 func (s *Service) info(r *volume.Record) VolumeInfo {
 	i := VolumeInfo{Volume: r.VolumeID, State: r.State, Revision: r.Revision, Generation: r.Generation, Owner: r.Owner, LUKSUUID: r.LUKSUUID,
-		KeyVersion: r.KeyVersion, HeaderMAC: r.HeaderMAC, CopyMACs: r.CopyMACs, Attempt: r.Attempt, Lease: r.Lease, Created: &r.Created, Updated: &r.Updated}
+		KeyVersion: r.KeyVersion, HeaderMAC: r.HeaderMAC, CopyMACs: r.CopyMACs, Attempt: r.Attempt, Lease: r.Lease, Rotation: r.Rotation, Rotate: r.Rotate, Created: &r.Created, Updated: &r.Updated}
 	if seen := s.volumes.Seen(r.VolumeID); seen > r.Revision {
 		i.Seen = seen
 	}

@@ -145,3 +145,11 @@ func binderOf(d *decision) []byte {
 
 // hexed is bytes of a request for the audit log.
 func hexed(b []byte) string { return hex.EncodeToString(b[:min(len(b), 64)]) }
+
+func hexedAll(all [][]byte) []string {
+	var out []string
+	for _, b := range all {
+		out = append(out, hexed(b))
+	}
+	return out
+}

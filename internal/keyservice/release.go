@@ -16,7 +16,7 @@ import (
 // GetKey implements the service.
 func (s *Service) GetKey(ctx context.Context, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
 	var resp *keyservicev1.GetKeyResponse
-	wants := ask{"get-key", req.GetVolumeId(), []policy.Operation{operations[req.GetOperation()]}, req.GetReadOnly()}
+	wants := ask{"get-key", req.GetVolumeId(), operations[req.GetOperation()], req.GetReadOnly()}
 	err := s.decide(ctx, wants, func(d *decision) (err error) {
 		resp, err = s.release(ctx, d, req)
 		return err
@@ -96,7 +96,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		}
 		return nil, err
 	}
-	if rec.State == volume.Active && format {
+	if rec.State.HoldsData() && format {
 		// Who may only create volumes does not get the key of one with data. From here
 		// on it is the grant to open that counts: its owners, and its terms.
 		open, err := d.also(policy.Open)
@@ -117,12 +117,16 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		return nil, err
 	}
 	switch {
-	case rec.State == volume.Active && req.GetOperation() == keyservicev1.Operation_OPERATION_CLONE:
+	case req.GetOperation() == keyservicev1.Operation_OPERATION_CLONE && rec.State == volume.Rotating:
+		return nil, fmt.Errorf("%w: %q", volume.ErrRotating, rec.VolumeID) // which header the copy has, nobody knows
+	case req.GetOperation() == keyservicev1.Operation_OPERATION_CLONE && rec.State == volume.Active:
 		// Nobody writes the disk for it: who holds the volume may go on.
 		read := *rec
 		read.Lease = nil
 		return &read, nil
-	case rec.State == volume.Active:
+	case isRotation(req) && rec.State.HoldsData():
+		return s.rotating(ctx, d, c, req, rec)
+	case rec.State.HoldsData():
 	case !format:
 		return nil, fmt.Errorf("%w: it is %s", volume.ErrNotActive, rec.State)
 	case c.Protocol < keyservicev1.Protocol:
@@ -133,7 +137,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 	if req.GetDiskless() {
 		// A disk that is being created keeps its attempt: nothing is taken for its key.
 		without, err := withoutDisk(rec)
-		if err != nil || rec.State == volume.Active {
+		if err != nil || rec.State.HoldsData() {
 			return without, err
 		}
 	}
@@ -143,7 +147,7 @@ func (s *Service) recordFor(ctx context.Context, d *decision, c *volume.Caller, 
 		if err := d.mustOwn(r); err != nil {
 			return err
 		}
-		if r.State != state {
+		if r.State != state && !(r.State.HoldsData() && state.HoldsData()) {
 			return fmt.Errorf("%w: it became %s", volume.ErrTransition, r.State)
 		}
 		if req.GetDiskless() {

@@ -31,6 +31,8 @@ type adminRequest struct {
 	After     string `json:"after,omitempty"`
 	Lost      *Lost  `json:"lost,omitempty"`
 	Recipient []byte `json:"recipient,omitempty"`
+	EveryS    int64  `json:"every_s,omitempty"`
+	Force     bool   `json:"force,omitempty"`
 }
 
 // adminError is an error on the socket.
@@ -119,6 +121,12 @@ func (s *Service) adminHandler() http.Handler {
 		"reset": func(ctx context.Context, who string, r adminRequest) (any, error) { return s.Reset(ctx, who, r.Volume) },
 		"takeover": func(ctx context.Context, who string, r adminRequest) (any, error) {
 			return s.Takeover(ctx, who, r.Volume)
+		},
+		"rotate": func(ctx context.Context, who string, r adminRequest) (any, error) {
+			return s.AskRotation(ctx, who, r.Volume, time.Duration(r.EveryS)*time.Second)
+		},
+		"abandon-rotation": func(ctx context.Context, who string, r adminRequest) (any, error) {
+			return s.AbandonRotation(ctx, who, r.Volume, r.Force)
 		},
 		"restored": func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Restored(ctx) },
 		"accept-restore": func(ctx context.Context, who string, r adminRequest) (any, error) {

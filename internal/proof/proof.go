@@ -14,6 +14,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/keyagent/keyagent/internal/secret"
 )
@@ -22,7 +23,14 @@ import (
 const (
 	Begin  = "begin"  // the header is about to be written
 	Stands = "stands" // the header is on the disk
+
+	// Of a change of the key, with the DEK that the volume is to have.
+	RotateBegin  = "rotate begin"  // the next header is about to be written beside the present one
+	RotateStands = "rotate stands" // it is on the disk
+	RotateDone   = "rotate done"   // it took the present one's place
 )
+
+var steps = []string{Begin, Stands, RotateBegin, RotateStands, RotateDone}
 
 // The sizes of an attempt and of a MAC in bytes, and the number of a header's copies.
 const (
@@ -44,8 +52,8 @@ type Input struct {
 	Volume     string
 	Generation uint64   // of the header, from 1
 	Binder     []byte   // of the connection, see atls.Channel.Binder
-	Step       string   // Begin or Stands
-	Attempt    []byte   // which attempt to create the volume, 16 bytes
+	Step       string   // one of the above
+	Attempt    []byte   // which attempt to create the volume, or which lease, 16 bytes
 	HeaderMAC  []byte   // of the whole header, 32 bytes
 	CopyMACs   [][]byte // of its two copies, 32 bytes each
 }
@@ -96,7 +104,7 @@ func (in *Input) check() error {
 	switch {
 	case in.Volume == "" || in.Generation == 0:
 		return fmt.Errorf("%w: no volume, or no generation", ErrInput)
-	case in.Step != Begin && in.Step != Stands:
+	case !slices.Contains(steps, in.Step):
 		return fmt.Errorf("%w: there is no step %.16q", ErrInput, in.Step)
 	case len(in.Binder) != binderSize || Zero(in.Binder):
 		return fmt.Errorf("%w: binder of %d bytes", ErrInput, len(in.Binder))

@@ -120,7 +120,7 @@ func (r *Record) Take(c *Caller, t Terms, id string, ends, now time.Time) error 
 		}
 		return held
 	}
-	if t.Writers != policy.WritersOne && r.State == Active {
+	if t.Writers != policy.WritersOne && r.State.HoldsData() {
 		r.Lease = nil // it ended, or is the caller's own from before the grant changed
 		return nil
 	}
@@ -147,7 +147,7 @@ func (r *Record) Take(c *Caller, t Terms, id string, ends, now time.Time) error 
 func (r *Record) Renew(c *Caller, t Terms, now time.Time) error {
 	l := r.Lease
 	switch {
-	case l == nil && t.Writers != policy.WritersOne && r.State == Active:
+	case l == nil && t.Writers != policy.WritersOne && r.State.HoldsData():
 		return nil
 	case l == nil:
 		return fmt.Errorf("%w: nobody holds volume %q", ErrLease, r.VolumeID)

@@ -20,6 +20,7 @@ const (
 	Pending   State = "pending"   // a key exists; an attempt may be about to write a header
 	Formatted State = "formatted" // the header stands, the file system may not
 	Active    State = "active"    // it may hold data: never format again
+	Rotating  State = "rotating"  // it is active, and its key is being changed
 	Retired   State = "retired"   // its key is destroyed, and is released to nobody
 )
 
@@ -39,19 +40,23 @@ type row struct {
 	proto                       keyservicev1.VolumeState
 	next                        []State
 	key, header, attempt, lease rule
+	rotation, wish              rule
 }
 
 // life is the whole life of a volume. A state that is not here does not exist, and a
 // change that is not here does not happen.
 var life = map[State]row{
-	Absent: {order: 0, next: []State{Pending, Formatted, Active, Retired}}, // all but the first by an import only
+	Absent: {order: 0, next: []State{Pending, Formatted, Active, Rotating, Retired}}, // all but the first by an import only
 	Pending: {order: 1, proto: keyservicev1.VolumeState_VOLUME_STATE_PENDING, key: must, attempt: may,
 		next: []State{Formatted, Retired}},
 	Formatted: {order: 2, proto: keyservicev1.VolumeState_VOLUME_STATE_FORMATTED, key: must, header: must, attempt: must, lease: may,
 		next: []State{Active, Pending, Retired}},
-	Active: {order: 3, proto: keyservicev1.VolumeState_VOLUME_STATE_ACTIVE, key: must, header: must, lease: may,
-		next: []State{Pending, Retired}},
-	Retired: {order: 4, header: may, next: []State{Pending}},
+	Active: {order: 3, proto: keyservicev1.VolumeState_VOLUME_STATE_ACTIVE, key: must, header: must, lease: may, wish: may,
+		next: []State{Rotating, Pending, Retired}},
+	// For a node it is active: what it opens is a volume with data.
+	Rotating: {order: 4, proto: keyservicev1.VolumeState_VOLUME_STATE_ACTIVE, key: must, header: must, lease: may, rotation: must, wish: may,
+		next: []State{Active, Pending, Retired}},
+	Retired: {order: 5, header: may, next: []State{Pending}},
 }
 
 // States returns the states that a record can have, in the order of a life.
@@ -68,6 +73,9 @@ func States() []State {
 
 // Proto is what the protocol calls a state.
 func (s State) Proto() keyservicev1.VolumeState { return life[s].proto }
+
+// HoldsData reports whether a volume was given out for use: it is never formatted again.
+func (s State) HoldsData() bool { return s == Active || s == Rotating }
 
 // Before reports whether a state comes before another in a life.
 func (s State) Before(t State) bool { return life[s].order < life[t].order }
@@ -198,9 +206,9 @@ func (r *Record) Confirm(id []byte, generation uint64, keyVersion uint32, mac []
 	case r.Generation != generation || r.KeyVersion != keyVersion:
 		return fmt.Errorf("%w: generation %d and key version %d, the record has %d and %d", ErrConfirm,
 			generation, keyVersion, r.Generation, r.KeyVersion)
-	case r.HeaderMAC != hex.EncodeToString(mac) && (r.State == Active || r.State == Formatted):
+	case r.HeaderMAC != hex.EncodeToString(mac) && (r.State.HoldsData() || r.State == Formatted):
 		return fmt.Errorf("%w: it is %s with another header", ErrConfirm, r.State)
-	case r.State == Active:
+	case r.State.HoldsData():
 		return nil
 	case r.State != Formatted:
 		return fmt.Errorf("%w: it is %s, and no attempt said that its header stands", ErrConfirm, r.State)

@@ -14,8 +14,8 @@ import (
 // The life of a volume is a table; this is the whole of it.
 func TestAVolumeLivesAsItsTableSays(t *testing.T) {
 	want := map[State]string{
-		Absent: "pending formatted active retired", Pending: "formatted retired", Formatted: "active pending retired",
-		Active: "pending retired", Retired: "pending",
+		Absent: "pending formatted active rotating retired", Pending: "formatted retired", Formatted: "active pending retired",
+		Active: "rotating pending retired", Rotating: "active pending retired", Retired: "pending",
 	}
 	for state, next := range want {
 		var got []string
@@ -32,7 +32,7 @@ func TestAVolumeLivesAsItsTableSays(t *testing.T) {
 	if len(life) != len(want) {
 		t.Errorf("there are %d states", len(life))
 	}
-	if !Pending.Before(Formatted) || !Formatted.Before(Active) || !Active.Before(Retired) || Active.Before(Active) {
+	if !Pending.Before(Formatted) || !Formatted.Before(Active) || !Active.Before(Rotating) || !Rotating.Before(Retired) || Active.Before(Active) {
 		t.Error("the order is another one")
 	}
 }

@@ -18,7 +18,7 @@ func (r *Record) Retire() error {
 	if !r.State.allows(Retired) || r.State == Absent {
 		return fmt.Errorf("%w: from %q to %q", ErrTransition, r.State, Retired)
 	}
-	r.State, r.Keys, r.Attempt, r.Lease = Retired, []WrappedDEK{}, nil, nil
+	r.State, r.Keys, r.Attempt, r.Lease, r.Rotation, r.Rotate = Retired, []WrappedDEK{}, nil, nil, nil, nil
 	return nil
 }
 
@@ -34,18 +34,19 @@ func (r *Record) Reset(key WrappedDEK) error {
 	}
 	r.State, r.Generation, r.LUKSUUID = Pending, r.Generation+1, id.String()
 	r.KeyVersion, r.Keys = key.Version, []WrappedDEK{key}
-	r.HeaderMAC, r.CopyMACs, r.Attempt, r.Lease = "", nil, nil, nil
+	r.HeaderMAC, r.CopyMACs, r.Attempt, r.Lease, r.Rotation, r.Rotate = "", nil, nil, nil, nil, nil
 	return nil
 }
 
-// NextKey is the binding of the key that [Record.Reset] takes. It has the length of the
-// one before, which a retired record does not know any more.
+// NextKey is the binding of the key that [Record.Reset] and [Record.BeginRotation] take. It
+// has a version that no key had before, of those that were never used as well, and the length
+// of the one before, which a retired record does not know any more.
 func (r *Record) NextKey() kms.Binding {
 	length := DEKLength
 	if b, _, err := r.Binding(); err == nil {
 		length = b.Length
 	}
-	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: r.KeyVersion + 1, Length: length}
+	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: max(r.KeyVersion, r.LastVersion) + 1, Length: length}
 }
 
 // End takes the volume from its holder, which learns of it when it renews.

@@ -39,8 +39,13 @@ type Record struct {
 	CopyMACs   []string     `json:"copy_macs,omitempty"`  // of its copies; none for headers of version 1
 	Attempt    *Attempt     `json:"attempt,omitempty"`    // to create the volume
 	Lease      *Lease       `json:"lease,omitempty"`      // of who writes it
-	Created    time.Time    `json:"created"`
-	Updated    time.Time    `json:"updated"`
+	// LastVersion is the highest version of a key that was ever made for a change of it. 0:
+	// none was.
+	LastVersion uint32    `json:"last_version,omitempty"`
+	Rotation    *Rotation `json:"rotation,omitempty"` // of the key, under way
+	Rotate      *Wish     `json:"rotate,omitempty"`   // of an operator
+	Created     time.Time `json:"created"`
+	Updated     time.Time `json:"updated"`
 }
 
 // WrappedDEK is one version of the volume's key.
@@ -158,6 +163,8 @@ func (r *Record) check() error {
 		{"header MAC", row.header, r.HeaderMAC != "" || len(r.CopyMACs) > 0, func() error { return checkMACs(r.HeaderMAC, r.CopyMACs, true) }},
 		{"attempt", row.attempt, r.Attempt != nil, r.checkAttempt},
 		{"lease", row.lease, r.Lease != nil, r.checkLease},
+		{"rotation", row.rotation, r.Rotation != nil, r.checkRotation},
+		{"wish", row.wish, r.Rotate != nil, r.checkWish},
 	} {
 		switch {
 		case part.there && part.rule == never:

@@ -110,6 +110,12 @@ func states() map[State]*Record {
 			r.Attempt, r.Lease = attempt, lease
 		case Active:
 			r.Lease = lease
+		case Rotating:
+			next := r.Keys[0]
+			next.Version = 2
+			r.Keys, r.LastVersion = append(r.Keys, next), 2
+			r.Rotation = &Rotation{KeyVersion: 2, HeaderMAC: mac, CopyMACs: []string{mac, mac}, Stands: true}
+			r.Lease, r.Rotate = lease, &Wish{Due: at, EveryS: 86400}
 		case Retired:
 			r.Keys = []WrappedDEK{}
 		}
@@ -149,10 +155,12 @@ func TestEachStateHasWhatItsRowSays(t *testing.T) {
 			rule rule
 			f    func(*Record)
 		}{
-			"key":     {life[state].key, func(r *Record) { r.Keys = []WrappedDEK{} }},
-			"header":  {life[state].header, func(r *Record) { r.HeaderMAC, r.CopyMACs = "", nil }},
-			"attempt": {life[state].attempt, func(r *Record) { r.Attempt = nil }},
-			"lease":   {life[state].lease, func(r *Record) { r.Lease = nil }},
+			"key":      {life[state].key, func(r *Record) { r.Keys = []WrappedDEK{} }},
+			"header":   {life[state].header, func(r *Record) { r.HeaderMAC, r.CopyMACs = "", nil }},
+			"attempt":  {life[state].attempt, func(r *Record) { r.Attempt = nil }},
+			"lease":    {life[state].lease, func(r *Record) { r.Lease = nil }},
+			"rotation": {life[state].rotation, func(r *Record) { r.Rotation = nil }},
+			"wish":     {life[state].wish, func(r *Record) { r.Rotate = nil }},
 		} {
 			without := *r
 			change.f(&without)
@@ -161,9 +169,13 @@ func TestEachStateHasWhatItsRowSays(t *testing.T) {
 			}
 		}
 	}
-	// The protocol knows each state that a key can be released in, by a name of its own.
+	// The protocol knows each state that a key can be released in, by a name of its own. One
+	// whose key is being changed is active for a node.
 	names := map[string]State{}
 	for _, s := range States() {
+		if s == Rotating {
+			continue
+		}
 		name := s.Proto().String()
 		if other, ok := names[name]; ok {
 			t.Errorf("%s and %s are both %s", s, other, name)

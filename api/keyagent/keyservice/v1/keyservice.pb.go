@@ -32,6 +32,12 @@ const (
 	Operation_OPERATION_OPEN        Operation = 1 // the volume must exist and be active
 	Operation_OPERATION_FORMAT      Operation = 2 // the volume may be created, or its creation resumed
 	Operation_OPERATION_CLONE       Operation = 3 // another volume is made of a copy of its disk; needs no lease
+	// The key that an active volume is to have, which is made unless its key is being
+	// changed already. The answer's version and MACs are that key's, and its MACs
+	// empty as long as no header was made under it.
+	Operation_OPERATION_ROTATE Operation = 4
+	// The same of a volume whose key is being changed; else there is none.
+	Operation_OPERATION_NEXT Operation = 5
 )
 
 // Enum value maps for Operation.
@@ -41,12 +47,16 @@ var (
 		1: "OPERATION_OPEN",
 		2: "OPERATION_FORMAT",
 		3: "OPERATION_CLONE",
+		4: "OPERATION_ROTATE",
+		5: "OPERATION_NEXT",
 	}
 	Operation_value = map[string]int32{
 		"OPERATION_UNSPECIFIED": 0,
 		"OPERATION_OPEN":        1,
 		"OPERATION_FORMAT":      2,
 		"OPERATION_CLONE":       3,
+		"OPERATION_ROTATE":      4,
+		"OPERATION_NEXT":        5,
 	}
 )
 
@@ -180,6 +190,59 @@ func (x Writers) Number() protoreflect.EnumNumber {
 // Deprecated: Use Writers.Descriptor instead.
 func (Writers) EnumDescriptor() ([]byte, []int) {
 	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+}
+
+// RotationStep is how far a node is with the change of a key.
+type RotationStep int32
+
+const (
+	RotationStep_ROTATION_STEP_UNSPECIFIED RotationStep = 0
+	RotationStep_ROTATION_STEP_BEGIN       RotationStep = 1 // the next header is about to be written beside the present one
+	RotationStep_ROTATION_STEP_STANDS      RotationStep = 2 // it is on the disk, whole
+	RotationStep_ROTATION_STEP_DONE        RotationStep = 3 // it took the present one's place
+)
+
+// Enum value maps for RotationStep.
+var (
+	RotationStep_name = map[int32]string{
+		0: "ROTATION_STEP_UNSPECIFIED",
+		1: "ROTATION_STEP_BEGIN",
+		2: "ROTATION_STEP_STANDS",
+		3: "ROTATION_STEP_DONE",
+	}
+	RotationStep_value = map[string]int32{
+		"ROTATION_STEP_UNSPECIFIED": 0,
+		"ROTATION_STEP_BEGIN":       1,
+		"ROTATION_STEP_STANDS":      2,
+		"ROTATION_STEP_DONE":        3,
+	}
+)
+
+func (x RotationStep) Enum() *RotationStep {
+	p := new(RotationStep)
+	*p = x
+	return p
+}
+
+func (x RotationStep) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RotationStep) Descriptor() protoreflect.EnumDescriptor {
+	return file_keyagent_keyservice_v1_keyservice_proto_enumTypes[3].Descriptor()
+}
+
+func (RotationStep) Type() protoreflect.EnumType {
+	return &file_keyagent_keyservice_v1_keyservice_proto_enumTypes[3]
+}
+
+func (x RotationStep) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RotationStep.Descriptor instead.
+func (RotationStep) EnumDescriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{3}
 }
 
 type GetKeyRequest struct {
@@ -959,6 +1022,7 @@ type RenewLeaseResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
 	CorrelationId string                 `protobuf:"bytes,2,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	Rotate        bool                   `protobuf:"varint,3,opt,name=rotate,proto3" json:"rotate,omitempty"` // the volume's key is to be changed, or a change to be finished
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1007,6 +1071,165 @@ func (x *RenewLeaseResponse) GetCorrelationId() string {
 	return ""
 }
 
+func (x *RenewLeaseResponse) GetRotate() bool {
+	if x != nil {
+		return x.Rotate
+	}
+	return false
+}
+
+type RotateKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	LeaseId       []byte                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	Step          RotationStep           `protobuf:"varint,3,opt,name=step,proto3,enum=keyagent.keyservice.v1.RotationStep" json:"step,omitempty"`
+	Generation    uint64                 `protobuf:"varint,4,opt,name=generation,proto3" json:"generation,omitempty"`
+	KeyVersion    uint32                 `protobuf:"varint,5,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"` // that the volume is to have
+	HeaderMac     []byte                 `protobuf:"bytes,6,opt,name=header_mac,json=headerMac,proto3" json:"header_mac,omitempty"`     // of the next header
+	CopyMacs      [][]byte               `protobuf:"bytes,7,rep,name=copy_macs,json=copyMacs,proto3" json:"copy_macs,omitempty"`
+	Proof         []byte                 `protobuf:"bytes,8,opt,name=proof,proto3" json:"proof,omitempty"` // of the next DEK, see docs/spec/volume-record.md
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateKeyRequest) Reset() {
+	*x = RotateKeyRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateKeyRequest) ProtoMessage() {}
+
+func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateKeyRequest.ProtoReflect.Descriptor instead.
+func (*RotateKeyRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *RotateKeyRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *RotateKeyRequest) GetLeaseId() []byte {
+	if x != nil {
+		return x.LeaseId
+	}
+	return nil
+}
+
+func (x *RotateKeyRequest) GetStep() RotationStep {
+	if x != nil {
+		return x.Step
+	}
+	return RotationStep_ROTATION_STEP_UNSPECIFIED
+}
+
+func (x *RotateKeyRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RotateKeyRequest) GetKeyVersion() uint32 {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return 0
+}
+
+func (x *RotateKeyRequest) GetHeaderMac() []byte {
+	if x != nil {
+		return x.HeaderMac
+	}
+	return nil
+}
+
+func (x *RotateKeyRequest) GetCopyMacs() [][]byte {
+	if x != nil {
+		return x.CopyMacs
+	}
+	return nil
+}
+
+func (x *RotateKeyRequest) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+type RotateKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	KeyVersion    uint32                 `protobuf:"varint,1,opt,name=key_version,json=keyVersion,proto3" json:"key_version,omitempty"` // that the volume has
+	CorrelationId string                 `protobuf:"bytes,2,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateKeyResponse) Reset() {
+	*x = RotateKeyResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateKeyResponse) ProtoMessage() {}
+
+func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateKeyResponse.ProtoReflect.Descriptor instead.
+func (*RotateKeyResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RotateKeyResponse) GetKeyVersion() uint32 {
+	if x != nil {
+		return x.KeyVersion
+	}
+	return 0
+}
+
+func (x *RotateKeyResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
 type ReleaseLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -1017,7 +1240,7 @@ type ReleaseLeaseRequest struct {
 
 func (x *ReleaseLeaseRequest) Reset() {
 	*x = ReleaseLeaseRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1252,7 @@ func (x *ReleaseLeaseRequest) String() string {
 func (*ReleaseLeaseRequest) ProtoMessage() {}
 
 func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1265,7 @@ func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{11}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ReleaseLeaseRequest) GetVolumeId() string {
@@ -1068,7 +1291,7 @@ type ReleaseLeaseResponse struct {
 
 func (x *ReleaseLeaseResponse) Reset() {
 	*x = ReleaseLeaseResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1303,7 @@ func (x *ReleaseLeaseResponse) String() string {
 func (*ReleaseLeaseResponse) ProtoMessage() {}
 
 func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1316,7 @@ func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{12}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReleaseLeaseResponse) GetCorrelationId() string {
@@ -1184,20 +1407,40 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x11RenewLeaseRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\x12\x12\n" +
-	"\x04node\x18\x03 \x01(\tR\x04node\"p\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\"\x88\x01\n" +
 	"\x12RenewLeaseResponse\x123\n" +
 	"\x05lease\x18\x01 \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12%\n" +
+	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\x12\x16\n" +
+	"\x06rotate\x18\x03 \x01(\bR\x06rotate\"\x97\x02\n" +
+	"\x10RotateKeyRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\fR\aleaseId\x128\n" +
+	"\x04step\x18\x03 \x01(\x0e2$.keyagent.keyservice.v1.RotationStepR\x04step\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x04 \x01(\x04R\n" +
+	"generation\x12\x1f\n" +
+	"\vkey_version\x18\x05 \x01(\rR\n" +
+	"keyVersion\x12\x1d\n" +
+	"\n" +
+	"header_mac\x18\x06 \x01(\fR\theaderMac\x12\x1b\n" +
+	"\tcopy_macs\x18\a \x03(\fR\bcopyMacs\x12\x14\n" +
+	"\x05proof\x18\b \x01(\fR\x05proof\"[\n" +
+	"\x11RotateKeyResponse\x12\x1f\n" +
+	"\vkey_version\x18\x01 \x01(\rR\n" +
+	"keyVersion\x12%\n" +
 	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\"M\n" +
 	"\x13ReleaseLeaseRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\"=\n" +
 	"\x14ReleaseLeaseResponse\x12%\n" +
-	"\x0ecorrelation_id\x18\x01 \x01(\tR\rcorrelationId*e\n" +
+	"\x0ecorrelation_id\x18\x01 \x01(\tR\rcorrelationId*\x8f\x01\n" +
 	"\tOperation\x12\x19\n" +
 	"\x15OPERATION_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eOPERATION_OPEN\x10\x01\x12\x14\n" +
 	"\x10OPERATION_FORMAT\x10\x02\x12\x13\n" +
-	"\x0fOPERATION_CLONE\x10\x03*z\n" +
+	"\x0fOPERATION_CLONE\x10\x03\x12\x14\n" +
+	"\x10OPERATION_ROTATE\x10\x04\x12\x12\n" +
+	"\x0eOPERATION_NEXT\x10\x05*z\n" +
 	"\vVolumeState\x12\x1c\n" +
 	"\x18VOLUME_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14VOLUME_STATE_PENDING\x10\x01\x12\x17\n" +
@@ -1207,7 +1450,12 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x13WRITERS_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vWRITERS_ONE\x10\x01\x12\x10\n" +
 	"\fWRITERS_MANY\x10\x02\x12\x10\n" +
-	"\fWRITERS_NONE\x10\x032\xbc\x05\n" +
+	"\fWRITERS_NONE\x10\x03*x\n" +
+	"\fRotationStep\x12\x1d\n" +
+	"\x19ROTATION_STEP_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13ROTATION_STEP_BEGIN\x10\x01\x12\x18\n" +
+	"\x14ROTATION_STEP_STANDS\x10\x02\x12\x16\n" +
+	"\x12ROTATION_STEP_DONE\x10\x032\x9e\x06\n" +
 	"\n" +
 	"KeyService\x12W\n" +
 	"\x06GetKey\x12%.keyagent.keyservice.v1.GetKeyRequest\x1a&.keyagent.keyservice.v1.GetKeyResponse\x12f\n" +
@@ -1215,7 +1463,8 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\fHeaderStands\x12+.keyagent.keyservice.v1.HeaderStandsRequest\x1a,.keyagent.keyservice.v1.HeaderStandsResponse\x12l\n" +
 	"\rConfirmVolume\x12,.keyagent.keyservice.v1.ConfirmVolumeRequest\x1a-.keyagent.keyservice.v1.ConfirmVolumeResponse\x12c\n" +
 	"\n" +
-	"RenewLease\x12).keyagent.keyservice.v1.RenewLeaseRequest\x1a*.keyagent.keyservice.v1.RenewLeaseResponse\x12i\n" +
+	"RenewLease\x12).keyagent.keyservice.v1.RenewLeaseRequest\x1a*.keyagent.keyservice.v1.RenewLeaseResponse\x12`\n" +
+	"\tRotateKey\x12(.keyagent.keyservice.v1.RotateKeyRequest\x1a).keyagent.keyservice.v1.RotateKeyResponse\x12i\n" +
 	"\fReleaseLease\x12+.keyagent.keyservice.v1.ReleaseLeaseRequest\x1a,.keyagent.keyservice.v1.ReleaseLeaseResponse\x12D\n" +
 	"\bReattest\x12\x19.keyagent.attest.v1.Frame\x1a\x19.keyagent.attest.v1.Frame(\x010\x01BFZDgithub.com/keyagent/keyagent/api/keyagent/keyservice/v1;keyservicev1b\x06proto3"
 
@@ -1231,56 +1480,62 @@ func file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP() []byte {
 	return file_keyagent_keyservice_v1_keyservice_proto_rawDescData
 }
 
-var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(Operation)(0),                // 0: keyagent.keyservice.v1.Operation
 	(VolumeState)(0),              // 1: keyagent.keyservice.v1.VolumeState
 	(Writers)(0),                  // 2: keyagent.keyservice.v1.Writers
-	(*GetKeyRequest)(nil),         // 3: keyagent.keyservice.v1.GetKeyRequest
-	(*GetKeyResponse)(nil),        // 4: keyagent.keyservice.v1.GetKeyResponse
-	(*Lease)(nil),                 // 5: keyagent.keyservice.v1.Lease
-	(*BeginFormatRequest)(nil),    // 6: keyagent.keyservice.v1.BeginFormatRequest
-	(*BeginFormatResponse)(nil),   // 7: keyagent.keyservice.v1.BeginFormatResponse
-	(*HeaderStandsRequest)(nil),   // 8: keyagent.keyservice.v1.HeaderStandsRequest
-	(*HeaderStandsResponse)(nil),  // 9: keyagent.keyservice.v1.HeaderStandsResponse
-	(*ConfirmVolumeRequest)(nil),  // 10: keyagent.keyservice.v1.ConfirmVolumeRequest
-	(*ConfirmVolumeResponse)(nil), // 11: keyagent.keyservice.v1.ConfirmVolumeResponse
-	(*RenewLeaseRequest)(nil),     // 12: keyagent.keyservice.v1.RenewLeaseRequest
-	(*RenewLeaseResponse)(nil),    // 13: keyagent.keyservice.v1.RenewLeaseResponse
-	(*ReleaseLeaseRequest)(nil),   // 14: keyagent.keyservice.v1.ReleaseLeaseRequest
-	(*ReleaseLeaseResponse)(nil),  // 15: keyagent.keyservice.v1.ReleaseLeaseResponse
-	(*v1.Frame)(nil),              // 16: keyagent.attest.v1.Frame
+	(RotationStep)(0),             // 3: keyagent.keyservice.v1.RotationStep
+	(*GetKeyRequest)(nil),         // 4: keyagent.keyservice.v1.GetKeyRequest
+	(*GetKeyResponse)(nil),        // 5: keyagent.keyservice.v1.GetKeyResponse
+	(*Lease)(nil),                 // 6: keyagent.keyservice.v1.Lease
+	(*BeginFormatRequest)(nil),    // 7: keyagent.keyservice.v1.BeginFormatRequest
+	(*BeginFormatResponse)(nil),   // 8: keyagent.keyservice.v1.BeginFormatResponse
+	(*HeaderStandsRequest)(nil),   // 9: keyagent.keyservice.v1.HeaderStandsRequest
+	(*HeaderStandsResponse)(nil),  // 10: keyagent.keyservice.v1.HeaderStandsResponse
+	(*ConfirmVolumeRequest)(nil),  // 11: keyagent.keyservice.v1.ConfirmVolumeRequest
+	(*ConfirmVolumeResponse)(nil), // 12: keyagent.keyservice.v1.ConfirmVolumeResponse
+	(*RenewLeaseRequest)(nil),     // 13: keyagent.keyservice.v1.RenewLeaseRequest
+	(*RenewLeaseResponse)(nil),    // 14: keyagent.keyservice.v1.RenewLeaseResponse
+	(*RotateKeyRequest)(nil),      // 15: keyagent.keyservice.v1.RotateKeyRequest
+	(*RotateKeyResponse)(nil),     // 16: keyagent.keyservice.v1.RotateKeyResponse
+	(*ReleaseLeaseRequest)(nil),   // 17: keyagent.keyservice.v1.ReleaseLeaseRequest
+	(*ReleaseLeaseResponse)(nil),  // 18: keyagent.keyservice.v1.ReleaseLeaseResponse
+	(*v1.Frame)(nil),              // 19: keyagent.attest.v1.Frame
 }
 var file_keyagent_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	0,  // 0: keyagent.keyservice.v1.GetKeyRequest.operation:type_name -> keyagent.keyservice.v1.Operation
 	1,  // 1: keyagent.keyservice.v1.GetKeyResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
 	2,  // 2: keyagent.keyservice.v1.GetKeyResponse.writers:type_name -> keyagent.keyservice.v1.Writers
-	5,  // 3: keyagent.keyservice.v1.GetKeyResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	6,  // 3: keyagent.keyservice.v1.GetKeyResponse.lease:type_name -> keyagent.keyservice.v1.Lease
 	1,  // 4: keyagent.keyservice.v1.HeaderStandsResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
 	2,  // 5: keyagent.keyservice.v1.HeaderStandsResponse.writers:type_name -> keyagent.keyservice.v1.Writers
-	5,  // 6: keyagent.keyservice.v1.HeaderStandsResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	6,  // 6: keyagent.keyservice.v1.HeaderStandsResponse.lease:type_name -> keyagent.keyservice.v1.Lease
 	1,  // 7: keyagent.keyservice.v1.ConfirmVolumeResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	5,  // 8: keyagent.keyservice.v1.RenewLeaseResponse.lease:type_name -> keyagent.keyservice.v1.Lease
-	3,  // 9: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
-	6,  // 10: keyagent.keyservice.v1.KeyService.BeginFormat:input_type -> keyagent.keyservice.v1.BeginFormatRequest
-	8,  // 11: keyagent.keyservice.v1.KeyService.HeaderStands:input_type -> keyagent.keyservice.v1.HeaderStandsRequest
-	10, // 12: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
-	12, // 13: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
-	14, // 14: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
-	16, // 15: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
-	4,  // 16: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
-	7,  // 17: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
-	9,  // 18: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
-	11, // 19: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
-	13, // 20: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
-	15, // 21: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
-	16, // 22: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
-	16, // [16:23] is the sub-list for method output_type
-	9,  // [9:16] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	6,  // 8: keyagent.keyservice.v1.RenewLeaseResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	3,  // 9: keyagent.keyservice.v1.RotateKeyRequest.step:type_name -> keyagent.keyservice.v1.RotationStep
+	4,  // 10: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
+	7,  // 11: keyagent.keyservice.v1.KeyService.BeginFormat:input_type -> keyagent.keyservice.v1.BeginFormatRequest
+	9,  // 12: keyagent.keyservice.v1.KeyService.HeaderStands:input_type -> keyagent.keyservice.v1.HeaderStandsRequest
+	11, // 13: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
+	13, // 14: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
+	15, // 15: keyagent.keyservice.v1.KeyService.RotateKey:input_type -> keyagent.keyservice.v1.RotateKeyRequest
+	17, // 16: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
+	19, // 17: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
+	5,  // 18: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
+	8,  // 19: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
+	10, // 20: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
+	12, // 21: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
+	14, // 22: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
+	16, // 23: keyagent.keyservice.v1.KeyService.RotateKey:output_type -> keyagent.keyservice.v1.RotateKeyResponse
+	18, // 24: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
+	19, // 25: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
+	18, // [18:26] is the sub-list for method output_type
+	10, // [10:18] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_keyservice_v1_keyservice_proto_init() }
@@ -1293,8 +1548,8 @@ func file_keyagent_keyservice_v1_keyservice_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_keyservice_v1_keyservice_proto_rawDesc), len(file_keyagent_keyservice_v1_keyservice_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   13,
+			NumEnums:      4,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	KeyService_HeaderStands_FullMethodName  = "/keyagent.keyservice.v1.KeyService/HeaderStands"
 	KeyService_ConfirmVolume_FullMethodName = "/keyagent.keyservice.v1.KeyService/ConfirmVolume"
 	KeyService_RenewLease_FullMethodName    = "/keyagent.keyservice.v1.KeyService/RenewLease"
+	KeyService_RotateKey_FullMethodName     = "/keyagent.keyservice.v1.KeyService/RotateKey"
 	KeyService_ReleaseLease_FullMethodName  = "/keyagent.keyservice.v1.KeyService/ReleaseLease"
 	KeyService_Reattest_FullMethodName      = "/keyagent.keyservice.v1.KeyService/Reattest"
 )
@@ -49,6 +50,9 @@ type KeyServiceClient interface {
 	ConfirmVolume(ctx context.Context, in *ConfirmVolumeRequest, opts ...grpc.CallOption) (*ConfirmVolumeResponse, error)
 	// RenewLease extends the writer's lease.
 	RenewLease(ctx context.Context, in *RenewLeaseRequest, opts ...grpc.CallOption) (*RenewLeaseResponse, error)
+	// RotateKey is one step of the change of a volume's key, by the holder of its
+	// lease. Any step may be repeated.
+	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
 	// ReleaseLease gives the writer's lease back: the volume is closed.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
@@ -113,6 +117,16 @@ func (c *keyServiceClient) RenewLease(ctx context.Context, in *RenewLeaseRequest
 	return out, nil
 }
 
+func (c *keyServiceClient) RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateKeyResponse)
+	err := c.cc.Invoke(ctx, KeyService_RotateKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *keyServiceClient) ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ReleaseLeaseResponse)
@@ -153,6 +167,9 @@ type KeyServiceServer interface {
 	ConfirmVolume(context.Context, *ConfirmVolumeRequest) (*ConfirmVolumeResponse, error)
 	// RenewLease extends the writer's lease.
 	RenewLease(context.Context, *RenewLeaseRequest) (*RenewLeaseResponse, error)
+	// RotateKey is one step of the change of a volume's key, by the holder of its
+	// lease. Any step may be repeated.
+	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
 	// ReleaseLease gives the writer's lease back: the volume is closed.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
@@ -181,6 +198,9 @@ func (UnimplementedKeyServiceServer) ConfirmVolume(context.Context, *ConfirmVolu
 }
 func (UnimplementedKeyServiceServer) RenewLease(context.Context, *RenewLeaseRequest) (*RenewLeaseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenewLease not implemented")
+}
+func (UnimplementedKeyServiceServer) RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateKey not implemented")
 }
 func (UnimplementedKeyServiceServer) ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReleaseLease not implemented")
@@ -299,6 +319,24 @@ func _KeyService_RenewLease_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyService_RotateKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).RotateKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_RotateKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).RotateKey(ctx, req.(*RotateKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KeyService_ReleaseLease_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ReleaseLeaseRequest)
 	if err := dec(in); err != nil {
@@ -350,6 +388,10 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RenewLease",
 			Handler:    _KeyService_RenewLease_Handler,
+		},
+		{
+			MethodName: "RotateKey",
+			Handler:    _KeyService_RotateKey_Handler,
 		},
 		{
 			MethodName: "ReleaseLease",

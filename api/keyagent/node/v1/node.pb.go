@@ -907,6 +907,94 @@ func (x *SuspendResponse) GetVolume() *Volume {
 	return nil
 }
 
+type RotateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateRequest) Reset() {
+	*x = RotateRequest{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateRequest) ProtoMessage() {}
+
+func (x *RotateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateRequest.ProtoReflect.Descriptor instead.
+func (*RotateRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RotateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RotateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Volume        *Volume                `protobuf:"bytes,1,opt,name=volume,proto3" json:"volume,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateResponse) Reset() {
+	*x = RotateResponse{}
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateResponse) ProtoMessage() {}
+
+func (x *RotateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateResponse.ProtoReflect.Descriptor instead.
+func (*RotateResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RotateResponse) GetVolume() *Volume {
+	if x != nil {
+		return x.Volume
+	}
+	return nil
+}
+
 type ResumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -916,7 +1004,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1016,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[14]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1029,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -960,7 +1048,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1060,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[15]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1073,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResumeResponse) GetVolume() *Volume {
@@ -1004,7 +1092,7 @@ type BackupHeaderRequest struct {
 
 func (x *BackupHeaderRequest) Reset() {
 	*x = BackupHeaderRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1104,7 @@ func (x *BackupHeaderRequest) String() string {
 func (*BackupHeaderRequest) ProtoMessage() {}
 
 func (x *BackupHeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[16]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1117,7 @@ func (x *BackupHeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupHeaderRequest.ProtoReflect.Descriptor instead.
 func (*BackupHeaderRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *BackupHeaderRequest) GetId() string {
@@ -1048,7 +1136,7 @@ type BackupHeaderResponse struct {
 
 func (x *BackupHeaderResponse) Reset() {
 	*x = BackupHeaderResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1148,7 @@ func (x *BackupHeaderResponse) String() string {
 func (*BackupHeaderResponse) ProtoMessage() {}
 
 func (x *BackupHeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[17]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1161,7 @@ func (x *BackupHeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupHeaderResponse.ProtoReflect.Descriptor instead.
 func (*BackupHeaderResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *BackupHeaderResponse) GetHeader() []byte {
@@ -1093,7 +1181,7 @@ type RestoreHeaderRequest struct {
 
 func (x *RestoreHeaderRequest) Reset() {
 	*x = RestoreHeaderRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1193,7 @@ func (x *RestoreHeaderRequest) String() string {
 func (*RestoreHeaderRequest) ProtoMessage() {}
 
 func (x *RestoreHeaderRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[18]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,7 +1206,7 @@ func (x *RestoreHeaderRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreHeaderRequest.ProtoReflect.Descriptor instead.
 func (*RestoreHeaderRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RestoreHeaderRequest) GetId() string {
@@ -1144,7 +1232,7 @@ type RestoreHeaderResponse struct {
 
 func (x *RestoreHeaderResponse) Reset() {
 	*x = RestoreHeaderResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1244,7 @@ func (x *RestoreHeaderResponse) String() string {
 func (*RestoreHeaderResponse) ProtoMessage() {}
 
 func (x *RestoreHeaderResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[19]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1257,7 @@ func (x *RestoreHeaderResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreHeaderResponse.ProtoReflect.Descriptor instead.
 func (*RestoreHeaderResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RestoreHeaderResponse) GetVolume() *Volume {
@@ -1188,7 +1276,7 @@ type RetireRequest struct {
 
 func (x *RetireRequest) Reset() {
 	*x = RetireRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1288,7 @@ func (x *RetireRequest) String() string {
 func (*RetireRequest) ProtoMessage() {}
 
 func (x *RetireRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[20]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1301,7 @@ func (x *RetireRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireRequest.ProtoReflect.Descriptor instead.
 func (*RetireRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RetireRequest) GetId() string {
@@ -1232,7 +1320,7 @@ type RetireResponse struct {
 
 func (x *RetireResponse) Reset() {
 	*x = RetireResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1244,7 +1332,7 @@ func (x *RetireResponse) String() string {
 func (*RetireResponse) ProtoMessage() {}
 
 func (x *RetireResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[21]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1257,7 +1345,7 @@ func (x *RetireResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireResponse.ProtoReflect.Descriptor instead.
 func (*RetireResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RetireResponse) GetVolume() *Volume {
@@ -1277,7 +1365,7 @@ type GetDataKeyRequest struct {
 
 func (x *GetDataKeyRequest) Reset() {
 	*x = GetDataKeyRequest{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1377,7 @@ func (x *GetDataKeyRequest) String() string {
 func (*GetDataKeyRequest) ProtoMessage() {}
 
 func (x *GetDataKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[22]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1390,7 @@ func (x *GetDataKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDataKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetDataKeyRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetDataKeyRequest) GetVolumeId() string {
@@ -1328,7 +1416,7 @@ type GetDataKeyResponse struct {
 
 func (x *GetDataKeyResponse) Reset() {
 	*x = GetDataKeyResponse{}
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1340,7 +1428,7 @@ func (x *GetDataKeyResponse) String() string {
 func (*GetDataKeyResponse) ProtoMessage() {}
 
 func (x *GetDataKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_node_v1_node_proto_msgTypes[23]
+	mi := &file_keyagent_node_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1353,7 +1441,7 @@ func (x *GetDataKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetDataKeyResponse.ProtoReflect.Descriptor instead.
 func (*GetDataKeyResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_keyagent_node_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetDataKeyResponse) GetDataKey() []byte {
@@ -1441,6 +1529,10 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"C\n" +
 	"\x0fSuspendResponse\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1f\n" +
+	"\rRotateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
+	"\x0eRotateResponse\x120\n" +
+	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1f\n" +
 	"\rResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"B\n" +
 	"\x0eResumeResponse\x120\n" +
@@ -1462,7 +1554,7 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x16\n" +
 	"\x06length\x18\x02 \x01(\rR\x06length\"/\n" +
 	"\x12GetDataKeyResponse\x12\x19\n" +
-	"\bdata_key\x18\x01 \x01(\fR\adataKey2\xca\a\n" +
+	"\bdata_key\x18\x01 \x01(\fR\adataKey2\x97\b\n" +
 	"\x04Node\x12E\n" +
 	"\x04Open\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1e.keyagent.node.v1.OpenResponse\x12L\n" +
 	"\fOpenProgress\x12\x1d.keyagent.node.v1.OpenRequest\x1a\x1b.keyagent.node.v1.OpenEvent0\x01\x12H\n" +
@@ -1471,7 +1563,8 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\x04List\x12\x1d.keyagent.node.v1.ListRequest\x1a\x1e.keyagent.node.v1.ListResponse\x12K\n" +
 	"\x06Resize\x12\x1f.keyagent.node.v1.ResizeRequest\x1a .keyagent.node.v1.ResizeResponse\x12N\n" +
 	"\aSuspend\x12 .keyagent.node.v1.SuspendRequest\x1a!.keyagent.node.v1.SuspendResponse\x12K\n" +
-	"\x06Resume\x12\x1f.keyagent.node.v1.ResumeRequest\x1a .keyagent.node.v1.ResumeResponse\x12]\n" +
+	"\x06Resume\x12\x1f.keyagent.node.v1.ResumeRequest\x1a .keyagent.node.v1.ResumeResponse\x12K\n" +
+	"\x06Rotate\x12\x1f.keyagent.node.v1.RotateRequest\x1a .keyagent.node.v1.RotateResponse\x12]\n" +
 	"\fBackupHeader\x12%.keyagent.node.v1.BackupHeaderRequest\x1a&.keyagent.node.v1.BackupHeaderResponse\x12`\n" +
 	"\rRestoreHeader\x12&.keyagent.node.v1.RestoreHeaderRequest\x1a'.keyagent.node.v1.RestoreHeaderResponse\x12K\n" +
 	"\x06Retire\x12\x1f.keyagent.node.v1.RetireRequest\x1a .keyagent.node.v1.RetireResponse\x12W\n" +
@@ -1490,7 +1583,7 @@ func file_keyagent_node_v1_node_proto_rawDescGZIP() []byte {
 	return file_keyagent_node_v1_node_proto_rawDescData
 }
 
-var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_keyagent_node_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_keyagent_node_v1_node_proto_goTypes = []any{
 	(*Volume)(nil),                // 0: keyagent.node.v1.Volume
 	(*OpenRequest)(nil),           // 1: keyagent.node.v1.OpenRequest
@@ -1506,16 +1599,18 @@ var file_keyagent_node_v1_node_proto_goTypes = []any{
 	(*ResizeResponse)(nil),        // 11: keyagent.node.v1.ResizeResponse
 	(*SuspendRequest)(nil),        // 12: keyagent.node.v1.SuspendRequest
 	(*SuspendResponse)(nil),       // 13: keyagent.node.v1.SuspendResponse
-	(*ResumeRequest)(nil),         // 14: keyagent.node.v1.ResumeRequest
-	(*ResumeResponse)(nil),        // 15: keyagent.node.v1.ResumeResponse
-	(*BackupHeaderRequest)(nil),   // 16: keyagent.node.v1.BackupHeaderRequest
-	(*BackupHeaderResponse)(nil),  // 17: keyagent.node.v1.BackupHeaderResponse
-	(*RestoreHeaderRequest)(nil),  // 18: keyagent.node.v1.RestoreHeaderRequest
-	(*RestoreHeaderResponse)(nil), // 19: keyagent.node.v1.RestoreHeaderResponse
-	(*RetireRequest)(nil),         // 20: keyagent.node.v1.RetireRequest
-	(*RetireResponse)(nil),        // 21: keyagent.node.v1.RetireResponse
-	(*GetDataKeyRequest)(nil),     // 22: keyagent.node.v1.GetDataKeyRequest
-	(*GetDataKeyResponse)(nil),    // 23: keyagent.node.v1.GetDataKeyResponse
+	(*RotateRequest)(nil),         // 14: keyagent.node.v1.RotateRequest
+	(*RotateResponse)(nil),        // 15: keyagent.node.v1.RotateResponse
+	(*ResumeRequest)(nil),         // 16: keyagent.node.v1.ResumeRequest
+	(*ResumeResponse)(nil),        // 17: keyagent.node.v1.ResumeResponse
+	(*BackupHeaderRequest)(nil),   // 18: keyagent.node.v1.BackupHeaderRequest
+	(*BackupHeaderResponse)(nil),  // 19: keyagent.node.v1.BackupHeaderResponse
+	(*RestoreHeaderRequest)(nil),  // 20: keyagent.node.v1.RestoreHeaderRequest
+	(*RestoreHeaderResponse)(nil), // 21: keyagent.node.v1.RestoreHeaderResponse
+	(*RetireRequest)(nil),         // 22: keyagent.node.v1.RetireRequest
+	(*RetireResponse)(nil),        // 23: keyagent.node.v1.RetireResponse
+	(*GetDataKeyRequest)(nil),     // 24: keyagent.node.v1.GetDataKeyRequest
+	(*GetDataKeyResponse)(nil),    // 25: keyagent.node.v1.GetDataKeyResponse
 }
 var file_keyagent_node_v1_node_proto_depIdxs = []int32{
 	0,  // 0: keyagent.node.v1.OpenResponse.volume:type_name -> keyagent.node.v1.Volume
@@ -1525,38 +1620,41 @@ var file_keyagent_node_v1_node_proto_depIdxs = []int32{
 	0,  // 4: keyagent.node.v1.ListResponse.volumes:type_name -> keyagent.node.v1.Volume
 	0,  // 5: keyagent.node.v1.ResizeResponse.volume:type_name -> keyagent.node.v1.Volume
 	0,  // 6: keyagent.node.v1.SuspendResponse.volume:type_name -> keyagent.node.v1.Volume
-	0,  // 7: keyagent.node.v1.ResumeResponse.volume:type_name -> keyagent.node.v1.Volume
-	0,  // 8: keyagent.node.v1.RestoreHeaderResponse.volume:type_name -> keyagent.node.v1.Volume
-	0,  // 9: keyagent.node.v1.RetireResponse.volume:type_name -> keyagent.node.v1.Volume
-	1,  // 10: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
-	1,  // 11: keyagent.node.v1.Node.OpenProgress:input_type -> keyagent.node.v1.OpenRequest
-	4,  // 12: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
-	6,  // 13: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
-	8,  // 14: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
-	10, // 15: keyagent.node.v1.Node.Resize:input_type -> keyagent.node.v1.ResizeRequest
-	12, // 16: keyagent.node.v1.Node.Suspend:input_type -> keyagent.node.v1.SuspendRequest
-	14, // 17: keyagent.node.v1.Node.Resume:input_type -> keyagent.node.v1.ResumeRequest
-	16, // 18: keyagent.node.v1.Node.BackupHeader:input_type -> keyagent.node.v1.BackupHeaderRequest
-	18, // 19: keyagent.node.v1.Node.RestoreHeader:input_type -> keyagent.node.v1.RestoreHeaderRequest
-	20, // 20: keyagent.node.v1.Node.Retire:input_type -> keyagent.node.v1.RetireRequest
-	22, // 21: keyagent.node.v1.Node.GetDataKey:input_type -> keyagent.node.v1.GetDataKeyRequest
-	2,  // 22: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
-	3,  // 23: keyagent.node.v1.Node.OpenProgress:output_type -> keyagent.node.v1.OpenEvent
-	5,  // 24: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
-	7,  // 25: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
-	9,  // 26: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
-	11, // 27: keyagent.node.v1.Node.Resize:output_type -> keyagent.node.v1.ResizeResponse
-	13, // 28: keyagent.node.v1.Node.Suspend:output_type -> keyagent.node.v1.SuspendResponse
-	15, // 29: keyagent.node.v1.Node.Resume:output_type -> keyagent.node.v1.ResumeResponse
-	17, // 30: keyagent.node.v1.Node.BackupHeader:output_type -> keyagent.node.v1.BackupHeaderResponse
-	19, // 31: keyagent.node.v1.Node.RestoreHeader:output_type -> keyagent.node.v1.RestoreHeaderResponse
-	21, // 32: keyagent.node.v1.Node.Retire:output_type -> keyagent.node.v1.RetireResponse
-	23, // 33: keyagent.node.v1.Node.GetDataKey:output_type -> keyagent.node.v1.GetDataKeyResponse
-	22, // [22:34] is the sub-list for method output_type
-	10, // [10:22] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	0,  // 7: keyagent.node.v1.RotateResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 8: keyagent.node.v1.ResumeResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 9: keyagent.node.v1.RestoreHeaderResponse.volume:type_name -> keyagent.node.v1.Volume
+	0,  // 10: keyagent.node.v1.RetireResponse.volume:type_name -> keyagent.node.v1.Volume
+	1,  // 11: keyagent.node.v1.Node.Open:input_type -> keyagent.node.v1.OpenRequest
+	1,  // 12: keyagent.node.v1.Node.OpenProgress:input_type -> keyagent.node.v1.OpenRequest
+	4,  // 13: keyagent.node.v1.Node.Close:input_type -> keyagent.node.v1.CloseRequest
+	6,  // 14: keyagent.node.v1.Node.Status:input_type -> keyagent.node.v1.StatusRequest
+	8,  // 15: keyagent.node.v1.Node.List:input_type -> keyagent.node.v1.ListRequest
+	10, // 16: keyagent.node.v1.Node.Resize:input_type -> keyagent.node.v1.ResizeRequest
+	12, // 17: keyagent.node.v1.Node.Suspend:input_type -> keyagent.node.v1.SuspendRequest
+	16, // 18: keyagent.node.v1.Node.Resume:input_type -> keyagent.node.v1.ResumeRequest
+	14, // 19: keyagent.node.v1.Node.Rotate:input_type -> keyagent.node.v1.RotateRequest
+	18, // 20: keyagent.node.v1.Node.BackupHeader:input_type -> keyagent.node.v1.BackupHeaderRequest
+	20, // 21: keyagent.node.v1.Node.RestoreHeader:input_type -> keyagent.node.v1.RestoreHeaderRequest
+	22, // 22: keyagent.node.v1.Node.Retire:input_type -> keyagent.node.v1.RetireRequest
+	24, // 23: keyagent.node.v1.Node.GetDataKey:input_type -> keyagent.node.v1.GetDataKeyRequest
+	2,  // 24: keyagent.node.v1.Node.Open:output_type -> keyagent.node.v1.OpenResponse
+	3,  // 25: keyagent.node.v1.Node.OpenProgress:output_type -> keyagent.node.v1.OpenEvent
+	5,  // 26: keyagent.node.v1.Node.Close:output_type -> keyagent.node.v1.CloseResponse
+	7,  // 27: keyagent.node.v1.Node.Status:output_type -> keyagent.node.v1.StatusResponse
+	9,  // 28: keyagent.node.v1.Node.List:output_type -> keyagent.node.v1.ListResponse
+	11, // 29: keyagent.node.v1.Node.Resize:output_type -> keyagent.node.v1.ResizeResponse
+	13, // 30: keyagent.node.v1.Node.Suspend:output_type -> keyagent.node.v1.SuspendResponse
+	17, // 31: keyagent.node.v1.Node.Resume:output_type -> keyagent.node.v1.ResumeResponse
+	15, // 32: keyagent.node.v1.Node.Rotate:output_type -> keyagent.node.v1.RotateResponse
+	19, // 33: keyagent.node.v1.Node.BackupHeader:output_type -> keyagent.node.v1.BackupHeaderResponse
+	21, // 34: keyagent.node.v1.Node.RestoreHeader:output_type -> keyagent.node.v1.RestoreHeaderResponse
+	23, // 35: keyagent.node.v1.Node.Retire:output_type -> keyagent.node.v1.RetireResponse
+	25, // 36: keyagent.node.v1.Node.GetDataKey:output_type -> keyagent.node.v1.GetDataKeyResponse
+	24, // [24:37] is the sub-list for method output_type
+	11, // [11:24] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_node_v1_node_proto_init() }
@@ -1570,7 +1668,7 @@ func file_keyagent_node_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_node_v1_node_proto_rawDesc), len(file_keyagent_node_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -30,6 +30,7 @@ const (
 	Node_Resize_FullMethodName        = "/keyagent.node.v1.Node/Resize"
 	Node_Suspend_FullMethodName       = "/keyagent.node.v1.Node/Suspend"
 	Node_Resume_FullMethodName        = "/keyagent.node.v1.Node/Resume"
+	Node_Rotate_FullMethodName        = "/keyagent.node.v1.Node/Rotate"
 	Node_BackupHeader_FullMethodName  = "/keyagent.node.v1.Node/BackupHeader"
 	Node_RestoreHeader_FullMethodName = "/keyagent.node.v1.Node/RestoreHeader"
 	Node_Retire_FullMethodName        = "/keyagent.node.v1.Node/Retire"
@@ -59,6 +60,9 @@ type NodeClient interface {
 	// Resume asks the key service again.
 	Suspend(ctx context.Context, in *SuspendRequest, opts ...grpc.CallOption) (*SuspendResponse, error)
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error)
+	// Rotate gives an open volume another key, or finishes a change that was cut off.
+	// The data stay as they are, and reads and writes go on meanwhile.
+	Rotate(ctx context.Context, in *RotateRequest, opts ...grpc.CallOption) (*RotateResponse, error)
 	// BackupHeader returns the header of a volume, which is not secret.
 	BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
@@ -170,6 +174,16 @@ func (c *nodeClient) Resume(ctx context.Context, in *ResumeRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *nodeClient) Rotate(ctx context.Context, in *RotateRequest, opts ...grpc.CallOption) (*RotateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateResponse)
+	err := c.cc.Invoke(ctx, Node_Rotate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *nodeClient) BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(BackupHeaderResponse)
@@ -233,6 +247,9 @@ type NodeServer interface {
 	// Resume asks the key service again.
 	Suspend(context.Context, *SuspendRequest) (*SuspendResponse, error)
 	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
+	// Rotate gives an open volume another key, or finishes a change that was cut off.
+	// The data stay as they are, and reads and writes go on meanwhile.
+	Rotate(context.Context, *RotateRequest) (*RotateResponse, error)
 	// BackupHeader returns the header of a volume, which is not secret.
 	BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
@@ -278,6 +295,9 @@ func (UnimplementedNodeServer) Suspend(context.Context, *SuspendRequest) (*Suspe
 }
 func (UnimplementedNodeServer) Resume(context.Context, *ResumeRequest) (*ResumeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Resume not implemented")
+}
+func (UnimplementedNodeServer) Rotate(context.Context, *RotateRequest) (*RotateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rotate not implemented")
 }
 func (UnimplementedNodeServer) BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method BackupHeader not implemented")
@@ -449,6 +469,24 @@ func _Node_Resume_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Node_Rotate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodeServer).Rotate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Node_Rotate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodeServer).Rotate(ctx, req.(*RotateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Node_BackupHeader_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(BackupHeaderRequest)
 	if err := dec(in); err != nil {
@@ -555,6 +593,10 @@ var Node_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Resume",
 			Handler:    _Node_Resume_Handler,
+		},
+		{
+			MethodName: "Rotate",
+			Handler:    _Node_Rotate_Handler,
 		},
 		{
 			MethodName: "BackupHeader",
