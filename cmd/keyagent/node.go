@@ -26,6 +26,7 @@ type volumes interface {
 	resize(ctx context.Context, id string) (*nodev1.Volume, error)
 	suspend(ctx context.Context, id string) (*nodev1.Volume, error)
 	resume(ctx context.Context, id string) (*nodev1.Volume, error)
+	rotate(ctx context.Context, id string) (*nodev1.Volume, error)
 	backupHeader(ctx context.Context, id string) ([]byte, error)
 	restoreHeader(ctx context.Context, id string, header []byte) (*nodev1.Volume, error)
 }
@@ -141,6 +142,10 @@ func (l *local) resize(ctx context.Context, id string) (*nodev1.Volume, error) {
 	return message(l.v.Resize(ctx, id))
 }
 
+func (l *local) rotate(ctx context.Context, id string) (*nodev1.Volume, error) {
+	return message(l.v.Rotate(ctx, id))
+}
+
 func (l *local) suspend(ctx context.Context, id string) (*nodev1.Volume, error) {
 	return message(l.v.Suspend(ctx, id))
 }
@@ -251,6 +256,11 @@ func (r remote) list(ctx context.Context) ([]*nodev1.Volume, error) {
 
 func (r remote) resize(ctx context.Context, id string) (*nodev1.Volume, error) {
 	resp, err := r.c.Resize(ctx, &nodev1.ResizeRequest{Id: id})
+	return resp.GetVolume(), fromAgent(err)
+}
+
+func (r remote) rotate(ctx context.Context, id string) (*nodev1.Volume, error) {
+	resp, err := r.c.Rotate(ctx, &nodev1.RotateRequest{Id: id})
 	return resp.GetVolume(), fromAgent(err)
 }
 

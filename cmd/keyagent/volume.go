@@ -192,7 +192,7 @@ func when(t *time.Time) string {
 func printVolume(w io.Writer, i keyservice.VolumeInfo) {
 	for _, row := range []struct{ name, value string }{
 		{"volume", i.Volume}, {"state", state(i)}, {"held", holds(i)}, {"LUKS UUID", i.LUKSUUID},
-		{"generation", number(i.Generation)}, {"key version", number(uint64(i.KeyVersion))}, {"KEK", i.KEK}, {"grant", i.Owner},
+		{"generation", number(i.Generation)}, {"key version", number(uint64(i.KeyVersion))}, {"rotation", rotationOf(i)}, {"KEK", i.KEK}, {"grant", i.Owner},
 		{"revision", number(i.Revision)}, {"header MAC", i.HeaderMAC}, {"created", when(i.Created)}, {"updated", when(i.Updated)},
 	} {
 		if row.value != "" && row.value != "-" {

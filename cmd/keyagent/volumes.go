@@ -379,6 +379,17 @@ The key service is asked for the key again. A volume never shrinks.`, "  keyagen
 		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.resize(ctx, id) })
 }
 
+func newRotate() *cobra.Command {
+	return simple("rotate VOLUME", "Give an open volume another key",
+		`Give an open volume another key, while it is in use. The data stay as they are.
+
+The old key opens nothing afterwards, and neither does a backup of the header from
+before: make a new one. What was cut off is finished by running this again, and by the
+agent itself. The grant on the key service must allow the operation rotate, unless an
+operator asked for the change there: keyagent kms rotate.`, "  keyagent rotate data",
+		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.rotate(ctx, id) })
+}
+
 func newSuspend() *cobra.Command {
 	return simple("suspend VOLUME", "Stop all I/O of an open volume and take its key from the kernel",
 		`Stop all I/O of an open volume and take its key from the kernel.

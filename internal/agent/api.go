@@ -202,6 +202,12 @@ func (a *api) Resume(ctx context.Context, r *nodev1.ResumeRequest) (*nodev1.Resu
 	return &nodev1.ResumeResponse{Volume: v}, err
 }
 
+// Rotate implements the API.
+func (a *api) Rotate(ctx context.Context, r *nodev1.RotateRequest) (*nodev1.RotateResponse, error) {
+	v, err := a.act(ctx, "rotate", r.GetId(), a.goOn(a.volumes.Rotate))
+	return &nodev1.RotateResponse{Volume: v}, err
+}
+
 // BackupHeader implements the API.
 func (a *api) BackupHeader(ctx context.Context, r *nodev1.BackupHeaderRequest) (*nodev1.BackupHeaderResponse, error) {
 	if err := a.allow(ctx, "backup-header", r.GetId()); err != nil {

@@ -46,6 +46,7 @@ type Keys interface {
 	Getter
 	Creator
 	Leaser
+	Rotator
 }
 
 // Options configure [New].
@@ -115,6 +116,7 @@ type entry struct {
 	alarms    int          // how often the header was found overwritten
 	unreserve func() error // of the disk's reservation; nil without one
 	anew      func()       // somebody asks for the key again
+	rotating  bool         // a change of its key is under way that the key service asked for
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].

@@ -164,7 +164,16 @@ func (o *opening) createAndClose(ctx context.Context, key *keyclient.Key) error 
 
 // give checks the header, hands the key over, and compares what comes of it.
 func (o *opening) give(ctx context.Context, key *keyclient.Key, to Recipient) error {
-	h, err := luks.ReadHeader(ctx, headerOf(o.existingOf(key)), key.DEK)
+	var h *luks.Header
+	err := o.either(ctx, o.v.DevicePath(), key, o.v.ReadOnly, func(kept *luks.Header) (err error) {
+		if kept != nil && key.Lease != nil { // the recipient reads what is in front
+			if err := luks.PutNext(ctx, o.v.DevicePath(), kept, luks.DeadlineIn(key.Lease.Until-keyclient.Boottime())); err != nil {
+				return err
+			}
+		}
+		h, err = luks.ReadHeader(ctx, headerOf(o.existingOf(key)), key.DEK)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -243,7 +252,15 @@ func awaitMapping(ctx context.Context, gone, anew <-chan struct{}, look func() (
 // mapping that cannot be compared nothing is known, which is no better.
 func (o *opening) compared(ctx context.Context, key *keyclient.Key, h *luks.Header) error {
 	ctx = context.WithoutCancel(ctx)
-	m, err := luks.Prove(ctx, o.existingOf(key), key.DEK)
+	var m luks.Mapping
+	err := o.either(ctx, o.v.DevicePath(), key, o.v.ReadOnly, func(kept *luks.Header) (err error) {
+		as := o.existingOf(key)
+		if as.Header = kept; kept != nil {
+			h = kept
+		}
+		m, err = luks.Prove(ctx, as, key.DEK)
+		return err
+	})
 	if err == nil {
 		err = o.asDescribed(m)
 	}

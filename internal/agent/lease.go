@@ -52,6 +52,9 @@ func (c *Volumes) hold(e *entry, k *keyclient.Lease) {
 	var l *lease
 	if k != nil {
 		l = &lease{id: k.ID, term: k.Term, until: k.Until, bound: k.Bound, next: k.Until - k.Term + k.Term/renewAfter}
+		if k.Rotate { // what the key service has to say about that comes with a renewal
+			l.next = keyclient.Boottime()
+		}
 	}
 	c.set(func() { e.lease = l })
 	c.warn(e, "lease", "")
@@ -271,6 +274,9 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 		if err := c.rememberKnown(d.e); err != nil {
 			c.Log.Warn("could not keep the state of a volume", "volume", d.id, "error", err)
 		}
+	}
+	if current && k.Rotate {
+		go c.rotateSoon(ctx, d.id, d.e)
 	}
 	if !waits {
 		return

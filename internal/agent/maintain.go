@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,7 +51,9 @@ func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, 
 	}
 	defer key.Close()
 	c.set(func() { e.lastID = key.CorrelationID })
-	err = f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: e.header})
+	err = c.either(ctx, e.spec.DevicePath(), key, e.spec.ReadOnly, func(kept *luks.Header) error {
+		return f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: cmp.Or(kept, e.header)})
+	})
 	if isUp(e.condition.state) {
 		c.hold(e, key.Lease)
 	} else if key.Lease != nil {

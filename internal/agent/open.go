@@ -201,9 +201,14 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	case key.State != keyclient.Active:
 		err = o.goOn(ctx, key, m)
 	case m.Suspended:
-		o.mapping, err = luks.Resume(ctx, o.existingOf(key), key.DEK)
+		err = o.either(ctx, o.v.DevicePath(), key, o.v.ReadOnly, func(kept *luks.Header) (err error) {
+			as := o.existingOf(key)
+			as.Header = kept
+			o.mapping, err = luks.Resume(ctx, as, key.DEK)
+			return err
+		})
 	default:
-		err = o.activate(ctx, key)
+		err = o.activateEither(ctx, key)
 	}
 	if err != nil {
 		o.giveBack(ctx, key, err)
@@ -321,7 +326,7 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 
 // openActive maps a volume that holds data.
 func (o *opening) openActive(ctx context.Context, key *keyclient.Key) error {
-	if err := o.step(ctx, "mapped", func() error { return o.activate(ctx, key) }); err != nil {
+	if err := o.step(ctx, "mapped", func() error { return o.activateEither(ctx, key) }); err != nil {
 		return err
 	}
 	// A crash right after the volume became active may have left its mark, which
@@ -338,9 +343,19 @@ func (o *opening) clearMark(ctx context.Context) error {
 	return errors.Join(luks.ClearFilesystemMark(ctx, o.v.DevicePath()), luks.ForgetSource(ctx, o.v.DevicePath()))
 }
 
+// activateEither is activate of a volume whose key may be being changed.
+func (o *opening) activateEither(ctx context.Context, key *keyclient.Key) error {
+	return o.either(ctx, o.v.DevicePath(), key, o.v.ReadOnly, func(kept *luks.Header) error { return o.activateBy(ctx, key, kept) })
+}
+
 func (o *opening) activate(ctx context.Context, key *keyclient.Key) error {
+	return o.activateBy(ctx, key, nil)
+}
+
+// activateBy maps the volume by the header in front, or by one that was read already.
+func (o *opening) activateBy(ctx context.Context, key *keyclient.Key, by *luks.Header) error {
 	m, h, err := luks.Open(ctx, luks.OpenRequest{
-		Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Options: o.options(),
+		Device: o.v.DevicePath(), Name: o.v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: by, Options: o.options(),
 		Integrity: luks.Integrity(o.v.Integrity), FreshTags: o.fresh,
 	}, key.DEK)
 	if err != nil {

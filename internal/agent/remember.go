@@ -86,11 +86,10 @@ func (c *Volumes) write(r remembered) error {
 	if err != nil {
 		return err
 	}
-	tmp := c.statePath(r.Spec.ID) + ".tmp"
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
-		return errors.Join(fmt.Errorf("keep the state of the volume: %w", err), os.Remove(tmp))
+	if err := replaceFile(c.statePath(r.Spec.ID), data); err != nil {
+		return fmt.Errorf("keep the state of the volume: %w", err)
 	}
-	return os.Rename(tmp, c.statePath(r.Spec.ID))
+	return nil
 }
 
 // recall reads what was remembered. What cannot be read was never there.
@@ -124,9 +123,22 @@ func (c *Volumes) headerPath(id string) string { return filepath.Join(c.StateDir
 // keepHeader keeps the header of an open volume, which is not secret: a restarted
 // agent goes on watching it, and can put it back. Without it the volume works.
 func (c *Volumes) keepHeader(id string, h *luks.Header) {
-	if err := os.WriteFile(c.headerPath(id), h.Bytes(), 0o600); err != nil {
+	if err := c.writeHeader(id, h); err != nil {
 		c.Log.Warn("could not keep a header for the next start", "volume", id, "error", err)
 	}
+}
+
+func (c *Volumes) writeHeader(id string, h *luks.Header) error {
+	return replaceFile(c.headerPath(id), h.Bytes())
+}
+
+// replaceFile writes a file so that there is the old one or the new one at each moment.
+func replaceFile(path string, data []byte) error {
+	tmp := path + ".tmp"
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return errors.Join(err, os.Remove(tmp))
+	}
+	return os.Rename(tmp, path)
 }
 
 // keptHeader returns it, or nil.

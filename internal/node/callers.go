@@ -26,7 +26,7 @@ type Caller struct {
 const GetDataKey = "get-data-key"
 
 // Operations are what a caller may be allowed.
-var Operations = []string{"open", "format", "close", "status", "list", "resize", "suspend", "resume", "backup-header", "restore-header", "retire", GetDataKey}
+var Operations = []string{"open", "format", "close", "status", "list", "resize", "suspend", "resume", "rotate", "backup-header", "restore-header", "retire", GetDataKey}
 
 func (c *Caller) check(doc *config.Document, i int) error {
 	at := func(more ...any) []any { return append([]any{"callers", i}, more...) }

@@ -22,11 +22,11 @@ const changing = "mount,umount2,move_mount,open_tree,ioctl,pwrite64,fsync,fdatas
 // traced runs a call while strace counts what one of the parts does, and kills that part
 // when it comes to the call of the system with the number at, counted from 1. With at 0 it
 // lives. The number of calls is returned.
-func (p *plugin) traced(victim *agent, at int, call func() error) (int, error) {
-	p.t.Helper()
-	cmd := exec.Command("strace", "-f", "-p", fmt.Sprint(victim.cmd.Process.Pid), "-e", "trace="+changing, "-e", "signal=none")
-	lines := must[io.ReadCloser](p.t)(cmd.StderrPipe())
-	check(p.t, cmd.Start())
+func traced(t *testing.T, victim *exec.Cmd, kill func(), at int, call func() error) (int, error) {
+	t.Helper()
+	cmd := exec.Command("strace", "-f", "-p", fmt.Sprint(victim.Process.Pid), "-e", "trace="+changing, "-e", "signal=none")
+	lines := must[io.ReadCloser](t)(cmd.StderrPipe())
+	check(t, cmd.Start())
 	attached, done := make(chan struct{}), make(chan int)
 	go func() {
 		n, once := 0, sync.OnceFunc(func() { close(attached) })
@@ -39,8 +39,8 @@ func (p *plugin) traced(victim *agent, at int, call func() error) (int, error) {
 			case strings.Contains(line, "resumed>") || strings.Contains(line, "strace:") || !strings.Contains(line, "("):
 			default:
 				if n++; n == at {
-					p.t.Logf("killed at %d: %.100s", n, line)
-					victim.kill()
+					t.Logf("killed at %d: %.100s", n, line)
+					kill()
 					_ = cmd.Process.Kill()
 				}
 			}
@@ -96,7 +96,7 @@ func TestKillACSICallIsCutOffAtEachSystemCall(t *testing.T) {
 				victim = p.proxy
 			}
 			var err error
-			n, err = p.traced(victim, at, call)
+			n, err = traced(t, victim.cmd, victim.kill, at, call)
 			if at == 0 {
 				p.says(err)
 				return

@@ -1,0 +1,230 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/luks"
+)
+
+// Rotator carries the change of a volume's key, see docs/spec/volume-record.md.
+type Rotator interface {
+	Rotate(ctx context.Context, k *keyclient.Key, step keyclient.RotationStep, m keyclient.MACs) error
+}
+
+// Rotate gives an open volume another key, or finishes a change that was cut off. The data
+// stay as they are, and reads and writes go on meanwhile.
+func (c *Volumes) Rotate(ctx context.Context, id string) (Volume, error) {
+	return c.with(ctx, id, c.rotate)
+}
+
+func (c *Volumes) rotate(ctx context.Context, e *entry) error {
+	c.mu.Lock()
+	state, l := e.condition.state, e.lease
+	c.mu.Unlock()
+	switch {
+	case e.spec.Throwaway():
+		return errThrowaway
+	case state != Open && state != Mounted:
+		return failure.Newf(failure.State, "open it first", "the volume is %s", state)
+	case e.spec.Measure:
+		return failure.Newf(failure.State, "a policy that names what is measured would refuse this machine at its next start",
+			"the key of a volume that is measured is not changed: what is measured is derived from it")
+	case l != nil && l.lost:
+		return failure.Newf(failure.Held, "close it here", "another node has the volume")
+	}
+	defer c.Keys.Hold()()
+	ask := keyclient.Request{Volume: e.spec.ID, Rotate: true}
+	if known, ok := c.recall(e.spec.ID); ok {
+		ask.LeaseID = known.LeaseID
+	}
+	if l != nil {
+		ask.LeaseID = l.id
+	}
+	next, err := c.Keys.GetKey(ctx, ask)
+	if err != nil {
+		return err
+	}
+	defer next.Close()
+	c.set(func() { e.lastID = next.CorrelationID })
+	if next.Lease == nil {
+		return failure.Newf(failure.State, "", "the key service gave no lease with the next key")
+	}
+	c.hold(e, next.Lease)
+	r := &rotation{Volumes: c, e: e, next: next}
+	return failure.WithID(classify(c.step(ctx, "rotated", func() error { return r.run(ctx) })), next.CorrelationID)
+}
+
+// rotation is one run of Rotate.
+type rotation struct {
+	*Volumes
+	e    *entry
+	next *keyclient.Key // that the volume is to have
+}
+
+func (r *rotation) run(ctx context.Context) error {
+	device := r.e.spec.DevicePath()
+	h, inFront, err := r.standing(ctx)
+	if err == nil && h == nil {
+		h, err = r.prepare(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	macs := keyMACs(h.MACs())
+	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationStands, macs); err != nil {
+		return err
+	}
+	// From here on it is the next header that this node looks after, also after a restart.
+	if err := r.succeed(h); err != nil {
+		return err
+	}
+	if !inFront {
+		if err := luks.PutNext(ctx, device, h, luks.DeadlineIn(r.next.Lease.Until-keyclient.Boottime())); err != nil {
+			return err
+		}
+	}
+	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationDone, macs); err != nil {
+		return err
+	}
+	r.Log.Info("the volume has another key", "volume", r.e.spec.ID, "key_version", r.next.KeyVersion, "correlation_id", r.next.CorrelationID,
+		"hint", "make a new backup of its header: an older one opens nothing")
+	if err := luks.ForgetNext(ctx, device); err != nil { // it is a copy of the one in front now
+		r.Log.Warn("could not remove what the change of a key left", "volume", r.e.spec.ID, "error", err)
+	}
+	return nil
+}
+
+// standing returns the next header if this node or an earlier one has made it and it is
+// whole on the disk, and says whether it is in front.
+func (r *rotation) standing(ctx context.Context) (h *luks.Header, inFront bool, err error) {
+	if r.next.MACs == (keyclient.MACs{}) {
+		return nil, false, nil
+	}
+	req := luks.HeaderRequest{Device: r.e.spec.DevicePath(), Identity: identity(r.next), MACs: luksMACs(r.next.MACs)}
+	if h, err = luks.ReadHeader(ctx, req, r.next.DEK); err == nil {
+		if _, damaged := h.Damaged(); !damaged {
+			return h, true, nil
+		}
+	} else if !otherHeader(err) {
+		return nil, false, err
+	}
+	if h, err = luks.NextHeader(ctx, req, r.next.DEK); err == nil || !otherHeader(err) {
+		if err == nil {
+			err = luks.KeepNext(ctx, req.Device, h) // both copies, should one have been damaged
+		}
+		return h, false, err
+	}
+	// This process made it, and the disk has lost it.
+	if own := r.e.header; own != nil && own.MACs() == req.MACs {
+		return own, false, luks.KeepNext(ctx, req.Device, own)
+	}
+	return nil, false, nil
+}
+
+// prepare makes the next header, and puts it beside the present one once the record names it.
+func (r *rotation) prepare(ctx context.Context) (*luks.Header, error) {
+	key, err := r.Keys.GetKey(ctx, keyclient.Request{Volume: r.e.spec.ID, LeaseID: r.next.Lease.ID})
+	if err != nil {
+		return nil, err
+	}
+	defer key.Close()
+	device, id := r.e.spec.DevicePath(), identity(key)
+	front := r.e.header
+	if front == nil {
+		if front, err = luks.ReadHeader(ctx, luks.HeaderRequest{Device: device, Identity: id, MACs: luksMACs(key.MACs)}, key.DEK); err != nil {
+			return nil, err
+		}
+	}
+	h, err := luks.NewNextHeader(ctx, front, id, key.DEK, r.next.DEK)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationBegins, keyMACs(h.MACs())); err != nil {
+		return nil, err
+	}
+	return h, luks.KeepNext(ctx, device, h)
+}
+
+// succeed makes the next header the one that is watched, put back and shown. An agent that
+// is started anew must not put the one before back, which nothing opens soon.
+func (r *rotation) succeed(h *luks.Header) error {
+	if err := r.writeHeader(r.e.spec.ID, h); err != nil {
+		return err
+	}
+	r.set(func() {
+		r.e.header = h
+		r.e.known.MACs, r.e.known.KeyVersion = keyMACs(h.MACs()), r.next.KeyVersion
+	})
+	return r.rememberKnown(r.e)
+}
+
+// otherHeader says that the header that was read is not the one of a key, or is none.
+func otherHeader(err error) bool {
+	return errors.Is(err, luks.ErrHeaderMAC) || errors.Is(err, luks.ErrHeaderRefused)
+}
+
+// either runs f with the key of a volume, and if its header is not that key's, with the one
+// that the volume is to have, if its key is being changed. That header may not be in front
+// yet: then f gets the one that is kept. If f succeeds so, key is that other key from then on.
+func (c *Volumes) either(ctx context.Context, device string, key *keyclient.Key, readOnly bool, f func(kept *luks.Header) error) error {
+	err := f(nil)
+	if !otherHeader(err) || key.State != keyclient.Active {
+		return err
+	}
+	req := keyclient.Request{Volume: key.Volume, ReadOnly: readOnly, Next: true}
+	if key.Lease != nil {
+		req.LeaseID = key.Lease.ID
+	}
+	next, nextErr := c.Keys.GetKey(ctx, req)
+	if nextErr != nil {
+		return err // its key is not being changed, or that cannot be known
+	}
+	if next.MACs == (keyclient.MACs{}) {
+		return errors.Join(err, next.Close())
+	}
+	before := *key
+	*key = *next
+	if nextErr = f(nil); otherHeader(nextErr) {
+		kept, keptErr := luks.NextHeader(ctx, luks.HeaderRequest{Device: device, Identity: identity(key), MACs: luksMACs(key.MACs)}, key.DEK)
+		switch {
+		case keptErr == nil:
+			nextErr = f(kept)
+		case otherHeader(keptErr):
+			nextErr = err // of the present key: neither is there
+		default:
+			nextErr = keptErr
+		}
+	}
+	if nextErr != nil {
+		*key = before
+		return errors.Join(nextErr, next.Close())
+	}
+	c.Log.Warn("the volume's key is being changed: its header is the next one", "volume", key.Volume, "key_version", key.KeyVersion)
+	if key.Lease != nil {
+		key.Lease.Rotate = true
+	}
+	return before.Close()
+}
+
+// rotateSoon does what the key service asked for with a renewal, unless that is under way.
+// What fails is tried again after the next one.
+func (c *Volumes) rotateSoon(ctx context.Context, id string, e *entry) {
+	busy := true
+	c.set(func() { busy, e.rotating = e.rotating, true })
+	if busy {
+		return
+	}
+	defer c.set(func() { e.rotating = false })
+	started := time.Now()
+	if _, err := c.Rotate(ctx, id); err != nil && ctx.Err() == nil {
+		c.warn(e, "rotation", fmt.Sprintf("its key is to be changed, and could not be: %v", err))
+		c.Log.Error("could not change the key of a volume", "volume", id, "error", err, "took", time.Since(started))
+		return
+	}
+	c.warn(e, "rotation", "")
+}
