@@ -118,8 +118,8 @@ type Request struct {
 	// key is being changed already. Next asks for it only if it is.
 	Rotate, Next bool
 	ReadOnly     bool
-	Diskless bool
-	LeaseID  []byte // of a lease that this machine may still have
+	Diskless     bool
+	LeaseID      []byte // of a lease that this machine may still have
 	// Left is for how much longer the verdict on this machine must hold when the key
 	// comes: it is renewed first if it would end before. A verdict that is shorter than
 	// that from the start will do.
