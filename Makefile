@@ -58,7 +58,7 @@ test-full: test ## test, and the matrices that it samples as a whole
 	KEYAGENT_TEST_ROUNDS=50 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
 	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd|TestCrypttabOpensItsDisks|TestAKeySocketOpensALineOfCrypttab" ./test/suite/e2e
 	KEYAGENT_CSI_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 $(FULL)
-	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model
+	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model ./internal/volume
 
 test-cloud: ## the suites of backends on real clouds, see docs/clouds.md
 	@./test/suite/cloud/run $(TOOL) gotestsum --format pkgname --

@@ -42,13 +42,21 @@ func newNextHeader(ctx context.Context, h *Header, id Identity, dek, next *Key) 
 // KeepNext puts the header that is to come beside the one that is there, durably, and
 // reads it back. The volume may be open. Nothing that opens a volume looks there unless
 // its record says so.
-func KeepNext(ctx context.Context, device string, next *Header) error {
-	return onNext(ctx, "keep the next header on", device, next, (*disk).keepNext)
+//
+// After until, when another machine may have the volume, it writes nothing any more, with
+// [ErrTooLate]; and so do PutNext and ForgetNext.
+func KeepNext(ctx context.Context, device string, next *Header, until Deadline) error {
+	return onNext(ctx, "keep the next header on", device, next, func(d *disk, next *Header) error {
+		return d.keepNext(next, until.check)
+	})
 }
 
 // keepNext writes the first sector first, and forgetNext removes it last: while it is
 // there, something may be left.
-func (d *disk) keepNext(next *Header) error {
+func (d *disk) keepNext(next *Header, inTime func() error) error {
+	if err := inTime(); err != nil {
+		return err
+	}
 	if err := d.writeDurably(next.raw[:sectorSize], nextOffset); err != nil {
 		return err
 	}
@@ -62,8 +70,6 @@ func (d *disk) keepNext(next *Header) error {
 // keyslot is thereby destroyed. It may be cut off at any point: then the kept one is
 // whole still, and PutNext does it again. It refuses what [RestoreHeader] refuses, and
 // a device on which that very header is not kept: [ErrHeaderChanged].
-//
-// After until it writes nothing more, with [ErrTooLate].
 func PutNext(ctx context.Context, device string, next *Header, until Deadline) error {
 	return onNext(ctx, "put the next header in front on", device, next, func(d *disk, next *Header) error {
 		return d.putNext(next, until.check)
@@ -134,14 +140,14 @@ func (d *disk) nextHeader(req HeaderRequest, next *Key) (*Header, error) {
 
 // ForgetNext removes a kept header, once the volume's record has it as the present one.
 // Without one there is nothing to do.
-func ForgetNext(ctx context.Context, device string) error {
-	if err := forgetNext(ctx, device); err != nil {
+func ForgetNext(ctx context.Context, device string, until Deadline) error {
+	if err := forgetNext(ctx, device, until); err != nil {
 		return fmt.Errorf("remove what a change of the key left on %s: %w", device, err)
 	}
 	return nil
 }
 
-func forgetNext(ctx context.Context, device string) error {
+func forgetNext(ctx context.Context, device string, until Deadline) error {
 	look, err := openShared(ctx, device)
 	if err != nil {
 		return err
@@ -158,7 +164,7 @@ func forgetNext(ctx context.Context, device string) error {
 	if d.rdev != look.rdev {
 		return fmt.Errorf("%w: %s is another device now", ErrVolumeMismatch, device)
 	}
-	return d.forgetNext()
+	return d.forgetNext(until.check)
 }
 
 func (d *disk) nextIsKept() (bool, error) {
@@ -167,7 +173,10 @@ func (d *disk) nextIsKept() (bool, error) {
 	return !allZero(sector), err
 }
 
-func (d *disk) forgetNext() error {
+func (d *disk) forgetNext(inTime func() error) error {
+	if err := inTime(); err != nil {
+		return err
+	}
 	if err := d.writeDurably(make([]byte, maxGuardedSize-sectorSize), nextOffset+sectorSize); err != nil {
 		return err
 	}

@@ -33,7 +33,7 @@ func newRotation(t *testing.T) *rotation {
 // step does what is left to do, as far as the disk lets it.
 func (r *rotation) step(d *disk) error {
 	if !r.stands {
-		if err := d.keepNext(r.coming); err != nil {
+		if err := d.keepNext(r.coming, inTime); err != nil {
 			return err
 		}
 		r.stands = true
@@ -44,7 +44,7 @@ func (r *rotation) step(d *disk) error {
 		}
 		r.done = true
 	}
-	return d.forgetNext()
+	return d.forgetNext(inTime)
 }
 
 // opens says with which of its keys the volume opens, by the MACs of its record.
@@ -132,7 +132,10 @@ func TestTheNextHeaderIsHeldAgainstItsMACs(t *testing.T) {
 	}
 	wantError(t, read(idData, r.coming.macs, r.next), ErrHeaderRefused) // nothing is there
 	wantError(t, PutNext(ctx, path, r.coming, DeadlineIn(1e9)), ErrHeaderChanged)
-	must(t, KeepNext(ctx, path, r.coming))
+	wantError(t, KeepNext(ctx, path, r.coming, Deadline{}), ErrTooLate)
+	wantError(t, read(idData, r.coming.macs, r.next), ErrHeaderRefused)
+	must(t, KeepNext(ctx, path, r.coming, DeadlineIn(1e9)))
+	wantError(t, ForgetNext(ctx, path, Deadline{}), ErrTooLate)
 	must(t, read(idData, r.coming.macs, r.next))
 	wantError(t, read(idData, r.front.macs, r.dek), ErrHeaderMAC)
 	wantError(t, read(idData, r.coming.macs, r.dek), ErrHeaderMAC)
@@ -149,8 +152,8 @@ func TestTheNextHeaderIsHeldAgainstItsMACs(t *testing.T) {
 		t.Error("a refusal wrote to the disk")
 	}
 	must(t, PutNext(ctx, path, r.coming, DeadlineIn(1e9)))
-	must(t, ForgetNext(ctx, path))
-	must(t, ForgetNext(ctx, path))
+	must(t, ForgetNext(ctx, path, DeadlineIn(1e9)))
+	must(t, ForgetNext(ctx, path, Deadline{})) // nothing is there
 	raw, err := os.ReadFile(path)
 	must(t, err)
 	if !bytes.HasPrefix(raw, r.coming.raw) || !allZero(raw[len(r.coming.raw):]) {
@@ -163,7 +166,7 @@ func TestTheNextHeaderIsHeldAgainstItsMACs(t *testing.T) {
 	wantError(t, err, ErrWrongKey)
 	// Another volume's header is not put over this one.
 	other := newTestHeader(t, idLogs, r.next)
-	must(t, KeepNext(ctx, path, other))
+	must(t, KeepNext(ctx, path, other, DeadlineIn(1e9)))
 	wantError(t, PutNext(ctx, path, other, DeadlineIn(1e9)), ErrVolumeMismatch)
 }
 

@@ -66,6 +66,11 @@ type rotation struct {
 	next *keyclient.Key // that the volume is to have
 }
 
+// until is when this node may write nothing any more: another one may have the volume.
+func (r *rotation) until() luks.Deadline {
+	return luks.DeadlineIn(r.next.Lease.Until - keyclient.Boottime())
+}
+
 func (r *rotation) run(ctx context.Context) error {
 	device := r.e.spec.DevicePath()
 	h, inFront, err := r.standing(ctx)
@@ -84,7 +89,7 @@ func (r *rotation) run(ctx context.Context) error {
 		return err
 	}
 	if !inFront {
-		if err := luks.PutNext(ctx, device, h, luks.DeadlineIn(r.next.Lease.Until-keyclient.Boottime())); err != nil {
+		if err := luks.PutNext(ctx, device, h, r.until()); err != nil {
 			return err
 		}
 	}
@@ -93,7 +98,7 @@ func (r *rotation) run(ctx context.Context) error {
 	}
 	r.Log.Info("the volume has another key", "volume", r.e.spec.ID, "key_version", r.next.KeyVersion, "correlation_id", r.next.CorrelationID,
 		"hint", "make a new backup of its header: an older one opens nothing")
-	if err := luks.ForgetNext(ctx, device); err != nil { // it is a copy of the one in front now
+	if err := luks.ForgetNext(ctx, device, r.until()); err != nil { // it is a copy of the one in front now
 		r.Log.Warn("could not remove what the change of a key left", "volume", r.e.spec.ID, "error", err)
 	}
 	return nil
@@ -115,13 +120,13 @@ func (r *rotation) standing(ctx context.Context) (h *luks.Header, inFront bool, 
 	}
 	if h, err = luks.NextHeader(ctx, req, r.next.DEK); err == nil || !otherHeader(err) {
 		if err == nil {
-			err = luks.KeepNext(ctx, req.Device, h) // both copies, should one have been damaged
+			err = luks.KeepNext(ctx, req.Device, h, r.until()) // both copies, should one have been damaged
 		}
 		return h, false, err
 	}
 	// This process made it, and the disk has lost it.
 	if own := r.e.header; own != nil && own.MACs() == req.MACs {
-		return own, false, luks.KeepNext(ctx, req.Device, own)
+		return own, false, luks.KeepNext(ctx, req.Device, own, r.until())
 	}
 	return nil, false, nil
 }
@@ -147,7 +152,7 @@ func (r *rotation) prepare(ctx context.Context) (*luks.Header, error) {
 	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationBegins, keyMACs(h.MACs())); err != nil {
 		return nil, err
 	}
-	return h, luks.KeepNext(ctx, device, h)
+	return h, luks.KeepNext(ctx, device, h, r.until())
 }
 
 // succeed makes the next header the one that is watched, put back and shown. An agent that

@@ -41,8 +41,11 @@ func key(t testing.TB, b []byte) *secret.Bytes {
 func TestTheProofHasItsVectors(t *testing.T) {
 	dek := key(t, counting(32))
 	for step, want := range map[string]string{
-		Begin:  "c932f6641beac2e846aa9d370c178b5cb9834c2473412d75874c98378b7e3b6d",
-		Stands: "7e7a1c3d9749fcceeef2ad90268c0a7b864e0b377e2b61f60d9b9e007c7e6a29",
+		Begin:        "c932f6641beac2e846aa9d370c178b5cb9834c2473412d75874c98378b7e3b6d",
+		Stands:       "7e7a1c3d9749fcceeef2ad90268c0a7b864e0b377e2b61f60d9b9e007c7e6a29",
+		RotateBegin:  "e9385ac30f5d2a3da3fc96b89b54d9e2688d37ce2ff19242b312e67e24861ca9",
+		RotateStands: "d15442d56145a5d7eb80fa2e06214b6dbfa494b00690c4b893a90416d7f06a0d",
+		RotateDone:   "76fb799371b7e3170808b184dda3dd01e421f5ce196e3e01cc2713bb08cf3d6b",
 	} {
 		in := good()
 		in.Step = step

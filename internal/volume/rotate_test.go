@@ -85,6 +85,33 @@ func TestAKeyIsChangedInOrder(t *testing.T) {
 	}
 }
 
+// The vector of docs/spec/volume-record.md.
+func TestARecordOfAChangeHasItsVector(t *testing.T) {
+	body := `{"volume_id":"data-1","state":"rotating","revision":5,"generation":1,"owner":"guest-data","luks_uuid":"11111111-2222-3333-4444-555555555555","key_version":1,"keys":[{"version":1,"length":32,"wrapped":{"scheme":"hkdf-sha256","kek":"cluster:0001020304050607"}},{"version":2,"length":32,"wrapped":{"scheme":"hkdf-sha256","kek":"cluster:0001020304050607"}}],"header_mac":"0707070707070707070707070707070707070707070707070707070707070707","copy_macs":["0808080808080808080808080808080808080808080808080808080808080808","0909090909090909090909090909090909090909090909090909090909090909"],"last_version":2,"rotation":{"key_version":2,"header_mac":"0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a","copy_macs":["0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b","0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c"],"stands":true},"rotate":{"due":"2026-01-02T03:04:05Z","every_s":7776000},"created":"2026-01-02T03:04:05Z","updated":"2026-01-02T03:04:06Z"}`
+	r, err := Parse("data-1", []byte(body))
+	check(t, err)
+	n, err := r.Next()
+	check(t, err)
+	if b, _, err := n.Binding(); err != nil || b.Version != 2 || !n.Rotation.Stands || r.Rotate.EveryS != 90*86400 {
+		t.Errorf("record is %+v, its next key %+v, %v", r, b, err)
+	}
+	for what, change := range map[string][2]string{
+		"without a rotation":         {`"rotation":{`, `"rotation":{"x":1,`},
+		"of a version it has":        {`"rotation":{"key_version":2`, `"rotation":{"key_version":1`},
+		"of a version without a key": {`"rotation":{"key_version":2`, `"rotation":{"key_version":3`},
+		"of another last version":    {`"last_version":2`, `"last_version":4`},
+		"active with one":            {`"state":"rotating"`, `"state":"active"`},
+		"due never":                  {`"due":"2026-01-02T03:04:05Z"`, `"due":"0001-01-01T00:00:00Z"`},
+		"due each second":            {`"every_s":7776000`, `"every_s":1`},
+		"one MAC of a copy":          {`,"0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c0c"`, ``},
+	} {
+		bad := strings.Replace(body, change[0], change[1], 1)
+		if _, err := Parse("data-1", []byte(bad)); bad == body || !errors.Is(err, ErrRecord) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func TestAVersionOfAKeyIsNeverMadeTwice(t *testing.T) {
 	r, _ := rotatable()
 	var seen []uint32
