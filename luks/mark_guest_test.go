@@ -63,7 +63,7 @@ func TestAttack50AHeaderThatIsOverwrittenWhileTheVolumeIsOpen(t *testing.T) {
 	for name, raw := range map[string][]byte{"zeros": make([]byte, guardedSize), "another node's header": late.Bytes()} {
 		patch(t, v.device, raw, 0)
 		wantError(t, Matches(ctx, v.device, h), ErrHeaderChanged)
-		if err := WriteBack(ctx, v.device, h); err != nil {
+		if err := WriteBack(ctx, v.device, h, DeadlineIn(1e9)); err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
 		must(t, Matches(ctx, v.device, h))

@@ -86,7 +86,7 @@ func TestLiveAMappingOfOursIsProved(t *testing.T) {
 	e.Header = h
 	_, err = Prove(ctx, e, v.dek)
 	must(t, err)
-	must(t, WriteBack(ctx, v.device, h))
+	must(t, WriteBack(ctx, v.device, h, DeadlineIn(1e9)))
 	must(t, Matches(ctx, v.device, h))
 }
 

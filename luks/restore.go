@@ -80,12 +80,17 @@ func restoreHeader(ctx context.Context, req HeaderRequest, dek *Key, backup []by
 
 // WriteBack writes the header that a volume was opened with to its device again,
 // after [Matches] gave [ErrHeaderChanged]. It needs no key, since h is authentic. It
-// refuses what [RestoreHeader] refuses.
-func WriteBack(ctx context.Context, device string, h *Header) error {
+// refuses what [RestoreHeader] refuses. After until, when another machine may have the volume
+// and has perhaps changed its key, it writes nothing any more, with [ErrTooLate].
+func WriteBack(ctx context.Context, device string, h *Header, until Deadline) error {
 	if h == nil {
 		return fmt.Errorf("%w: no header was given", ErrInvalid)
 	}
-	if err := writeBack(ctx, device, h); err != nil {
+	err := until.check()
+	if err == nil {
+		err = writeBack(ctx, device, h)
+	}
+	if err != nil {
 		return fmt.Errorf("write header back to %s: %w", device, err)
 	}
 	return nil

@@ -59,7 +59,7 @@ A change that was cut off is finished by the node that opens the volume next.
 			done := []keyservice.VolumeInfo{}
 			var errs []error
 			for _, i := range all {
-				if !policy.Match(*pattern, i.Volume) || !i.State.HoldsData() {
+				if !policy.Match(*pattern, i.Volume) || !i.State.HoldsData() || i.Diskless && i.Volume != *pattern {
 					continue
 				}
 				if *abandon {

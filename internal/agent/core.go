@@ -117,6 +117,7 @@ type entry struct {
 	unreserve func() error // of the disk's reservation; nil without one
 	anew      func()       // somebody asks for the key again
 	rotating  bool         // a change of its key is under way that the key service asked for
+	tidy      bool         // nothing is left on the disk of an earlier change
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
@@ -219,6 +220,7 @@ func (c *Volumes) take(ctx context.Context, id string, e *entry) (give func(), e
 		<-e.turn
 		return nil, err
 	}
+	c.refresh(id, e)
 	return func() { unlock(); <-e.turn }, nil
 }
 

@@ -166,8 +166,12 @@ func (o *opening) createAndClose(ctx context.Context, key *keyclient.Key) error 
 func (o *opening) give(ctx context.Context, key *keyclient.Key, to Recipient) error {
 	var h *luks.Header
 	err := o.either(ctx, o.v.DevicePath(), key, o.v.ReadOnly, func(kept *luks.Header) (err error) {
-		if kept != nil && key.Lease != nil { // the recipient reads what is in front
-			if err := luks.PutNext(ctx, o.v.DevicePath(), kept, luks.DeadlineIn(key.Lease.Until-keyclient.Boottime())); err != nil {
+		if kept != nil && key.Lease != nil && !o.v.ReadOnly { // the recipient reads what is in front
+			until := luks.DeadlineIn(key.Lease.Until - keyclient.Boottime())
+			if err := luks.KeepNext(ctx, o.v.DevicePath(), kept, until); err != nil { // both copies
+				return err
+			}
+			if err := luks.PutNext(ctx, o.v.DevicePath(), kept, until); err != nil {
 				return err
 			}
 		}
@@ -266,6 +270,9 @@ func (o *opening) compared(ctx context.Context, key *keyclient.Key, h *luks.Head
 	}
 	if err == nil && h == nil {
 		h, err = luks.ReadHeader(ctx, headerOf(o.existingOf(key)), key.DEK)
+	}
+	if err != nil && h == nil && failure.Of(err).Class == failure.Unreachable {
+		return err // whether its key is being changed cannot be known now; it is looked at again
 	}
 	if err != nil {
 		return o.sever(ctx, err)

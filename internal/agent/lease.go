@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -69,6 +70,19 @@ func (c *Volumes) resumeLease(e *entry, r remembered) {
 	c.set(func() {
 		e.lease = &lease{id: r.LeaseID, term: r.LeaseTerm, until: r.LeaseUntil, bound: r.Bound, next: keyclient.Boottime()}
 	})
+}
+
+// sameLease refuses a new lease for a volume of which this process had another one: in
+// between another node may have had it, and changed what is below the mapping here.
+func (c *Volumes) sameLease(ctx context.Context, e *entry, k *keyclient.Key) error {
+	c.mu.Lock()
+	l := e.lease
+	c.mu.Unlock()
+	if l == nil || k.Lease == nil || bytes.Equal(l.id, k.Lease.ID) {
+		return nil
+	}
+	c.release(context.WithoutCancel(ctx), k.Volume, k.Lease.ID)
+	return failure.Newf(failure.Held, "close it here, and open it again", "another node may have had the volume in between: the lease of this one had ended")
 }
 
 // drop ends the renewals, and gives the disk's reservation back.
@@ -275,8 +289,15 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 			c.Log.Warn("could not keep the state of a volume", "volume", d.id, "error", err)
 		}
 	}
-	if current && k.Rotate {
+	c.mu.Lock()
+	untidy := known.KeyVersion > 1 && !d.e.tidy
+	c.mu.Unlock()
+	switch {
+	case !current || known.Spec.ReadOnly:
+	case k.Rotate || untidy:
 		go c.rotateSoon(ctx, d.id, d.e)
+	default:
+		c.warn(d.e, "rotation", "")
 	}
 	if !waits {
 		return

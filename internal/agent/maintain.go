@@ -51,8 +51,15 @@ func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, 
 	}
 	defer key.Close()
 	c.set(func() { e.lastID = key.CorrelationID })
+	if err := c.sameLease(ctx, e, key); err != nil {
+		return failure.WithID(err, key.CorrelationID)
+	}
 	err = c.either(ctx, e.spec.DevicePath(), key, e.spec.ReadOnly, func(kept *luks.Header) error {
-		return f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: cmp.Or(kept, e.header)})
+		h := cmp.Or(kept, e.header)
+		if h != nil && h.MACs() != luksMACs(key.MACs) {
+			h = nil // of another key than the present one: what is in front counts
+		}
+		return f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: h})
 	})
 	if isUp(e.condition.state) {
 		c.hold(e, key.Lease)

@@ -389,7 +389,7 @@ func (o *opening) state(key *keyclient.Key) remembered {
 // keep remembers a mapping that stands, and begins to renew its lease.
 func (o *opening) keep(ctx context.Context, key *keyclient.Key) error {
 	r := o.state(key)
-	o.set(func() { o.e.known = r })
+	o.set(func() { o.e.known, o.e.tidy = r, false })
 	o.hold(o.e, key.Lease)
 	o.reserve(ctx, o.e)
 	return o.rememberKnown(o.e)

@@ -75,7 +75,30 @@ func (c *Volumes) rememberKnown(e *entry) error {
 	c.mu.Lock()
 	r := e.known
 	c.mu.Unlock()
+	if there, ok := c.recall(r.Spec.ID); ok && there.is(r) && there.KeyVersion > r.KeyVersion {
+		r.KeyVersion, r.MACs = there.KeyVersion, there.MACs // another process changed the key
+	}
 	return c.write(r)
+}
+
+// is reports whether both are of one mapping.
+func (r remembered) is(o remembered) bool {
+	return r.UUID == o.UUID && r.Sequence == o.Sequence && r.Sequence != 0
+}
+
+// refresh takes over what another process of this node did to the volume: it may have changed
+// its key, and this one must not put the header from before back. Its caller has the volume's
+// turn.
+func (c *Volumes) refresh(id string, e *entry) {
+	r, ok := c.recall(id)
+	c.mu.Lock()
+	known := e.known
+	c.mu.Unlock()
+	if !ok || !r.is(known) || r.MACs == known.MACs {
+		return
+	}
+	h := c.keptHeader(r)
+	c.set(func() { e.known.MACs, e.known.KeyVersion, e.header = r.MACs, r.KeyVersion, h })
 }
 
 func (c *Volumes) write(r remembered) error {

@@ -34,6 +34,8 @@ func (c *Volumes) rotate(ctx context.Context, e *entry) error {
 	case e.spec.Measure:
 		return failure.Newf(failure.State, "a policy that names what is measured would refuse this machine at its next start",
 			"the key of a volume that is measured is not changed: what is measured is derived from it")
+	case e.spec.ReadOnly:
+		return failure.Newf(failure.State, "the node that writes it does that", "the volume is open read-only here")
 	case l != nil && l.lost:
 		return failure.Newf(failure.Held, "close it here", "another node has the volume")
 	}
@@ -46,10 +48,16 @@ func (c *Volumes) rotate(ctx context.Context, e *entry) error {
 		ask.LeaseID = l.id
 	}
 	next, err := c.Keys.GetKey(ctx, ask)
+	if f := failure.Of(err); f.Class == failure.Usage { // it does not know what is asked for
+		err = failure.WithID(failure.New(f.Class, err, "upgrade the key service: one of before changes no keys"), f.CorrelationID)
+	}
 	if err != nil {
 		return err
 	}
 	defer next.Close()
+	if err := c.sameLease(ctx, e, next); err != nil {
+		return failure.WithID(err, next.CorrelationID)
+	}
 	c.set(func() { e.lastID = next.CorrelationID })
 	if next.Lease == nil {
 		return failure.Newf(failure.State, "", "the key service gave no lease with the next key")
@@ -73,7 +81,7 @@ func (r *rotation) until() luks.Deadline {
 
 func (r *rotation) run(ctx context.Context) error {
 	device := r.e.spec.DevicePath()
-	h, inFront, err := r.standing(ctx)
+	h, err := r.standing(ctx)
 	if err == nil && h == nil {
 		h, err = r.prepare(ctx)
 	}
@@ -88,10 +96,10 @@ func (r *rotation) run(ctx context.Context) error {
 	if err := r.succeed(h); err != nil {
 		return err
 	}
-	if !inFront {
-		if err := luks.PutNext(ctx, device, h, r.until()); err != nil {
-			return err
-		}
+	// Also if it looks as if it were in front: what the cache shows may never have reached the
+	// disk.
+	if err := luks.PutNext(ctx, device, h, r.until()); err != nil {
+		return err
 	}
 	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationDone, macs); err != nil {
 		return err
@@ -100,35 +108,33 @@ func (r *rotation) run(ctx context.Context) error {
 		"hint", "make a new backup of its header: an older one opens nothing")
 	if err := luks.ForgetNext(ctx, device, r.until()); err != nil { // it is a copy of the one in front now
 		r.Log.Warn("could not remove what the change of a key left", "volume", r.e.spec.ID, "error", err)
+		return nil
 	}
+	r.set(func() { r.e.tidy = true })
 	return nil
 }
 
-// standing returns the next header if this node or an earlier one has made it and it is
-// whole on the disk, and says whether it is in front.
-func (r *rotation) standing(ctx context.Context) (h *luks.Header, inFront bool, err error) {
+// standing returns the next header if this node or an earlier one has made it and it is whole
+// on the disk. Then it is kept there, too.
+func (r *rotation) standing(ctx context.Context) (*luks.Header, error) {
 	if r.next.MACs == (keyclient.MACs{}) {
-		return nil, false, nil
+		return nil, nil
 	}
 	req := luks.HeaderRequest{Device: r.e.spec.DevicePath(), Identity: identity(r.next), MACs: luksMACs(r.next.MACs)}
-	if h, err = luks.ReadHeader(ctx, req, r.next.DEK); err == nil {
-		if _, damaged := h.Damaged(); !damaged {
-			return h, true, nil
-		}
-	} else if !otherHeader(err) {
-		return nil, false, err
+	h, err := luks.NextHeader(ctx, req, r.next.DEK)
+	if otherHeader(err) {
+		h, err = luks.ReadHeader(ctx, req, r.next.DEK)
 	}
-	if h, err = luks.NextHeader(ctx, req, r.next.DEK); err == nil || !otherHeader(err) {
-		if err == nil {
-			err = luks.KeepNext(ctx, req.Device, h, r.until()) // both copies, should one have been damaged
-		}
-		return h, false, err
+	if own := r.e.header; otherHeader(err) && own != nil && own.MACs() == req.MACs {
+		h, err = own, nil // this process made it, and the disk has lost it
 	}
-	// This process made it, and the disk has lost it.
-	if own := r.e.header; own != nil && own.MACs() == req.MACs {
-		return own, false, luks.KeepNext(ctx, req.Device, own, r.until())
+	switch {
+	case otherHeader(err):
+		return nil, nil
+	case err != nil:
+		return nil, err
 	}
-	return nil, false, nil
+	return h, luks.KeepNext(ctx, req.Device, h, r.until()) // both copies, should one be damaged
 }
 
 // prepare makes the next header, and puts it beside the present one once the record names it.
@@ -140,7 +146,7 @@ func (r *rotation) prepare(ctx context.Context) (*luks.Header, error) {
 	defer key.Close()
 	device, id := r.e.spec.DevicePath(), identity(key)
 	front := r.e.header
-	if front == nil {
+	if front == nil || front.MACs() != luksMACs(key.MACs) {
 		if front, err = luks.ReadHeader(ctx, luks.HeaderRequest{Device: device, Identity: id, MACs: luksMACs(key.MACs)}, key.DEK); err != nil {
 			return nil, err
 		}
@@ -181,13 +187,28 @@ func (c *Volumes) either(ctx context.Context, device string, key *keyclient.Key,
 	if !otherHeader(err) || key.State != keyclient.Active {
 		return err
 	}
+	at := luks.HeaderRequest{Device: device, Identity: identity(key), MACs: luksMACs(key.MACs)}
+	if kept, keptErr := luks.NextHeader(ctx, at, key.DEK); keptErr == nil {
+		return f(kept) // the change came to its end, and the header in front did not reach the disk
+	}
 	req := keyclient.Request{Volume: key.Volume, ReadOnly: readOnly, Next: true}
 	if key.Lease != nil {
 		req.LeaseID = key.Lease.ID
 	}
 	next, nextErr := c.Keys.GetKey(ctx, req)
-	if nextErr != nil {
-		return err // its key is not being changed, or that cannot be known
+	if class := failure.Of(nextErr).Class; class == failure.State {
+		// It is not being changed. Or it was until now: then the present key is another one.
+		req.Next = false
+		next, nextErr = c.Keys.GetKey(ctx, req)
+		if nextErr == nil && next.KeyVersion == key.KeyVersion {
+			return errors.Join(err, next.Close())
+		}
+	} else if class == failure.Usage || class == failure.NotFound {
+		return err // a key service of before
+	}
+	if nextErr != nil { // whether it is being changed cannot be known now
+		f := failure.Of(nextErr)
+		return failure.WithID(failure.New(f.Class, errors.Join(nextErr, err), f.Hint), f.CorrelationID)
 	}
 	if next.MACs == (keyclient.MACs{}) {
 		return errors.Join(err, next.Close())
@@ -195,7 +216,8 @@ func (c *Volumes) either(ctx context.Context, device string, key *keyclient.Key,
 	before := *key
 	*key = *next
 	if nextErr = f(nil); otherHeader(nextErr) {
-		kept, keptErr := luks.NextHeader(ctx, luks.HeaderRequest{Device: device, Identity: identity(key), MACs: luksMACs(key.MACs)}, key.DEK)
+		at.MACs = luksMACs(key.MACs)
+		kept, keptErr := luks.NextHeader(ctx, at, key.DEK)
 		switch {
 		case keptErr == nil:
 			nextErr = f(kept)
@@ -216,8 +238,12 @@ func (c *Volumes) either(ctx context.Context, device string, key *keyclient.Key,
 	return before.Close()
 }
 
-// rotateSoon does what the key service asked for with a renewal, unless that is under way.
-// What fails is tried again after the next one.
+// rotateWithin bounds a change that nobody on this node waits for: the volume has to wait for
+// it when it is to be closed.
+const rotateWithin = 30 * time.Second
+
+// rotateSoon does what the key service asked for with a renewal, unless that is under way, or
+// removes what is left of an earlier change. What fails is tried again after the next renewal.
 func (c *Volumes) rotateSoon(ctx context.Context, id string, e *entry) {
 	busy := true
 	c.set(func() { busy, e.rotating = e.rotating, true })
@@ -225,10 +251,33 @@ func (c *Volumes) rotateSoon(ctx context.Context, id string, e *entry) {
 		return
 	}
 	defer c.set(func() { e.rotating = false })
-	started := time.Now()
-	if _, err := c.Rotate(ctx, id); err != nil && ctx.Err() == nil {
+	ctx, cancel := context.WithTimeout(ctx, rotateWithin)
+	defer cancel()
+	_, err := c.with(ctx, id, func(ctx context.Context, e *entry) error {
+		c.mu.Lock()
+		l, state := e.lease, e.condition.state
+		c.mu.Unlock()
+		if l == nil || l.lost || state != Open && state != Mounted {
+			return nil
+		}
+		// Since the renewal somebody else may have done it.
+		got, err := c.Keys.Renew(ctx, id, l.id)
+		switch {
+		case err != nil || got == nil:
+			return err
+		case got.Rotate:
+			return c.rotate(ctx, e)
+		}
+		until := luks.DeadlineIn(got.Until - keyclient.Boottime())
+		if err := luks.ForgetNext(ctx, e.spec.DevicePath(), until); err != nil {
+			return err
+		}
+		c.set(func() { e.tidy = true })
+		return nil
+	})
+	if err != nil && ctx.Err() != context.Canceled {
 		c.warn(e, "rotation", fmt.Sprintf("its key is to be changed, and could not be: %v", err))
-		c.Log.Error("could not change the key of a volume", "volume", id, "error", err, "took", time.Since(started))
+		c.Log.Error("could not change the key of a volume", "volume", id, "error", err)
 		return
 	}
 	c.warn(e, "rotation", "")

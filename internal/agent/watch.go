@@ -3,8 +3,10 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/luks"
 )
 
@@ -66,12 +68,20 @@ func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
 	default:
 		return
 	}
+	soon, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	unlock, err := c.lockFile(soon, id)
+	if err != nil {
+		return
+	}
+	defer unlock()
+	c.refresh(id, e)
 	if !c.watched(e) {
 		return
 	}
 	ctx = luks.WithPatience(ctx, c.DeviceWait)
 	device := e.spec.DevicePath()
-	err := luks.Matches(ctx, device, e.header)
+	err = luks.Matches(ctx, device, e.header)
 	switch {
 	case err == nil:
 		return
@@ -88,11 +98,44 @@ func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
 		c.warn(e, "header", "it was overwritten on the disk while the volume is open: keyagent restore-header before it is closed")
 		return
 	}
-	if err := luks.WriteBack(ctx, device, e.header); err != nil {
+	until, err := c.mayWriteBack(ctx, id, e)
+	if err == nil {
+		err = luks.WriteBack(ctx, device, e.header, until)
+	}
+	if err != nil {
 		c.warn(e, "header", "it was overwritten on the disk, and could not be put back: "+err.Error())
 		c.Log.Error("could not put a header back", "volume", id, "error", err)
 		return
 	}
 	c.warn(e, "header", "it was overwritten on the disk while the volume was open, and was put back: find out who writes to this disk")
 	c.Log.Error("put the header back from memory", "volume", id, "device", device)
+}
+
+var errNoLease = errors.New("this node holds no lease of the volume any more")
+
+// mayWriteBack asks whether the volume is still this node's, and says until when. While it
+// slept another one may have had it, and changed its key: what this node would put back then
+// opens nothing any more.
+func (c *Volumes) mayWriteBack(ctx context.Context, id string, e *entry) (luks.Deadline, error) {
+	c.mu.Lock()
+	l := e.lease
+	var d due
+	if l != nil {
+		d = due{id: id, e: e, lease: *l}
+	}
+	c.mu.Unlock()
+	if l == nil {
+		return luks.Deadline{}, errNoLease
+	}
+	ctx, cancel := context.WithTimeout(ctx, renewPause)
+	defer cancel()
+	got, err := c.Keys.Renew(ctx, id, d.lease.id)
+	if err == nil && got == nil {
+		err = errNoLease
+	}
+	if err != nil {
+		return luks.Deadline{}, fmt.Errorf("is the volume still this node's? %w", err)
+	}
+	c.renewed(ctx, d, got)
+	return luks.DeadlineIn(got.Until - keyclient.Boottime()), nil
 }

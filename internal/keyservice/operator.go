@@ -33,6 +33,7 @@ type VolumeInfo struct {
 	Ends       *time.Time       `json:"lease_ends,omitempty"` // as this key service knows it
 	Rotation   *volume.Rotation `json:"rotation,omitempty"`   // of the key, under way
 	Rotate     *volume.Wish     `json:"rotate,omitempty"`
+	Diskless   bool             `json:"diskless,omitempty"` // its key opens no disk
 	Created    *time.Time       `json:"created,omitempty"`
 	Updated    *time.Time       `json:"updated,omitempty"`
 	Refused    string           `json:"refused,omitempty"` // why it is no record
@@ -40,7 +41,7 @@ type VolumeInfo struct {
 
 func (s *Service) info(r *volume.Record) VolumeInfo {
 	i := VolumeInfo{Volume: r.VolumeID, State: r.State, Revision: r.Revision, Generation: r.Generation, Owner: r.Owner, LUKSUUID: r.LUKSUUID,
-		KeyVersion: r.KeyVersion, HeaderMAC: r.HeaderMAC, CopyMACs: r.CopyMACs, Attempt: r.Attempt, Lease: r.Lease, Rotation: r.Rotation, Rotate: r.Rotate, Created: &r.Created, Updated: &r.Updated}
+		KeyVersion: r.KeyVersion, HeaderMAC: r.HeaderMAC, CopyMACs: r.CopyMACs, Attempt: r.Attempt, Lease: r.Lease, Rotation: r.Rotation, Rotate: r.Rotate, Diskless: r.Diskless(), Created: &r.Created, Updated: &r.Updated}
 	if seen := s.volumes.Seen(r.VolumeID); seen > r.Revision {
 		i.Seen = seen
 	}
@@ -149,6 +150,9 @@ func (s *Service) Reset(ctx context.Context, who, id string) (VolumeInfo, error)
 		return s.existing(ctx, id, func(r *volume.Record) error {
 			if r.Generation != before.Generation {
 				return fmt.Errorf("%w: somebody else reset it", volume.ErrTransition)
+			}
+			if key.Version != r.NextKey().Version {
+				return fmt.Errorf("%w: its key was being changed meanwhile", volume.ErrTransition)
 			}
 			return r.Reset(key)
 		})

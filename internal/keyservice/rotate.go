@@ -44,8 +44,8 @@ func (s *Service) rotating(ctx context.Context, d *decision, c *volume.Caller, r
 		if err := d.exists(r); err != nil {
 			return err
 		}
-		if !r.State.HoldsData() {
-			return fmt.Errorf("%w: it became %s", volume.ErrTransition, r.State)
+		if !begins && r.State != volume.Rotating || !r.State.HoldsData() {
+			return fmt.Errorf("%w: it is %s", volume.ErrRotation, r.State)
 		}
 		if err := r.Take(c, d.terms(), id, s.volumes.Ends(r), s.now()); err != nil {
 			return err

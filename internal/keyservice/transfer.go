@@ -420,12 +420,32 @@ func (a *Admin) importRecord(ctx context.Context, t *transferred, done *Imported
 	return fmt.Errorf("%s%s: %w", t.kind.Prefix, t.id, err)
 }
 
+// keyChangedSince reports whether a record that is here is what was imported, and a node has
+// changed its key since, or is about to.
+func keyChangedSince(t *transferred, body []byte) (bool, error) {
+	here, err := volume.Parse(t.id, body)
+	if err != nil {
+		return false, err
+	}
+	there, err := volume.Parse(t.id, t.body)
+	if err != nil {
+		return false, err
+	}
+	return here.LUKSUUID == there.LUKSUUID && here.Generation == there.Generation && here.Owner == there.Owner &&
+		here.State.HoldsData() && here.LastVersion > max(there.LastVersion, there.KeyVersion), nil
+}
+
 // same demands that a record that is here has the keys of t, and is otherwise
 // what t was, later changes of its life aside.
 func (a *Admin) same(ctx context.Context, t *transferred) error {
 	body, _, err := a.records.Get(ctx, t.kind, t.id)
 	if err != nil {
 		return err
+	}
+	if t.kind == macstore.Volume {
+		if changed, err := keyChangedSince(t, body); err != nil || changed {
+			return err
+		}
 	}
 	i := 0
 	_, err = visits(a.now)[t.kind](t.id, body, func(b kms.Binding, w kms.Wrapped) (kms.Wrapped, error) {

@@ -44,6 +44,8 @@ var (
 	ErrRotating = errors.New("the volume's key is being changed")
 	// ErrNoRotation means that the key of a volume cannot be changed.
 	ErrNoRotation = errors.New("this volume's key cannot be changed")
+	// ErrOtherNext means that a node made another next header than the one that stands.
+	ErrOtherNext = errors.New("the volume's next header stands already, and is another one")
 )
 
 func (r *Record) checkRotation() error {
@@ -95,10 +97,18 @@ func (r *Record) rotates() error {
 	switch {
 	case !r.State.HoldsData():
 		return fmt.Errorf("%w: it is %s", ErrTransition, r.State)
-	case len(r.CopyMACs) > 0 && !slices.ContainsFunc(r.CopyMACs, func(m string) bool { return m != r.HeaderMAC }):
+	case len(r.CopyMACs) == 0:
+		return fmt.Errorf("%w: it is of version 1, of which a disk's key and a key that opens no disk look alike", ErrNoRotation)
+	case r.Diskless():
 		return fmt.Errorf("%w: it is the data key itself, and has no disk", ErrNoRotation)
 	}
 	return nil
+}
+
+// Diskless reports whether the volume's key opens no disk. What stands in the place of a
+// header's MACs is one value, which no disk has. Of records of version 1 it cannot be known.
+func (r *Record) Diskless() bool {
+	return len(r.CopyMACs) > 0 && !slices.ContainsFunc(r.CopyMACs, func(m string) bool { return m != r.HeaderMAC })
 }
 
 // holds demands that the caller has the volume's lease.
@@ -152,7 +162,7 @@ func (r *Record) NextHeader(c *Caller, h Header) error {
 	}
 	mac, copies := hex.EncodeToString(h.MAC), hexAll(h.CopyMACs)
 	if n.Stands && mac != n.HeaderMAC {
-		return fmt.Errorf("%w: its next header stands already, and is another one", ErrRotation)
+		return ErrOtherNext
 	}
 	n.HeaderMAC, n.CopyMACs = mac, copies
 	return nil
@@ -216,14 +226,17 @@ func (r *Record) rotation(c *Caller) (*Rotation, error) {
 
 // AbandonRotation is an operator's word: the volume keeps its key, and whatever wish there
 // was is withdrawn. Once the next header stands, only force ends it: whoever says that knows
-// that the present one is whole.
+// that the present one is whole, and nobody may hold the volume.
 func (r *Record) AbandonRotation(force bool) error {
 	r.Rotate = nil
 	if r.State != Rotating {
 		return nil
 	}
-	if r.Rotation.Stands && !force {
+	switch {
+	case r.Rotation.Stands && !force:
 		return fmt.Errorf("%w: its next header stands, and may have taken the place of the present one", ErrRotating)
+	case r.Rotation.Stands && r.Lease != nil: // its holder would put the next header in front yet
+		return fmt.Errorf("%w, by %s: close the volume there, or take it over", ErrRotating, r.Lease.Holder)
 	}
 	r.State = Active
 	version := r.KeyVersion

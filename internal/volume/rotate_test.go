@@ -70,7 +70,7 @@ func TestAKeyIsChangedInOrder(t *testing.T) {
 	check(t, r.NextStands(c, mac(30)))
 	check(t, r.NextStands(c, mac(30)))
 	check(t, r.NextHeader(c, nextHeader(r, 30)))
-	wantErr(t, r.NextHeader(c, nextHeader(r, 40)), ErrRotation)
+	wantErr(t, r.NextHeader(c, nextHeader(r, 40)), ErrOtherNext)
 	wantErr(t, r.AbandonRotation(false), ErrRotating)
 	wantErr(t, r.Rotated(c, 2, mac(20), now), ErrRotation)
 	wantErr(t, r.Rotated(c, 1, mac(30), now), ErrRotation)
@@ -165,6 +165,8 @@ func TestAWishIsOneOnceOrAgain(t *testing.T) {
 	r, _ := rotatable()
 	wantErr(t, r.Ask(time.Minute, clock.now()), ErrRotation)
 	wantErr(t, r.Ask(-time.Hour, clock.now()), ErrRotation)
+	r.CopyMACs = nil // of version 1
+	wantErr(t, r.BeginRotation(nextKey(r)), ErrNoRotation)
 	r.CopyMACs = []string{r.HeaderMAC, r.HeaderMAC} // of a key that opens no disk
 	wantErr(t, r.Ask(0, clock.now()), ErrNoRotation)
 	wantErr(t, r.BeginRotation(nextKey(r)), ErrNoRotation)
@@ -184,6 +186,9 @@ func TestAChangeOfTheKeyEndsByAnOperatorsWord(t *testing.T) {
 	retired := *r
 	check(t, retired.Retire())
 	check(t, retired.check())
+	wantErr(t, r.AbandonRotation(true), ErrRotating) // its holder would go on
+	r.End()
+	wantErr(t, r.AbandonRotation(false), ErrRotating)
 	check(t, r.AbandonRotation(true))
 	check(t, r.check())
 	if r.State != Active || r.KeyVersion != 1 || len(r.Keys) != 1 {

@@ -8,8 +8,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -220,4 +222,55 @@ func TestKillARotationIsCutOffAtEachSystemCall(t *testing.T) {
 			life(part, []string{"agent", "machine", "another machine"}[r.IntN(3)], at+1)
 		}
 	}
+}
+
+// A node that was frozen while another one had the volume and changed its key puts nothing
+// back: the header that it knows opens nothing any more.
+func TestDiskAFrozenNodePutsNoOldHeaderBack(t *testing.T) {
+	_, nodes := lab()
+	a, b := nodes[0], nodes[1]
+	s := share(t, 2000, [2]int{0, 0})
+	atA, atB := mountPoint(t, "a"), mountPoint(t, "b")
+	removed(t, "f-a", "f-b")
+	a.configure(t, fmt.Sprintf("{id: v-frozen, name: f-a, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[0], atA))
+	b.configure(t, fmt.Sprintf("{id: v-frozen, name: f-b, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[1], atB))
+	frozen := a.start(t)
+	frozen.waitFor(t, "msg=ready")
+	check(t, frozen.cmd.Process.Signal(syscall.SIGSTOP))
+	tool(t, program(), "volume", "takeover", "v-frozen", "--admin", filepath.Join(a.world.dir, "admin.sock"), "--the-holder-has-stopped")
+	b.must(t, "unlock")
+	put(t, filepath.Join(atB, "note"), "of b")
+	b.must(t, "rotate", "v-frozen")
+	b.must(t, "close", "v-frozen")
+	check(t, frozen.cmd.Process.Signal(syscall.SIGCONT))
+	frozen.waitFor(t, "the volume is cut off its disk")
+	time.Sleep(2 * time.Second) // it looks at the header each second
+	b.must(t, "unlock")
+	holds(t, filepath.Join(atB, "note"), "of b")
+	b.must(t, "close", "v-frozen")
+	frozen.kill()
+	_ = exec.Command("umount", "-l", atA).Run()
+}
+
+// A key that another process of this machine changed is the agent's as well.
+func TestDiskAnAgentHearsOfAKeyThatItsNeighbourChanged(t *testing.T) {
+	n := first(t)
+	_, at := n.one(t, "v-beside")
+	a := n.start(t)
+	a.waitFor(t, "msg=ready")
+	n.must(t, "rotate", "v-beside", "--standalone")
+	time.Sleep(3 * time.Second)
+	n.must(t, "suspend", "v-beside")
+	n.must(t, "resume", "v-beside")
+	if strings.Contains(a.log.String(), "ALARM") {
+		t.Errorf("the agent is alarmed:\n%s", tail(a.log.String()))
+	}
+	n.must(t, "rotate", "v-beside")
+	if v, state := n.keyVersion(t, "v-beside"); v != 3 || state != "active" {
+		t.Errorf("the volume is %s with key version %d", state, v)
+	}
+	n.must(t, "close", "v-beside")
+	n.must(t, "unlock", "v-beside")
+	holds(t, filepath.Join(at, "note"), "kept")
+	n.must(t, "close", "v-beside")
 }
