@@ -29,7 +29,6 @@ type rotator struct {
 	open    bool
 	lease   string
 	until   time.Time
-	bound   bool
 	header  byte // that it looks after; the agent knows it after a restart, the machine does not
 	at      string
 	next    byte // MAC of the next header, and its key's version
