@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,10 +48,17 @@ func (c creation) mode() uint32 {
 
 // load gives the mapping a table, which resume puts in force.
 func (c creation) load() error {
-	_, err := dmCall{
+	call := dmCall{
 		command: dmTableLoad, uuid: c.uuid, flags: dmSecureData | c.mode(),
 		targets: 1, payload: target(c.bytes/sectorSize, c.kind, c.params),
-	}.run()
+	}
+	_, err := call.run()
+	// As for a claim: a program that this process starts may have a copy of the descriptor
+	// by which the device was claimed a moment ago.
+	for try := 0; errors.Is(err, unix.EBUSY) && try < claimTries; try++ {
+		time.Sleep(claimPause)
+		_, err = call.run()
+	}
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: the device below %s is mounted, mapped or claimed", ErrDeviceBusy, c.name)

@@ -5,9 +5,13 @@ package luks
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestLiveAThrowawayMappingHasAKeyThatNobodyKnows(t *testing.T) {
@@ -55,6 +59,19 @@ func TestLiveAThrowawayMappingHasAKeyThatNobodyKnows(t *testing.T) {
 		t.Error("what was written under the last key can be read")
 	}
 	must(t, Close(ctx, CloseRequest{Name: "swap", Throwaway: true, Device: m.DataDevice}))
+}
+
+// A program that this process starts has its claim of another volume's disk until it runs.
+func TestLiveAClaimThatIsOverSoonIsWaitedFor(t *testing.T) {
+	ctx := context.Background()
+	device := blankDevice(t, 8<<20)
+	claim, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
+	must(t, err)
+	c := creation{name: "late", uuid: "KEYAGENT-TEST-late", kind: "linear", bytes: 8 << 20, params: fmt.Sprintf("%v 0", blockNumber(device))}
+	wantError(t, c.create(ctx), ErrDeviceBusy)
+	time.AfterFunc(8*claimPause, func() { claim.Close() })
+	must(t, c.create(ctx))
+	must(t, remove(ctx, c.name, c.uuid))
 }
 
 func TestLiveAThrowawayMappingGoesOverNothingThatSomebodyMisses(t *testing.T) {
