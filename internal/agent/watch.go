@@ -118,24 +118,22 @@ var errNoLease = errors.New("this node holds no lease of the volume any more")
 // opens nothing any more.
 func (c *Volumes) mayWriteBack(ctx context.Context, id string, e *entry) (luks.Deadline, error) {
 	c.mu.Lock()
-	l := e.lease
-	var d due
-	if l != nil {
-		d = due{id: id, e: e, lease: *l}
+	var lease []byte
+	if e.lease != nil {
+		lease = e.lease.id
 	}
 	c.mu.Unlock()
-	if l == nil {
+	if lease == nil {
 		return luks.Deadline{}, errNoLease
 	}
 	ctx, cancel := context.WithTimeout(ctx, renewPause)
 	defer cancel()
-	got, err := c.Keys.Renew(ctx, id, d.lease.id)
+	got, err := c.Keys.Renew(ctx, id, lease)
 	if err == nil && got == nil {
 		err = errNoLease
 	}
 	if err != nil {
 		return luks.Deadline{}, fmt.Errorf("is the volume still this node's? %w", err)
 	}
-	c.renewed(ctx, d, got)
 	return luks.DeadlineIn(got.Until - keyclient.Boottime()), nil
 }
