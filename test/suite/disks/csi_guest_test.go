@@ -377,7 +377,7 @@ func TestDiskACSIDriverThatLies(t *testing.T) {
 	used := disk(t, 64*mib)
 	tool(t, "mkfs.ext4", "-q", used)
 	at := t.TempDir()
-	tool(t, "mount", used, at)
+	tool(t, "mount", "-o", "ro", used, at) // or it is its own filesystem that writes, some seconds later
 	t.Cleanup(func() { _ = exec.Command("umount", at).Run() })
 	for name, lie := range map[string]string{
 		"another volume, which is open": loopOf(s.image("a")), "another volume": b, "somebody's filesystem": foreign, "a filesystem in use": used, "the mapping of an open volume": "/dev/mapper/v-csi-a",
