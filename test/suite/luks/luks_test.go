@@ -48,6 +48,7 @@ func TestHostileDisksInARealKernel(t *testing.T) {
 	boot(t, uml.Guest{
 		Program: build(t),
 		Args:    []string{"-test.v", "-test.run", "^TestAttack"},
+		Memory:  1024, // its own heap and all its disks are in there
 	}, 6*time.Minute)
 }
 
@@ -55,6 +56,7 @@ func TestVolumesInARealKernel(t *testing.T) {
 	boot(t, uml.Guest{
 		Program: build(t),
 		Args:    []string{"-test.v", "-test.run", "^TestLive"},
+		Memory:  1024, // its own heap and all its disks are in there
 	}, 6*time.Minute)
 }
 
