@@ -232,13 +232,22 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// waitport: waits until something listens on $PORT.
-func waitPort(ts *testscript.TestScript, _ bool, _ []string) {
+// waitport: waits until something listens on $PORT, and on the unix sockets that are named.
+func waitPort(ts *testscript.TestScript, _ bool, sockets []string) {
 	deadline := time.Now().Add(30 * time.Second)
 	for {
 		c, err := net.Dial("tcp", "127.0.0.1:"+ts.Getenv("PORT"))
 		if err == nil {
 			c.Close()
+		}
+		for _, name := range sockets {
+			if c, dialErr := net.Dial("unix", ts.MkAbs(name)); dialErr == nil {
+				c.Close()
+			} else {
+				err = dialErr
+			}
+		}
+		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {

@@ -19,8 +19,8 @@ type Rotation struct {
 	KeyVersion uint32   `json:"key_version"`          // that the volume is to have
 	HeaderMAC  string   `json:"header_mac,omitempty"` // of the next header, once a node has made one
 	CopyMACs   []string `json:"copy_macs,omitempty"`
-	// Stands says that this header is on the disk, whole. From here on it is the one that
-	// will be the volume's, whoever goes on.
+	// Stands says that this header is on the disk, whole. From now on it becomes the
+	// volume's, whichever node finishes the change.
 	Stands bool `json:"stands,omitempty"`
 }
 
@@ -225,8 +225,8 @@ func (r *Record) rotation(c *Caller) (*Rotation, error) {
 }
 
 // AbandonRotation is an operator's word: the volume keeps its key, and whatever wish there
-// was is withdrawn. Once the next header stands, only force ends it: whoever says that knows
-// that the present one is whole, and nobody may hold the volume.
+// was is withdrawn. Once the next header stands, this takes force: the operator vouches that
+// the present one is whole. Then nobody may hold the volume.
 func (r *Record) AbandonRotation(force bool) error {
 	r.Rotate = nil
 	if r.State != Rotating {
