@@ -13,7 +13,10 @@ package kms
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -81,7 +84,7 @@ var (
 // ctx is cancelled.
 type KMS interface {
 	// Generate returns a new key for b and what must be kept to unwrap it.
-	// A backend that derives keys returns the same key each time.
+	// A backend that derives keys returns the same key each time, of the same salt.
 	Generate(ctx context.Context, b Binding) (*Secret, Wrapped, error)
 	// Wrap wraps a key that came from elsewhere. Its length must be b.Length.
 	Wrap(ctx context.Context, b Binding, key *Secret) (Wrapped, error)
@@ -125,6 +128,32 @@ type Binding struct {
 	Purpose  Purpose // which of the volume's keys
 	Version  uint32  // of the key, from 1
 	Length   int     // in bytes, MinLength to MaxLength
+	// Salt is random, 32 bytes in hex, and kept beside what is kept of the key. A key that is
+	// derived with one cannot be derived again once that is destroyed. Empty: none.
+	Salt string
+}
+
+// saltSize is the size of a salt in bytes.
+const saltSize = 32
+
+// NewSalt returns a random salt.
+func NewSalt() string {
+	salt := make([]byte, saltSize)
+	rand.Read(salt) // never fails
+	return hex.EncodeToString(salt)
+}
+
+// Salter is implemented by backends that derive keys, for which a salt is what makes erasing
+// one possible.
+type Salter interface {
+	// Salts reports whether keys of volumes are derived, and may have a salt.
+	Salts() bool
+}
+
+// Salts reports whether k derives the keys of volumes, see [Salter].
+func Salts(k KMS) bool {
+	s, ok := k.(Salter)
+	return ok && s.Salts()
 }
 
 var idPattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
@@ -141,20 +170,42 @@ func (b Binding) Validate() error {
 		return fmt.Errorf("%w: version 0", ErrBinding)
 	case b.Length < MinLength || b.Length > MaxLength:
 		return fmt.Errorf("%w: length %d, allowed are %d to %d bytes", ErrBinding, b.Length, MinLength, MaxLength)
+	case b.Salt != "" && (b.Purpose != VolumeDEK || !isSalt(b.Salt)):
+		return fmt.Errorf("%w: salt", ErrBinding)
 	}
 	return nil
 }
 
+func isSalt(s string) bool {
+	raw, err := hex.DecodeString(s)
+	return err == nil && len(raw) == saltSize && hex.EncodeToString(raw) == s
+}
+
 // Encode returns the unambiguous encoding of b under a domain: each string
-// behind its length, numbers in 32 bits, all big-endian. It is specified in
-// docs/spec/keys.md.
+// behind its length, numbers in 32 bits, all big-endian, and last [Binding.SaltID] if there
+// is a salt. It is specified in docs/spec/keys.md.
 func (b Binding) Encode(domain string) []byte {
 	var out []byte
 	for _, s := range []string{domain, b.VolumeID, string(b.Purpose)} {
 		out = append(binary.BigEndian.AppendUint32(out, uint32(len(s))), s...)
 	}
 	out = binary.BigEndian.AppendUint32(out, b.Version)
-	return binary.BigEndian.AppendUint32(out, uint32(b.Length))
+	out = binary.BigEndian.AppendUint32(out, uint32(b.Length))
+	if b.Salt == "" {
+		return out
+	}
+	id := b.SaltID()
+	return append(binary.BigEndian.AppendUint32(out, uint32(len(id))), id...)
+}
+
+// SaltID tells salts apart, and is what services and their logs see of one: a key is not
+// derived from it. Empty without a salt.
+func (b Binding) SaltID() string {
+	if b.Salt == "" {
+		return ""
+	}
+	sum := sha256.Sum256([]byte("keyagent salt id v1" + b.Salt))
+	return hex.EncodeToString(sum[:])
 }
 
 // Wrapped is what is kept of a key.

@@ -41,6 +41,9 @@ func foreign(err error) bool { return errors.Is(err, ErrKEKVersion) || errors.Is
 // Current implements Namer.
 func (m *withOld) Current(ctx context.Context) (string, error) { return Current(ctx, m.KMS) }
 
+// Salts implements Salter.
+func (m *withOld) Salts() bool { return Salts(m.KMS) }
+
 // Close implements io.Closer.
 func (m *withOld) Close() error {
 	var errs []error

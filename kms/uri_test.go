@@ -88,7 +88,9 @@ func TestABindingIsBounded(t *testing.T) {
 		"version 0": func(b *Binding) { b.Version = 0 },
 		"length 0":  func(b *Binding) { b.Length = 0 }, "length 15": func(b *Binding) { b.Length = 15 },
 		"length 65": func(b *Binding) { b.Length = 65 }, "length 2^32-1": func(b *Binding) { b.Length = 1<<32 - 1 },
-		"length -1": func(b *Binding) { b.Length = -1 },
+		"length -1":          func(b *Binding) { b.Length = -1 },
+		"a salt of one byte": func(b *Binding) { b.Salt = "aa" }, "a salt of capitals": func(b *Binding) { b.Salt = strings.ToUpper(NewSalt()) },
+		"a salt of another purpose": func(b *Binding) { b.Salt, b.Purpose = NewSalt(), RecordMAC },
 	} {
 		b := good
 		change(&b)
@@ -100,9 +102,10 @@ func TestABindingIsBounded(t *testing.T) {
 
 // Two bindings never have one encoding, whatever is in their strings.
 func FuzzBinding(f *testing.F) {
-	f.Add("d", "data-1", "volume-dek", uint32(1), uint16(32), "d", "data-", "1volume-dek", uint32(1), uint16(32))
-	f.Fuzz(func(t *testing.T, d1, v1, p1 string, n1 uint32, l1 uint16, d2, v2, p2 string, n2 uint32, l2 uint16) {
-		a, b := Binding{v1, Purpose(p1), n1, int(l1)}, Binding{v2, Purpose(p2), n2, int(l2)}
+	f.Add("d", "data-1", "volume-dek", uint32(1), uint16(32), "", "d", "data-", "1volume-dek", uint32(1), uint16(32), "")
+	f.Add("d", "data-1", "volume-dek", uint32(1), uint16(32), "a", "d", "data-1", "volume-dek", uint32(1), uint16(32), "")
+	f.Fuzz(func(t *testing.T, d1, v1, p1 string, n1 uint32, l1 uint16, s1, d2, v2, p2 string, n2 uint32, l2 uint16, s2 string) {
+		a, b := Binding{v1, Purpose(p1), n1, int(l1), s1}, Binding{v2, Purpose(p2), n2, int(l2), s2}
 		same := d1 == d2 && a == b
 		if (string(a.Encode(d1)) == string(b.Encode(d2))) != same {
 			t.Fatalf("%q %+v and %q %+v", d1, a, d2, b)

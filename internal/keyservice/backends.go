@@ -106,6 +106,9 @@ type publicKMS struct{ *observedKMS }
 // Public implements kms.PublicWrapper.
 func (publicKMS) Public() bool { return true }
 
+// Salts implements kms.Salter.
+func (o *observedKMS) Salts() bool { return kms.Salts(o.Keys) }
+
 // Generate implements kms.KMS.
 func (o *observedKMS) Generate(ctx context.Context, b kms.Binding) (key *kms.Secret, w kms.Wrapped, err error) {
 	defer func(began time.Time) { o.observe("generate", began, err) }(time.Now())
@@ -144,6 +147,12 @@ func (o *observedStorage) Get(ctx context.Context, name string) (data []byte, v 
 func (o *observedStorage) Put(ctx context.Context, name string, data []byte, expect storage.Version) (v storage.Version, err error) {
 	defer func(began time.Time) { o.observe("put", began, err) }(time.Now())
 	return o.Objects.Put(ctx, name, data, expect)
+}
+
+// Purge implements storage.Purger.
+func (o *observedStorage) Purge(ctx context.Context, name string) (n int, err error) {
+	defer func(began time.Time) { o.observe("purge", began, err) }(time.Now())
+	return storage.Purge(ctx, o.Objects, name)
 }
 
 // List implements storage.Storage.

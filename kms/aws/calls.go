@@ -26,13 +26,17 @@ const (
 // documentation. Each field of the binding has an entry of its own, so that
 // nothing depends on where one value ends and the next begins.
 func encryptionContext(b kms.Binding) map[string]string {
-	return map[string]string{
+	out := map[string]string{
 		"domain":  domain,
 		"volume":  b.VolumeID,
 		"purpose": string(b.Purpose),
 		"version": strconv.FormatUint(uint64(b.Version), 10),
 		"length":  strconv.Itoa(b.Length),
 	}
+	if id := b.SaltID(); id != "" {
+		out["salt"] = id
+	}
+	return out
 }
 
 // Generate implements kms.KMS.

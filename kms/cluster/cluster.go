@@ -84,8 +84,9 @@ type KMS struct {
 }
 
 var (
-	_ kms.KMS   = (*KMS)(nil)
-	_ kms.Namer = (*KMS)(nil)
+	_ kms.KMS    = (*KMS)(nil)
+	_ kms.Namer  = (*KMS)(nil)
+	_ kms.Salter = (*KMS)(nil)
 )
 
 // New returns a KMS.
@@ -120,6 +121,9 @@ func (k *KMS) KEK() string { return k.id }
 
 // Current implements kms.Namer.
 func (k *KMS) Current(ctx context.Context) (string, error) { return k.id, ctx.Err() }
+
+// Salts implements kms.Salter. What Constellation derived has none.
+func (k *KMS) Salts() bool { return k.derivation == Own }
 
 func extract(master *secret.Bytes, salt []byte) (prk *secret.Bytes, err error) {
 	err = master.Use(func(m []byte) error {
@@ -177,7 +181,11 @@ func (k *KMS) Generate(ctx context.Context, b kms.Binding) (*kms.Secret, kms.Wra
 
 func (k *KMS) derived(b kms.Binding, scheme string) (*secret.Bytes, error) {
 	if scheme == schemeDerived {
-		return k.derive(b.Encode(domainDerive), b.Length)
+		info := b.Encode(domainDerive)
+		return k.derive(append(info, b.Salt...), b.Length) // its ID, of fixed length, stands before it
+	}
+	if b.Salt != "" {
+		return nil, fmt.Errorf("%w: a key as Constellation made it has no salt", kms.ErrBinding)
 	}
 	if b.Version != 1 {
 		return nil, fmt.Errorf("%w: a key as Constellation made it has version 1 alone", kms.ErrBinding)

@@ -42,6 +42,25 @@ func TestConformance(t *testing.T) {
 	})
 }
 
+// The vector of docs/spec/keys.md, computed in another language.
+func TestAKeyWithASaltHasItsVector(t *testing.T) {
+	b := kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 1, Length: 32, Salt: "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"}
+	if got := b.SaltID(); got != "9bef3a0ae3fd0af2b2a3cb3ccb43e89e4cabbc29c8d0bd85ae7a0310339fb06f" {
+		t.Errorf("its ID is %s", got)
+	}
+	k := newKMS(t, testMaster, "")
+	key, w, err := k.Generate(t.Context(), b)
+	if err != nil || len(w.Blob) != 0 || !k.Salts() {
+		t.Fatal(w, err)
+	}
+	_ = key.Use(func(got []byte) error {
+		if hex.EncodeToString(got) != "6fb899874f3cc757e7d09fd707129000b24ab77a9c15ad5bb9717a46c5229f46" {
+			t.Errorf("the key is %x", got)
+		}
+		return nil
+	})
+}
+
 // TestDerivationIsHKDF computes HKDF by its definition in RFC 5869 and compares.
 func TestDerivationIsHKDF(t *testing.T) {
 	mac := func(key, data []byte) []byte {

@@ -80,6 +80,7 @@ func Run(t *testing.T, bed Bed) {
 			"version": func(b *kms.Binding) { b.Version = 2 },
 			"longer":  func(b *kms.Binding) { b.Length = 33 }, // size mismatch
 			"shorter": func(b *kms.Binding) { b.Length = 16 },
+			"salt":    func(b *kms.Binding) { b.Salt = kms.NewSalt() },
 		} {
 			swapped := b
 			change(&swapped)
@@ -88,6 +89,33 @@ func Run(t *testing.T, bed Bed) {
 			}
 			if got, err := k.Unwrap(t.Context(), swapped, wg); err == nil && got.Equal(key) {
 				t.Errorf("%s: the same key under another binding", name)
+			}
+		}
+	})
+
+	t.Run("a salt is part of what a key is for, and two give two keys", func(t *testing.T) {
+		k := open(t)
+		one, two := b, b
+		one.Salt, two.Salt = kms.NewSalt(), kms.NewSalt()
+		key, w := generate(t, k, one)
+		other, _ := generate(t, k, two)
+		plain, _ := generate(t, k, b)
+		if key.Equal(other) || key.Equal(plain) {
+			t.Error("the same key for another salt, or for none")
+		}
+		if got, err := open(t).Unwrap(t.Context(), one, w); err != nil || !got.Equal(key) {
+			t.Errorf("it does not come back: %v", err)
+		}
+		for name, wrong := range map[string]kms.Binding{"another": two, "none": b} {
+			if got, err := k.Unwrap(t.Context(), wrong, w); err == nil && got.Equal(key) {
+				t.Errorf("%s salt gives the key", name)
+			}
+		}
+		for name, salt := range map[string]string{"short": "aa", "capitals": strings.ToUpper(one.Salt), "not hex": strings.Repeat("x", 64)} {
+			bad := b
+			bad.Salt = salt
+			if _, _, err := k.Generate(t.Context(), bad); !errors.Is(err, kms.ErrBinding) {
+				t.Errorf("%s: %v", name, err)
 			}
 		}
 	})
