@@ -43,6 +43,9 @@ var (
 	// ErrUnavailable means that the service cannot be reached, or does not work at the
 	// moment. Trying again later may help.
 	ErrUnavailable = errors.New("storage is unavailable")
+	// ErrKept means that the service keeps earlier versions of an object that cannot be
+	// destroyed from here. The text after it says until when, where that is known.
+	ErrKept = errors.New("earlier versions are kept")
 	// ErrThrottled means that the service still throttled us after the last retry.
 	ErrThrottled = fmt.Errorf("%w: too many requests", ErrUnavailable)
 )
@@ -78,6 +81,21 @@ type Storage interface {
 type Deleter interface {
 	// Delete removes an object that is in the expected version.
 	Delete(ctx context.Context, name string, expect Version) error
+}
+
+// Purger is implemented by backends whose service may keep what an object was before.
+type Purger interface {
+	// Purge destroys all versions of an object but the present one, and returns how many
+	// there were. [ErrKept] if some are left, as far as the service shows them.
+	Purge(ctx context.Context, name string) (int, error)
+}
+
+// Purge is [Purger.Purge] where s has that, and nothing elsewhere.
+func Purge(ctx context.Context, s Storage, name string) (int, error) {
+	if p, ok := s.(Purger); ok {
+		return p.Purge(ctx, name)
+	}
+	return 0, nil
 }
 
 var namePattern = pattern.New(`^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$`)

@@ -16,7 +16,8 @@
 //
 // The permissions that are needed: s3:GetObject, s3:PutObject, s3:ListBucket
 // (without it, S3 does not say whether an object is absent), s3:DeleteObject to
-// delete, s3:PutObjectTagging for tags, and s3:CreateBucket if the bucket is to be made.
+// delete, s3:ListBucketVersions and s3:DeleteObjectVersion
+// to destroy earlier versions, s3:PutObjectTagging for tags, and s3:CreateBucket if the bucket is to be made.
 package awss3
 
 import (
@@ -93,6 +94,7 @@ type Storage struct {
 var (
 	_ storage.Storage = (*Storage)(nil)
 	_ storage.Deleter = (*Storage)(nil)
+	_ storage.Purger  = (*Storage)(nil)
 )
 
 // New checks that the bucket is there, and makes it if that is asked for.

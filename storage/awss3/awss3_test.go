@@ -15,6 +15,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/credentials"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
 	"github.com/johannesboyne/gofakes3"
 	"github.com/johannesboyne/gofakes3/backend/s3mem"
@@ -66,6 +67,29 @@ func (s *service) open(t *testing.T) *Storage {
 	return st
 }
 
+// versions turns versioning on, as the bucket's owner.
+func (s *service) versions(t *testing.T) func() func(string) int {
+	return func() func(string) int {
+		s.open(t) // makes the bucket
+		owner := s3.New(s3.Options{Region: "eu-central-1", BaseEndpoint: &s.URL, UsePathStyle: true, Credentials: s.options().Credentials})
+		if _, err := owner.PutBucketVersioning(t.Context(), &s3.PutBucketVersioningInput{Bucket: aws.String("records"), VersioningConfiguration: &types.VersioningConfiguration{Status: types.BucketVersioningStatusEnabled}}); err != nil {
+			t.Fatal(err)
+		}
+		return func(name string) (n int) {
+			out, err := owner.ListObjectVersions(t.Context(), &s3.ListObjectVersionsInput{Bucket: aws.String("records")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, v := range out.Versions {
+				if (*v.Key == name || strings.HasSuffix(*v.Key, "/"+name)) && !*v.IsLatest {
+					n++
+				}
+			}
+			return n
+		}
+	}
+}
+
 func refusal(w http.ResponseWriter, status int, code string) bool {
 	w.Header().Set("Content-Type", "application/xml")
 	w.WriteHeader(status)
@@ -89,7 +113,7 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 						t.Fatal(err)
 					}
 					return st
-				}}
+				}, Versions: s.versions(t)}
 			})
 		})
 	}

@@ -87,6 +87,7 @@ type Storage struct {
 var (
 	_ storage.Storage = (*Storage)(nil)
 	_ storage.Deleter = (*Storage)(nil)
+	_ storage.Purger  = (*Storage)(nil)
 )
 
 // scope is what tokens are asked for, in each of the clouds.

@@ -64,7 +64,9 @@ func (a *account) call(t *testing.T, method, path string, body []byte) {
 	}
 	r.Header.Set("Authorization", "Bearer "+a.Token())
 	r.Header.Set("X-Ms-Version", apiVersion)
-	r.Header.Set("X-Ms-Blob-Type", "BlockBlob")
+	if !r.URL.Query().Has("comp") {
+		r.Header.Set("X-Ms-Blob-Type", "BlockBlob")
+	}
 	resp, err := a.client.Do(r)
 	if err != nil {
 		t.Fatal(err)

@@ -199,19 +199,32 @@ func (s *Storage) List(ctx context.Context, prefix, after string, limit int) ([]
 	return names, nil
 }
 
+// blob is one entry of a list. All but the first two fields are for lists of versions.
+type blob struct {
+	Name     string
+	Type     string `xml:"Properties>ResourceType"`
+	Version  string `xml:"VersionId"`
+	Current  string `xml:"IsCurrentVersion"` // true, or missing
+	Snapshot string
+	Deleted  string // true, or missing
+	Days     string `xml:"Properties>RemainingRetentionDays"`
+}
+
 // listing is what is read of an answer to List Blobs.
 type listing struct {
-	Blobs []struct {
-		Name string
-		Type string `xml:"Properties>ResourceType"`
-	} `xml:"Blobs>Blob"`
+	Blobs      []blob `xml:"Blobs>Blob"`
 	NextMarker string
 }
 
 // page asks for one page of a list, from the key start on.
 func (s *Storage) page(ctx context.Context, prefix, start, marker string, size int) (*listing, error) {
-	query := url.Values{"restype": {"container"}, "comp": {"list"}, "maxresults": {strconv.Itoa(size)}}
-	for k, v := range map[string]string{"prefix": s.prefix + prefix, "startFrom": start, "marker": marker} {
+	return s.list(ctx, map[string]string{"maxresults": strconv.Itoa(size), "prefix": s.prefix + prefix, "startFrom": start, "marker": marker})
+}
+
+// list asks for one page of a list with these parameters, without those that are empty.
+func (s *Storage) list(ctx context.Context, parameters map[string]string) (*listing, error) {
+	query := url.Values{"restype": {"container"}, "comp": {"list"}}
+	for k, v := range parameters {
 		if v != "" {
 			query.Set(k, v)
 		}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/keyagent/keyagent/storage"
@@ -113,6 +114,38 @@ func (s *Storage) Delete(ctx context.Context, name string, expect storage.Versio
 		return storage.ErrNotFound
 	}
 	return storage.ErrConflict
+}
+
+// Purge implements storage.Purger. A cluster keeps what a key was until it is compacted, as
+// it is by kube-apiserver or by etcd's own settings, and that is of all keys: it is not done
+// here.
+func (s *Storage) Purge(ctx context.Context, name string) (int, error) {
+	if err := errors.Join(ctx.Err(), storage.CheckName(name)); err != nil {
+		return 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, s.opts.Timeout)
+	defer cancel()
+	_, _, revision, err := s.get(ctx, name)
+	if err != nil {
+		return 0, err
+	}
+	var out *clientv3.GetResponse
+	err = s.do(ctx, "read an earlier revision of "+name+" in", func(ctx context.Context, c *clientv3.Client) (err error) {
+		if revision > 1 {
+			out, err = c.Get(ctx, s.prefix+name, clientv3.WithRev(revision-1), clientv3.WithKeysOnly())
+		}
+		if errors.Is(err, rpctypes.ErrCompacted) {
+			out, err = nil, nil
+		}
+		return err
+	})
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("%w, or it is not known: %w", storage.ErrKept, err)
+	case out != nil && len(out.Kvs) > 0:
+		return 0, fmt.Errorf("%w until the cluster is compacted", storage.ErrKept)
+	}
+	return 0, nil
 }
 
 // List implements storage.Storage.

@@ -67,6 +67,7 @@ type Storage struct {
 var (
 	_ storage.Storage = (*Storage)(nil)
 	_ storage.Deleter = (*Storage)(nil)
+	_ storage.Purger  = (*Storage)(nil)
 )
 
 // New checks that the cluster can be reached and read.

@@ -84,6 +84,7 @@ type Storage struct {
 var (
 	_ storage.Storage = (*Storage)(nil)
 	_ storage.Deleter = (*Storage)(nil)
+	_ storage.Purger  = (*Storage)(nil)
 )
 
 // scope is the least that allows to write objects and to make a bucket.

@@ -3,6 +3,7 @@ package gcs
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -94,6 +95,23 @@ func TestTheSuiteOfStorageHolds(t *testing.T) {
 					Open:       func() storage.Storage { return open(t, opts) },
 					Stall:      proxy.Stall,
 					LoseAnswer: func() { proxy.LoseAnswer(isUpload) },
+					Versions: func() func(string) int {
+						call(t, http.MethodPatch, service+"/storage/v1/b/"+bucket, `{"versioning":{"enabled":true}}`)
+						return func(name string) (n int) {
+							var out struct {
+								Items []struct{ Name, TimeDeleted string }
+							}
+							if err := json.Unmarshal(read(t, call(t, http.MethodGet, service+"/storage/v1/b/"+bucket+"/o?versions=true", "").Body), &out); err != nil {
+								t.Fatal(err)
+							}
+							for _, o := range out.Items {
+								if o.Name == key(name) && o.TimeDeleted != "" {
+									n++
+								}
+							}
+							return n
+						}
+					},
 					Remove: func() {
 						call(t, http.MethodDelete, service+"/storage/v1/b/"+bucket+"/o/"+url.PathEscape(key("a")), "")
 						call(t, http.MethodDelete, service+"/storage/v1/b/"+bucket, "")

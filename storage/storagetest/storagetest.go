@@ -34,6 +34,9 @@ type Bed struct {
 	// Plant writes an object that does not come from this package under a
 	// name. Nil where the backend has no such thing as a foreign writer.
 	Plant func(name string, data []byte)
+	// Versions has the service keep what an object was from now on, and returns a function
+	// that counts what it keeps of a name beside the present. Nil where it cannot.
+	Versions func() func(name string) int
 	// Names is how long the longest list is; 0 is 10 000. Less is for a stand-in
 	// that takes a time quadratic in it, and still several pages of the service.
 	Names int
@@ -50,6 +53,40 @@ func Run(t *testing.T, fresh func(t *testing.T) Bed) {
 		data, got, err := open().Get(t.Context(), "volumes/a")
 		if err != nil || string(data) != "one" || got != v {
 			t.Fatalf("%q, %q, %v", data, got, err)
+		}
+	})
+
+	t.Run("what an object was is destroyed, and nothing else", func(t *testing.T) {
+		bed := fresh(t)
+		kept := func(string) int { return 0 }
+		if bed.Versions != nil {
+			kept = bed.Versions()
+		}
+		s := bed.Open()
+		names := []string{"a", "a-1", "ab"}
+		for _, name := range names {
+			v := storage.Absent
+			for i := range 4 {
+				v = put(t, s, name, fmt.Sprint(i), v)
+			}
+			if n := kept(name); bed.Versions != nil && n != 3 {
+				t.Fatalf("%d earlier versions of %s", n, name)
+			}
+		}
+		n, err := storage.Purge(t.Context(), s, "a")
+		if err != nil && (n > 0 || !errors.Is(err, storage.ErrKept)) || n != map[bool]int{true: 3}[bed.Versions != nil] {
+			t.Fatal(n, err)
+		}
+		if again, err := storage.Purge(t.Context(), s, "a"); again != 0 || err != nil && !errors.Is(err, storage.ErrKept) {
+			t.Error(again, err)
+		}
+		for _, name := range names {
+			if n := kept(name); bed.Versions != nil && n != map[bool]int{false: 3}[name == "a"] {
+				t.Errorf("%d earlier versions of %s", n, name)
+			}
+			if data, _, err := s.Get(t.Context(), name); err != nil || string(data) != "3" {
+				t.Errorf("%s: %q, %v", name, data, err)
+			}
 		}
 	})
 
