@@ -38,9 +38,10 @@ const (
 	Format Operation = "format" // create the volume, once
 	Clone  Operation = "clone"  // receive the key of an active volume to make another one of a copy of its disk
 	Rotate Operation = "rotate" // have the key of a volume changed without an operator's word
+	Retire Operation = "retire" // end the life of a volume that nobody else holds
 )
 
-var operations = []Operation{Open, Format, Clone, Rotate}
+var operations = []Operation{Open, Format, Clone, Rotate, Retire}
 
 // Writers is who may write a volume at the same time.
 type Writers string

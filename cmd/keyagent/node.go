@@ -27,6 +27,7 @@ type volumes interface {
 	suspend(ctx context.Context, id string) (*nodev1.Volume, error)
 	resume(ctx context.Context, id string) (*nodev1.Volume, error)
 	rotate(ctx context.Context, id string) (*nodev1.Volume, error)
+	retire(ctx context.Context, id string) (*nodev1.Volume, error)
 	backupHeader(ctx context.Context, id string) ([]byte, error)
 	restoreHeader(ctx context.Context, id string, header []byte) (*nodev1.Volume, error)
 }
@@ -146,6 +147,10 @@ func (l *local) rotate(ctx context.Context, id string) (*nodev1.Volume, error) {
 	return message(l.v.Rotate(ctx, id))
 }
 
+func (l *local) retire(ctx context.Context, id string) (*nodev1.Volume, error) {
+	return message(l.v.Retire(ctx, id))
+}
+
 func (l *local) suspend(ctx context.Context, id string) (*nodev1.Volume, error) {
 	return message(l.v.Suspend(ctx, id))
 }
@@ -261,6 +266,11 @@ func (r remote) resize(ctx context.Context, id string) (*nodev1.Volume, error) {
 
 func (r remote) rotate(ctx context.Context, id string) (*nodev1.Volume, error) {
 	resp, err := r.c.Rotate(ctx, &nodev1.RotateRequest{Id: id})
+	return resp.GetVolume(), fromAgent(err)
+}
+
+func (r remote) retire(ctx context.Context, id string) (*nodev1.Volume, error) {
+	resp, err := r.c.Retire(ctx, &nodev1.RetireRequest{Id: id})
 	return resp.GetVolume(), fromAgent(err)
 }
 

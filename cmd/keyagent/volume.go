@@ -82,6 +82,9 @@ func onVolume(verb, short, long, example, flag, means, done string) *cobra.Comma
 			return print(cmd, *output, i, func(w io.Writer) {
 				if done != "" {
 					fmt.Fprintf(w, done+"\n", i.Volume)
+					if i.Kept != "" {
+						fmt.Fprintf(w, "warning: its key may still be in the storage: %s\nhint: mend that and run this again, or destroy the KEK: docs/runbook.md\n", i.Kept)
+					}
 					return
 				}
 				printVolume(w, i)
@@ -99,7 +102,7 @@ func newVolumeShow() *cobra.Command {
 
 func newVolumeRetire() *cobra.Command {
 	return onVolume("retire", "End the life of a volume",
-		"Its wrapped keys are removed from the record, and its key is released to nobody any\nmore. A KMS that derives keys could derive it again: see docs/LIMITATIONS.md.",
+		"Its wrapped keys are removed from the record, with the salt of one that is derived,\nand its key is released to nobody any more. Earlier versions of the record that the\nstorage keeps are destroyed as well; if some cannot be, it says so. Run again, it tries\nonce more.",
 		"  keyagent volume retire data-1 --destroy-the-key", "destroy-the-key", "nobody needs what the volume holds", "volume %s is retired")
 }
 
@@ -285,9 +288,9 @@ func newVolumeImport() *cobra.Command {
 		Use: "import VOLUME", Short: "Make the record of a volume anew that was lost",
 		Long: `Make the record of a volume anew that was lost.
 
-This is for a KMS that derives keys, as the cluster KMS. What it needs was in the
-record, and is in a backup of the volume's header. Where keys are wrapped, a lost
-record is a lost key, unless there is an export: see keyagent kms import.`,
+This is for keys that the cluster KMS derived before they had salts. What it needs was
+in the record, and is in a backup of the volume's header. Any other key is lost with its
+record, unless there is an export: see keyagent kms import.`,
 		Example: "  keyagent volume import data-1 --grant data --uuid 7f0c6a57-… --header-mac 07a1…",
 		Args:    cobra.ExactArgs(1),
 	}

@@ -390,6 +390,29 @@ operator asked for the change there: keyagent kms rotate.`, "  keyagent rotate d
 		func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.rotate(ctx, id) })
 }
 
+func newRetire() *cobra.Command {
+	v := &volumeVerb{}
+	cmd := &cobra.Command{
+		Use: "retire VOLUME", Short: "End the life of a volume, and erase its header",
+		Long: `End the life of a closed volume, and erase its header from the disk.
+
+The key service destroys the volume's key first, and releases it to nobody any more; then
+the header goes. What the volume holds is lost. The grant on the key service must allow
+the operation retire. If it is cut off, run it again.`,
+		Example: "  keyagent retire data --destroy-the-key", Args: cobra.ExactArgs(1),
+	}
+	said := cmd.Flags().Bool("destroy-the-key", false, "nobody needs what the volume holds")
+	retire := v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.retire(ctx, id) })
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		if !*said {
+			return failure.Newf(failure.Usage, "--destroy-the-key says that nobody needs what the volume holds", "this cannot be taken back, and needs a word")
+		}
+		return retire(cmd, ids)
+	}
+	v.flags(cmd)
+	return cmd
+}
+
 func newSuspend() *cobra.Command {
 	return simple("suspend VOLUME", "Stop all I/O of an open volume and take its key from the kernel",
 		`Stop all I/O of an open volume and take its key from the kernel.

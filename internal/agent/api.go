@@ -9,11 +9,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/grpc/status"
 
 	nodev1 "github.com/keyagent/keyagent/api/keyagent/node/v1"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -227,10 +225,8 @@ func (a *api) RestoreHeader(ctx context.Context, r *nodev1.RestoreHeaderRequest)
 
 // Retire implements the API.
 func (a *api) Retire(ctx context.Context, r *nodev1.RetireRequest) (*nodev1.RetireResponse, error) {
-	if err := a.allow(ctx, "retire", r.GetId()); err != nil {
-		return nil, err
-	}
-	return nil, status.Error(codes.Unimplemented, "a node does not retire volumes yet: close it here, and have an operator retire it on the key service with keyagent volume retire")
+	v, err := a.act(ctx, "retire", r.GetId(), a.goOn(a.volumes.Retire))
+	return &nodev1.RetireResponse{Volume: v}, err
 }
 
 // GetDataKey implements the API.

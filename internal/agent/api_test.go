@@ -48,6 +48,9 @@ func (k *noKeys) Renew(context.Context, string, []byte) (*keyclient.Lease, error
 func (k *noKeys) Rotate(context.Context, *keyclient.Key, keyclient.RotationStep, keyclient.MACs) error {
 	return errNoKeys
 }
+func (k *noKeys) Retire(context.Context, string, []byte) (string, bool, error) {
+	return "", false, errNoKeys
+}
 func (k *noKeys) Release(context.Context, string, []byte) error    { return errNoKeys }
 func (k *noKeys) KeepSession(context.Context, time.Duration) error { return errNoKeys }
 

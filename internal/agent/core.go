@@ -47,6 +47,7 @@ type Keys interface {
 	Creator
 	Leaser
 	Rotator
+	Retirer
 }
 
 // Options configure [New].

@@ -71,7 +71,7 @@ func visitVolume(now func() time.Time) macstore.Visit {
 		changed := false
 		for i := range r.Keys {
 			k := &r.Keys[i]
-			w, err := f(kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length}, k.Wrapped)
+			w, err := f(kms.Binding{VolumeID: id, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length, Salt: k.Salt}, k.Wrapped)
 			if err != nil {
 				return nil, fmt.Errorf("key version %d: %w", k.Version, err)
 			}

@@ -36,6 +36,7 @@ type VolumeInfo struct {
 	Diskless   bool             `json:"diskless,omitempty"` // its key opens no disk
 	Created    *time.Time       `json:"created,omitempty"`
 	Updated    *time.Time       `json:"updated,omitempty"`
+	Kept       string           `json:"kept,omitempty"`    // why earlier states of a retired record may still be had
 	Refused    string           `json:"refused,omitempty"` // why it is no record
 }
 
@@ -128,11 +129,33 @@ func (s *Service) existing(ctx context.Context, id string, f func(*volume.Record
 	})
 }
 
-// Retire ends the life of a volume, and destroys its wrapped keys.
+// Retire ends the life of a volume, and destroys its wrapped keys: in its record, and in the
+// earlier states of it that storage keeps. What is left of those is in Kept. Repeating it
+// tries those again.
 func (s *Service) Retire(ctx context.Context, who, id string) (VolumeInfo, error) {
-	return s.operate(ctx, "volume-retire", who, id, func(*audit.Entry) (*volume.Record, error) {
-		return s.existing(ctx, id, (*volume.Record).Retire)
+	kept := ""
+	i, err := s.operate(ctx, "volume-retire", who, id, func(e *audit.Entry) (*volume.Record, error) {
+		r, err := s.existing(ctx, id, (*volume.Record).Retire)
+		if err == nil {
+			kept = s.purge(ctx, e, id)
+		}
+		return r, err
 	})
+	i.Kept = kept
+	return i, err
+}
+
+// purge destroys the earlier states of a retired volume's record, and says what is left. The
+// volume is retired in any case.
+func (s *Service) purge(ctx context.Context, e *audit.Entry, id string) (kept string) {
+	n, err := s.volumes.Purge(ctx, id)
+	e.Detail = fmt.Sprintf("%d earlier versions of the record were destroyed", n)
+	if err != nil {
+		kept = BackendError(err).Error()
+		e.Detail += ", and some may be kept: " + kept
+		s.log.WarnContext(ctx, "storage may keep the key of a retired volume", "volume", id, "error", err)
+	}
+	return kept
 }
 
 // Reset begins a new life of a volume on another disk, with another key.
@@ -209,7 +232,7 @@ type Lost struct {
 // ImportLost makes the record of a volume anew whose key the KMS derives.
 func (s *Service) ImportLost(ctx context.Context, who string, l Lost) (VolumeInfo, error) {
 	return s.operate(ctx, "volume-import", who, l.Volume, func(e *audit.Entry) (*volume.Record, error) {
-		key, err := s.volumes.NewKey(ctx, kms.Binding{VolumeID: l.Volume, Purpose: kms.VolumeDEK, Version: l.KeyVersion, Length: volume.DEKLength})
+		key, err := s.volumes.KeyOf(ctx, kms.Binding{VolumeID: l.Volume, Purpose: kms.VolumeDEK, Version: l.KeyVersion, Length: volume.DEKLength})
 		if err != nil {
 			return nil, err
 		}

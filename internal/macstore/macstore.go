@@ -327,6 +327,11 @@ func (m *Store) List(ctx context.Context, c Collection, after string, limit int)
 	return names, err
 }
 
+// Purge destroys what storage keeps of a record's earlier states, see [storage.Purger].
+func (m *Store) Purge(ctx context.Context, c Collection, id string) (int, error) {
+	return storage.Purge(ctx, m.storage, c.Prefix+id)
+}
+
 // Encode makes the object of a record.
 func (m *Store) Encode(c Collection, id string, body []byte) ([]byte, error) {
 	mac, err := m.mac(c, id, body)

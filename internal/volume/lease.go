@@ -147,6 +147,8 @@ func (r *Record) Take(c *Caller, t Terms, id string, ends, now time.Time) error 
 func (r *Record) Renew(c *Caller, t Terms, now time.Time) error {
 	l := r.Lease
 	switch {
+	case r.State == Retired:
+		return fmt.Errorf("%w: %q", ErrRetired, r.VolumeID)
 	case l == nil && t.Writers != policy.WritersOne && r.State.HoldsData():
 		return nil
 	case l == nil:

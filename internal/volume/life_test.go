@@ -222,7 +222,7 @@ func TestAnOperatorEndsAndBeginsALife(t *testing.T) {
 		t.Fatalf("%+v, %v", r, err)
 	}
 	b, _, err := r.Binding()
-	if err != nil || b != (kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 2, Length: 32}) {
+	if err != nil || b != (kms.Binding{VolumeID: "data-1", Purpose: kms.VolumeDEK, Version: 2, Length: 32, Salt: key.Salt}) || len(key.Salt) != 64 || key.Salt == before.Keys[0].Salt {
 		t.Errorf("%+v, %v", b, err)
 	}
 	is(t, "the header of the life before", w.begin(first, 5, header(0x10)), ErrConfirm)

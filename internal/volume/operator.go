@@ -2,13 +2,14 @@ package volume
 
 import (
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 
 	"github.com/keyagent/keyagent/kms"
 )
 
-// The events of this file are an operator's word.
+// The events of this file are an operator's word, or a node's that has it from one.
 
 // Retire ends the life of the volume. Its wrapped keys are gone from the record.
 func (r *Record) Retire() error {
@@ -20,6 +21,22 @@ func (r *Record) Retire() error {
 	}
 	r.State, r.Keys, r.Attempt, r.Lease, r.Rotation, r.Rotate = Retired, []WrappedDEK{}, nil, nil, nil, nil
 	return nil
+}
+
+// RetireBy is Retire by a node's word, if nobody else creates or writes the volume. ends is
+// when the lease in the record ends.
+func (r *Record) RetireBy(c *Caller, ends, now time.Time) error {
+	if l := r.Lease; l != nil && !c.is(l.Holder, l.ID) && (!l.Bound || ends.After(now)) {
+		held := &HeldError{Volume: r.VolumeID, What: written, Holder: l.Holder}
+		if l.Bound {
+			held.Until = ends
+		}
+		return held
+	}
+	if err := r.Free(c, now); err != nil {
+		return err
+	}
+	return r.Retire()
 }
 
 // Reset begins a new life on another disk: a new generation, with a key of its own.

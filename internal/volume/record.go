@@ -52,6 +52,7 @@ type Record struct {
 type WrappedDEK struct {
 	Version uint32      `json:"version"`
 	Length  int         `json:"length"`
+	Salt    string      `json:"salt,omitempty"` // hex, of its derivation
 	Wrapped kms.Wrapped `json:"wrapped"`
 }
 
@@ -117,7 +118,7 @@ func (r *Record) CheckLength(length int) error {
 }
 
 func (r *Record) bindingOf(k WrappedDEK) kms.Binding {
-	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length}
+	return kms.Binding{VolumeID: r.VolumeID, Purpose: kms.VolumeDEK, Version: k.Version, Length: k.Length, Salt: k.Salt}
 }
 
 // Encode gives the body of a record.

@@ -26,7 +26,7 @@ func activeRecord() *Record {
 	return &Record{
 		VolumeID: "data-1", State: Active, Revision: 2, Generation: 1, Owner: "data",
 		LUKSUUID: "7f0c6a57-0b4f-4a55-8b4e-0d5b6f2f3b11", KeyVersion: 1,
-		Keys:      []WrappedDEK{{1, 32, kms.Wrapped{Scheme: "hkdf-sha256", KEK: "cluster"}}},
+		Keys:      []WrappedDEK{{1, 32, "", kms.Wrapped{Scheme: "hkdf-sha256", KEK: "cluster"}}},
 		HeaderMAC: hex.EncodeToString(testMAC), Created: at, Updated: at,
 	}
 }

@@ -156,6 +156,11 @@ func (s *Store) Peek(ctx context.Context, volume string) (*Record, error) {
 	return r, err
 }
 
+// Purge destroys what storage keeps of the record's earlier states, see [storage.Purger].
+func (s *Store) Purge(ctx context.Context, volume string) (int, error) {
+	return s.records.Purge(ctx, macstore.Volume, volume)
+}
+
 // Import makes a record that was lost, unless there is one. It is newer than all that
 // was seen of the volume.
 func (s *Store) Import(ctx context.Context, r *Record) (*Record, error) {
@@ -294,13 +299,22 @@ func (s *Store) Obtain(ctx context.Context, volume, owner string, length int) (*
 }
 
 // NewKey makes a key. Only its wrapped form counts: it is unwrapped from that when it
-// is released, so that a key that cannot come back is never used.
+// is released, so that a key that cannot come back is never used. One that is derived gets a
+// salt, which is in the record alone: with that it is gone.
 func (s *Store) NewKey(ctx context.Context, b kms.Binding) (WrappedDEK, error) {
+	if kms.Salts(s.kms) {
+		b.Salt = kms.NewSalt()
+	}
+	return s.KeyOf(ctx, b)
+}
+
+// KeyOf makes the key of a binding as it stands.
+func (s *Store) KeyOf(ctx context.Context, b kms.Binding) (WrappedDEK, error) {
 	key, w, err := s.kms.Generate(ctx, b)
 	if err != nil {
 		return WrappedDEK{}, err
 	}
-	return WrappedDEK{b.Version, b.Length, w}, key.Close()
+	return WrappedDEK{b.Version, b.Length, b.Salt, w}, key.Close()
 }
 
 // Renew renews the caller's lease. Where this key service is alone it is remembered,

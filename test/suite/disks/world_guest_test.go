@@ -93,7 +93,7 @@ profiles:
       # One extension by zeros, which is what each node's firmware measures.
       pcrs: [{pcr: 4, accept: ["f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b"]}]
 grants:
-  - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format, clone, rotate]}
+  - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format, clone, rotate, retire]}
   - {name: many, profiles: [node], volumes: ["many-*"], operations: [open, format], writers: many}
   - {name: expiry, profiles: [node], volumes: ["x-*"], operations: [open, format], takeover: expiry, lease: 30s}
 `
@@ -242,7 +242,7 @@ func (m *machine) configure(t testing.TB, volumes ...string) {
 tpm: {device: "%s", event_log: "%s"}
 state_dir: %s/state
 socket: %s/agent.sock
-callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, rotate, backup-header, restore-header], volumes: ["*"]}%s]
+callers: [{uid: 0, operations: [open, format, close, status, list, resize, suspend, resume, rotate, retire, backup-header, restore-header], volumes: ["*"]}%s]
 %s%s
 volumes:
 `, m.port, m.world.dir, m.tpm.Device, cmp.Or(m.eventLog, "/nonexistent"), m.dir, m.dir, callers, limits, m.more)
@@ -257,7 +257,7 @@ volumes:
 
 // command is keyagent on this node, without an agent.
 func (m *machine) command(args ...string) *exec.Cmd {
-	verbs := []string{"unlock", "format", "provision", "close", "status", "resize", "suspend", "resume", "rotate", "backup-header", "restore-header"}
+	verbs := []string{"unlock", "format", "provision", "close", "status", "resize", "suspend", "resume", "rotate", "retire", "backup-header", "restore-header"}
 	if slices.Contains(verbs, args[0]) {
 		args = append([]string{args[0], "--config", filepath.Join(m.dir, "agent.yaml")}, args[1:]...)
 	}

@@ -1230,6 +1230,118 @@ func (x *RotateKeyResponse) GetCorrelationId() string {
 	return ""
 }
 
+type RetireVolumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
+	LeaseId       []byte                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"` // of a lease that the caller may still have
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireVolumeRequest) Reset() {
+	*x = RetireVolumeRequest{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireVolumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireVolumeRequest) ProtoMessage() {}
+
+func (x *RetireVolumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireVolumeRequest.ProtoReflect.Descriptor instead.
+func (*RetireVolumeRequest) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RetireVolumeRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *RetireVolumeRequest) GetLeaseId() []byte {
+	if x != nil {
+		return x.LeaseId
+	}
+	return nil
+}
+
+type RetireVolumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LuksUuid      string                 `protobuf:"bytes,1,opt,name=luks_uuid,json=luksUuid,proto3" json:"luks_uuid,omitempty"` // of the header that is to be erased
+	CorrelationId string                 `protobuf:"bytes,2,opt,name=correlation_id,json=correlationId,proto3" json:"correlation_id,omitempty"`
+	RecordKept    bool                   `protobuf:"varint,3,opt,name=record_kept,json=recordKept,proto3" json:"record_kept,omitempty"` // the storage may still have earlier versions of the record
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetireVolumeResponse) Reset() {
+	*x = RetireVolumeResponse{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetireVolumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetireVolumeResponse) ProtoMessage() {}
+
+func (x *RetireVolumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetireVolumeResponse.ProtoReflect.Descriptor instead.
+func (*RetireVolumeResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RetireVolumeResponse) GetLuksUuid() string {
+	if x != nil {
+		return x.LuksUuid
+	}
+	return ""
+}
+
+func (x *RetireVolumeResponse) GetCorrelationId() string {
+	if x != nil {
+		return x.CorrelationId
+	}
+	return ""
+}
+
+func (x *RetireVolumeResponse) GetRecordKept() bool {
+	if x != nil {
+		return x.RecordKept
+	}
+	return false
+}
+
 type ReleaseLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
@@ -1240,7 +1352,7 @@ type ReleaseLeaseRequest struct {
 
 func (x *ReleaseLeaseRequest) Reset() {
 	*x = ReleaseLeaseRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1364,7 @@ func (x *ReleaseLeaseRequest) String() string {
 func (*ReleaseLeaseRequest) ProtoMessage() {}
 
 func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1377,7 @@ func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{13}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReleaseLeaseRequest) GetVolumeId() string {
@@ -1291,7 +1403,7 @@ type ReleaseLeaseResponse struct {
 
 func (x *ReleaseLeaseResponse) Reset() {
 	*x = ReleaseLeaseResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1415,7 @@ func (x *ReleaseLeaseResponse) String() string {
 func (*ReleaseLeaseResponse) ProtoMessage() {}
 
 func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1428,7 @@ func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ReleaseLeaseResponse) GetCorrelationId() string {
@@ -1429,6 +1541,14 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\vkey_version\x18\x01 \x01(\rR\n" +
 	"keyVersion\x12%\n" +
 	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\"M\n" +
+	"\x13RetireVolumeRequest\x12\x1b\n" +
+	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
+	"\blease_id\x18\x02 \x01(\fR\aleaseId\"{\n" +
+	"\x14RetireVolumeResponse\x12\x1b\n" +
+	"\tluks_uuid\x18\x01 \x01(\tR\bluksUuid\x12%\n" +
+	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\x12\x1f\n" +
+	"\vrecord_kept\x18\x03 \x01(\bR\n" +
+	"recordKept\"M\n" +
 	"\x13ReleaseLeaseRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\"=\n" +
@@ -1455,7 +1575,7 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x19ROTATION_STEP_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13ROTATION_STEP_BEGIN\x10\x01\x12\x18\n" +
 	"\x14ROTATION_STEP_STANDS\x10\x02\x12\x16\n" +
-	"\x12ROTATION_STEP_DONE\x10\x032\x9e\x06\n" +
+	"\x12ROTATION_STEP_DONE\x10\x032\x89\a\n" +
 	"\n" +
 	"KeyService\x12W\n" +
 	"\x06GetKey\x12%.keyagent.keyservice.v1.GetKeyRequest\x1a&.keyagent.keyservice.v1.GetKeyResponse\x12f\n" +
@@ -1465,6 +1585,7 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
 	"RenewLease\x12).keyagent.keyservice.v1.RenewLeaseRequest\x1a*.keyagent.keyservice.v1.RenewLeaseResponse\x12`\n" +
 	"\tRotateKey\x12(.keyagent.keyservice.v1.RotateKeyRequest\x1a).keyagent.keyservice.v1.RotateKeyResponse\x12i\n" +
+	"\fRetireVolume\x12+.keyagent.keyservice.v1.RetireVolumeRequest\x1a,.keyagent.keyservice.v1.RetireVolumeResponse\x12i\n" +
 	"\fReleaseLease\x12+.keyagent.keyservice.v1.ReleaseLeaseRequest\x1a,.keyagent.keyservice.v1.ReleaseLeaseResponse\x12D\n" +
 	"\bReattest\x12\x19.keyagent.attest.v1.Frame\x1a\x19.keyagent.attest.v1.Frame(\x010\x01BFZDgithub.com/keyagent/keyagent/api/keyagent/keyservice/v1;keyservicev1b\x06proto3"
 
@@ -1481,7 +1602,7 @@ func file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP() []byte {
 }
 
 var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(Operation)(0),                // 0: keyagent.keyservice.v1.Operation
 	(VolumeState)(0),              // 1: keyagent.keyservice.v1.VolumeState
@@ -1500,9 +1621,11 @@ var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(*RenewLeaseResponse)(nil),    // 14: keyagent.keyservice.v1.RenewLeaseResponse
 	(*RotateKeyRequest)(nil),      // 15: keyagent.keyservice.v1.RotateKeyRequest
 	(*RotateKeyResponse)(nil),     // 16: keyagent.keyservice.v1.RotateKeyResponse
-	(*ReleaseLeaseRequest)(nil),   // 17: keyagent.keyservice.v1.ReleaseLeaseRequest
-	(*ReleaseLeaseResponse)(nil),  // 18: keyagent.keyservice.v1.ReleaseLeaseResponse
-	(*v1.Frame)(nil),              // 19: keyagent.attest.v1.Frame
+	(*RetireVolumeRequest)(nil),   // 17: keyagent.keyservice.v1.RetireVolumeRequest
+	(*RetireVolumeResponse)(nil),  // 18: keyagent.keyservice.v1.RetireVolumeResponse
+	(*ReleaseLeaseRequest)(nil),   // 19: keyagent.keyservice.v1.ReleaseLeaseRequest
+	(*ReleaseLeaseResponse)(nil),  // 20: keyagent.keyservice.v1.ReleaseLeaseResponse
+	(*v1.Frame)(nil),              // 21: keyagent.attest.v1.Frame
 }
 var file_keyagent_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	0,  // 0: keyagent.keyservice.v1.GetKeyRequest.operation:type_name -> keyagent.keyservice.v1.Operation
@@ -1521,18 +1644,20 @@ var file_keyagent_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	11, // 13: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
 	13, // 14: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
 	15, // 15: keyagent.keyservice.v1.KeyService.RotateKey:input_type -> keyagent.keyservice.v1.RotateKeyRequest
-	17, // 16: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
-	19, // 17: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
-	5,  // 18: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
-	8,  // 19: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
-	10, // 20: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
-	12, // 21: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
-	14, // 22: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
-	16, // 23: keyagent.keyservice.v1.KeyService.RotateKey:output_type -> keyagent.keyservice.v1.RotateKeyResponse
-	18, // 24: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
-	19, // 25: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
-	18, // [18:26] is the sub-list for method output_type
-	10, // [10:18] is the sub-list for method input_type
+	17, // 16: keyagent.keyservice.v1.KeyService.RetireVolume:input_type -> keyagent.keyservice.v1.RetireVolumeRequest
+	19, // 17: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
+	21, // 18: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
+	5,  // 19: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
+	8,  // 20: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
+	10, // 21: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
+	12, // 22: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
+	14, // 23: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
+	16, // 24: keyagent.keyservice.v1.KeyService.RotateKey:output_type -> keyagent.keyservice.v1.RotateKeyResponse
+	18, // 25: keyagent.keyservice.v1.KeyService.RetireVolume:output_type -> keyagent.keyservice.v1.RetireVolumeResponse
+	20, // 26: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
+	21, // 27: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
+	19, // [19:28] is the sub-list for method output_type
+	10, // [10:19] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1549,7 +1674,7 @@ func file_keyagent_keyservice_v1_keyservice_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_keyservice_v1_keyservice_proto_rawDesc), len(file_keyagent_keyservice_v1_keyservice_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   15,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	KeyService_ConfirmVolume_FullMethodName = "/keyagent.keyservice.v1.KeyService/ConfirmVolume"
 	KeyService_RenewLease_FullMethodName    = "/keyagent.keyservice.v1.KeyService/RenewLease"
 	KeyService_RotateKey_FullMethodName     = "/keyagent.keyservice.v1.KeyService/RotateKey"
+	KeyService_RetireVolume_FullMethodName  = "/keyagent.keyservice.v1.KeyService/RetireVolume"
 	KeyService_ReleaseLease_FullMethodName  = "/keyagent.keyservice.v1.KeyService/ReleaseLease"
 	KeyService_Reattest_FullMethodName      = "/keyagent.keyservice.v1.KeyService/Reattest"
 )
@@ -53,6 +54,9 @@ type KeyServiceClient interface {
 	// RotateKey is one step of the change of a volume's key, by the holder of its
 	// lease. Any step may be repeated.
 	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
+	// RetireVolume ends the life of a volume that nobody else holds: its key is
+	// destroyed, and released to nobody any more. It may be repeated.
+	RetireVolume(ctx context.Context, in *RetireVolumeRequest, opts ...grpc.CallOption) (*RetireVolumeResponse, error)
 	// ReleaseLease gives the writer's lease back: the volume is closed.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
@@ -127,6 +131,16 @@ func (c *keyServiceClient) RotateKey(ctx context.Context, in *RotateKeyRequest, 
 	return out, nil
 }
 
+func (c *keyServiceClient) RetireVolume(ctx context.Context, in *RetireVolumeRequest, opts ...grpc.CallOption) (*RetireVolumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RetireVolumeResponse)
+	err := c.cc.Invoke(ctx, KeyService_RetireVolume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *keyServiceClient) ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*ReleaseLeaseResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ReleaseLeaseResponse)
@@ -170,6 +184,9 @@ type KeyServiceServer interface {
 	// RotateKey is one step of the change of a volume's key, by the holder of its
 	// lease. Any step may be repeated.
 	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
+	// RetireVolume ends the life of a volume that nobody else holds: its key is
+	// destroyed, and released to nobody any more. It may be repeated.
+	RetireVolume(context.Context, *RetireVolumeRequest) (*RetireVolumeResponse, error)
 	// ReleaseLease gives the writer's lease back: the volume is closed.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error)
 	// Reattest renews the channel's verdict with fresh evidence.
@@ -201,6 +218,9 @@ func (UnimplementedKeyServiceServer) RenewLease(context.Context, *RenewLeaseRequ
 }
 func (UnimplementedKeyServiceServer) RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RotateKey not implemented")
+}
+func (UnimplementedKeyServiceServer) RetireVolume(context.Context, *RetireVolumeRequest) (*RetireVolumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RetireVolume not implemented")
 }
 func (UnimplementedKeyServiceServer) ReleaseLease(context.Context, *ReleaseLeaseRequest) (*ReleaseLeaseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReleaseLease not implemented")
@@ -337,6 +357,24 @@ func _KeyService_RotateKey_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _KeyService_RetireVolume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RetireVolumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeyServiceServer).RetireVolume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: KeyService_RetireVolume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeyServiceServer).RetireVolume(ctx, req.(*RetireVolumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _KeyService_ReleaseLease_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ReleaseLeaseRequest)
 	if err := dec(in); err != nil {
@@ -392,6 +430,10 @@ var KeyService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RotateKey",
 			Handler:    _KeyService_RotateKey_Handler,
+		},
+		{
+			MethodName: "RetireVolume",
+			Handler:    _KeyService_RetireVolume_Handler,
 		},
 		{
 			MethodName: "ReleaseLease",

@@ -67,8 +67,8 @@ type NodeClient interface {
 	BackupHeader(ctx context.Context, in *BackupHeaderRequest, opts ...grpc.CallOption) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
 	RestoreHeader(ctx context.Context, in *RestoreHeaderRequest, opts ...grpc.CallOption) (*RestoreHeaderResponse, error)
-	// Retire ends the life of a volume and its key. It is not built yet: it answers
-	// Unimplemented, and says what to do meanwhile.
+	// Retire ends the life of a closed volume: its key is destroyed, and its header
+	// erased from the disk. It may be repeated.
 	Retire(ctx context.Context, in *RetireRequest, opts ...grpc.CallOption) (*RetireResponse, error)
 	// GetDataKey gives the caller a key that opens no volume of this node, and makes
 	// it if there is none. It is for programs that insist on the key; the operation
@@ -254,8 +254,8 @@ type NodeServer interface {
 	BackupHeader(context.Context, *BackupHeaderRequest) (*BackupHeaderResponse, error)
 	// RestoreHeader writes a header back that the volume's record vouches for.
 	RestoreHeader(context.Context, *RestoreHeaderRequest) (*RestoreHeaderResponse, error)
-	// Retire ends the life of a volume and its key. It is not built yet: it answers
-	// Unimplemented, and says what to do meanwhile.
+	// Retire ends the life of a closed volume: its key is destroyed, and its header
+	// erased from the disk. It may be repeated.
 	Retire(context.Context, *RetireRequest) (*RetireResponse, error)
 	// GetDataKey gives the caller a key that opens no volume of this node, and makes
 	// it if there is none. It is for programs that insist on the key; the operation
