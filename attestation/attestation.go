@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 )
 
@@ -201,15 +202,15 @@ func (v *Verified) Until() (until time.Time) {
 }
 
 // Identity names the attester in logs: the identities of its claims.
-func (v *Verified) Identity() string {
-	id := ""
-	for i, c := range v.claims {
-		if i > 0 {
-			id += "+"
-		}
-		id += string(c.Kind) + ":" + c.Identity
+func (v *Verified) Identity() string { return strings.Join(v.Identities(), "+") }
+
+// Identities are those of its claims, each as KIND:IDENTITY.
+func (v *Verified) Identities() []string {
+	ids := make([]string, 0, len(v.claims))
+	for _, c := range v.claims {
+		ids = append(ids, string(c.Kind)+":"+c.Identity)
 	}
-	return id
+	return ids
 }
 
 // ErrRefused means that evidence is refused, whatever the reason. An error of a

@@ -45,6 +45,7 @@ func (k *noKeys) CreateDiskless(context.Context, *keyclient.Key, [32]byte) error
 func (k *noKeys) Renew(context.Context, string, []byte) (*keyclient.Lease, error) {
 	return nil, errNoKeys
 }
+func (k *noKeys) Verdict(context.Context, string, bool) error { return errNoKeys }
 func (k *noKeys) Rotate(context.Context, *keyclient.Key, keyclient.RotationStep, keyclient.MACs) error {
 	return errNoKeys
 }

@@ -36,6 +36,8 @@ type Creator interface {
 // Leaser keeps the right to write.
 type Leaser interface {
 	Renew(ctx context.Context, volume string, lease []byte) (*keyclient.Lease, error)
+	// Verdict is nil if this machine may still have a volume open of which it has no lease.
+	Verdict(ctx context.Context, volume string, readOnly bool) error
 	Release(ctx context.Context, volume string, lease []byte) error
 	// KeepSession has a session for both, whose verdict holds for that much longer.
 	KeepSession(ctx context.Context, left time.Duration) error
@@ -109,6 +111,7 @@ type entry struct {
 	known     remembered
 	header    *luks.Header // nil until this process has seen it
 	lease     *lease
+	verdict   verdict
 	lastErr   error
 	lastID    string
 	warnings  map[string]string // by kind

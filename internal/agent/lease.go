@@ -52,13 +52,14 @@ func (l *lease) margin() time.Duration { return l.term / marginPart }
 func (c *Volumes) hold(e *entry, k *keyclient.Lease) {
 	var l *lease
 	if k != nil {
-		l = &lease{id: k.ID, term: k.Term, until: k.Until, bound: k.Bound, next: k.Until - k.Term + k.Term/renewAfter}
+		l = &lease{id: k.ID, term: k.Term, until: k.Until, bound: k.Bound, next: k.Until - k.Term + soon(k.Term/renewAfter)}
 		if k.Rotate { // what the key service has to say about that comes with a renewal
 			l.next = keyclient.Boottime()
 		}
 	}
-	c.set(func() { e.lease = l })
+	c.set(func() { e.lease, e.verdict = l, verdict{good: keyclient.Boottime()} })
 	c.warn(e, "lease", "")
+	c.warn(e, "verdict", "")
 }
 
 // resumeLease goes on with a lease that an earlier process had, and has it renewed
@@ -189,6 +190,9 @@ func (c *Volumes) KeepLeases(ctx context.Context) {
 		for _, d := range c.dueLeases(keyclient.Boottime()) {
 			go c.renew(ctx, d)
 		}
+		for _, d := range c.dueVerdicts(keyclient.Boottime()) {
+			go c.askVerdict(ctx, d)
+		}
 	}
 }
 
@@ -241,6 +245,7 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	switch {
 	case err == nil && got == nil:
 		c.drop(ctx, d.e)
+		c.judged(ctx, d, nil)
 		return
 	case err == nil:
 		c.renewed(ctx, d, got)
@@ -260,9 +265,10 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	}
 	c.warn(d.e, "lease", "the lease could not be renewed: "+err.Error())
 	c.Log.Warn("could not renew a lease", "volume", d.id, "bound", d.lease.bound, "ends_in", (d.lease.until - keyclient.Boottime()).Round(time.Second), "error", err)
+	c.judged(ctx, d, err)
 }
 
-// lostLease says that the key service gave the volume to another node.
+// lostLease says that the key service gave the volume to another node, or ended its life.
 func lostLease(err error) bool {
 	class := failure.Of(err).Class
 	return class == failure.Held || class == failure.State || class == failure.NotFound
@@ -275,14 +281,12 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 	l := d.e.lease
 	current := l != nil && string(l.id) == string(d.lease.id)
 	if current {
-		l.id, l.term, l.until, l.bound, l.next = k.ID, k.Term, k.Until, k.Bound, k.Until-k.Term+k.Term/renewAfter
+		l.id, l.term, l.until, l.bound, l.next = k.ID, k.Term, k.Until, k.Bound, k.Until-k.Term+soon(k.Term/renewAfter)
 		r := &d.e.known
 		r.LeaseID, r.LeaseTerm, r.LeaseUntil, r.Bound = k.ID, k.Term, k.Until, k.Bound
 	}
 	delete(d.e.warnings, "lease")
 	known := d.e.known
-	_, fenced := d.e.warnings["fence"]
-	waits := current && fenced && d.e.condition.state == Suspended
 	c.mu.Unlock()
 	if current && known.UUID != "" {
 		if err := c.rememberKnown(d.e); err != nil {
@@ -299,11 +303,8 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 	default:
 		c.warn(d.e, "rotation", "")
 	}
-	if !waits {
-		return
-	}
-	if _, err := c.Resume(ctx, d.id); err != nil {
-		c.Log.Error("the lease is renewed, and the volume could not be resumed", "volume", d.id, "error", err)
+	if current {
+		c.judged(ctx, d, nil)
 	}
 }
 
@@ -330,21 +331,21 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 	c.on(d.e, EventSuspend, nil)
 }
 
-// cut ends all I/O of a volume that another node has: what was not written is lost
-// here, as it would be if this machine had died, and never reaches the disk.
+// cut ends all I/O of a volume that another node has, or whose life ended: what was not
+// written is lost here, as it would be if this machine had died, and never reaches the disk.
 func (c *Volumes) cut(ctx context.Context, d due, why error) {
 	name, uuid, _ := c.fencing(d.e)
 	if uuid == "" {
 		return
 	}
-	c.Log.Error("cutting a volume off its disk: another node has it", "volume", d.id, "error", why)
+	c.Log.Error("cutting a volume off its disk: its lease is lost", "volume", d.id, "error", why)
 	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not cut off a volume that another node has", "volume", d.id, "error", err)
 	} else {
 		c.Log.Info("the volume is cut off its disk", "volume", d.id)
 	}
-	c.warn(d.e, "fence", "cut off its disk: another node has the volume; close it here")
+	c.warn(d.e, "fence", "cut off its disk: another node has the volume, or its life ended; close it here")
 	c.set(func() { d.e.lastErr = why })
 	c.on(d.e, EventFail, why)
 }

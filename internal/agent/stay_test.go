@@ -127,7 +127,7 @@ func TestTheUnitStartsAgainWhatTheAgentEndsFor(t *testing.T) {
 	classes := []failure.Class{
 		failure.Internal, failure.Usage, failure.Configuration, failure.Unreachable, failure.ServerUntrusted, failure.EvidenceRefused, failure.PolicyDenied,
 		failure.WrongKey, failure.HeaderRefused, failure.DeviceBusy, failure.NotFound, failure.NotBlank, failure.NoDevice, failure.Tampered, failure.State,
-		failure.Held, failure.NeedsRepair,
+		failure.Held, failure.NeedsRepair, failure.Revoked,
 	}
 	if len(classes) != failure.Classes() {
 		t.Fatalf("%d of %d classes", len(classes), failure.Classes())

@@ -52,6 +52,8 @@ type Entry struct {
 	Attempt       string    `json:"attempt,omitempty"`    // to create the volume
 	Lease         string    `json:"lease,omitempty"`      // ID of the writer's
 	Holder        string    `json:"holder,omitempty"`     // of the attempt or the lease
+	Subject       string    `json:"subject,omitempty"`    // whom a word of revocation is of
+	Word          uint64    `json:"word,omitempty"`       // its number
 	Result        string    `json:"result"`               // allowed, refused
 	Class         string    `json:"class,omitempty"`
 	Detail        string    `json:"detail,omitempty"`

@@ -54,6 +54,7 @@ policy: policy.yaml
 kms: kms://cluster-kms?file=master.secret
 storage: storage://file?dir=records
 audit: audit.log
+admin: admin.sock
 `
 	return s, os.WriteFile(s.path("serve.yaml"), []byte(config), 0o600)
 }

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
 )
 
 // Class is the kind of a failure. Its text stands in refusals, logs and
@@ -35,6 +36,7 @@ const (
 	State           Class = "wrong state"
 	Held            Class = "volume held"
 	NeedsRepair     Class = "filesystem needs repair"
+	Revoked         Class = "revoked"
 )
 
 // table is the one place that maps classes to numbers.
@@ -59,7 +61,11 @@ var table = map[Class]struct {
 	State:           {15, codes.FailedPrecondition},
 	Held:            {16, codes.FailedPrecondition},
 	NeedsRepair:     {17, codes.DataLoss},
+	Revoked:         {18, codes.PermissionDenied},
 }
+
+// before is what a keyagent that does not know a class is told in its place.
+var before = map[Class]Class{Revoked: PolicyDenied}
 
 // ExitCode returns the exit code of a class.
 func ExitCode(c Class) int {
@@ -135,10 +141,14 @@ const domain = "keyagent"
 // correlation ID. The text is message, which the caller chose to show.
 func Status(err error, message string) error {
 	e := Of(err)
-	st, detailErr := status.New(table[e.Class].code, message).WithDetails(&errdetails.ErrorInfo{
-		Reason: string(e.Class), Domain: domain,
-		Metadata: map[string]string{"correlation_id": e.CorrelationID, "hint": e.Hint},
-	})
+	info := func(c Class) *errdetails.ErrorInfo {
+		return &errdetails.ErrorInfo{Reason: string(c), Domain: domain, Metadata: map[string]string{"correlation_id": e.CorrelationID, "hint": e.Hint}}
+	}
+	details := []protoadapt.MessageV1{info(e.Class)}
+	if c, ok := before[e.Class]; ok {
+		details = append(details, info(c)) // the first that is known counts
+	}
+	st, detailErr := status.New(table[e.Class].code, message).WithDetails(details...)
 	if detailErr != nil {
 		return status.Error(table[e.Class].code, message)
 	}

@@ -244,6 +244,15 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 	return lease, err
 }
 
+// Verdict asks whether this machine may still have a volume open of which it has no lease. Nil
+// is yes.
+func (c *Client) Verdict(ctx context.Context, volume string, readOnly bool) error {
+	return c.leases.call(ctx, func(ctx context.Context, s *session) error {
+		_, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, Node: c.node, Verdict: true, ReadOnly: readOnly})
+		return fromStatus(err)
+	})
+}
+
 // KeepSession has a session on which leases travel, whose verdict holds for that much
 // longer. What is given back later goes on it, also when this machine would be refused by
 // then: systemd measures that it shuts down before it unmounts anything. A refusal leaves

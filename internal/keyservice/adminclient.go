@@ -15,6 +15,7 @@ import (
 
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/internal/revocation"
 	"github.com/keyagent/keyagent/internal/volume"
 )
 
@@ -144,6 +145,17 @@ func (c *AdminClient) Rotate(ctx context.Context, id string, every time.Duration
 // AbandonRotation is [Service.AbandonRotation].
 func (c *AdminClient) AbandonRotation(ctx context.Context, id string, force bool) (VolumeInfo, error) {
 	return answer[VolumeInfo](ctx, c, "abandon-rotation", adminRequest{Volume: id, Force: force})
+}
+
+// Revoke is [Service.Revoke].
+func (c *AdminClient) Revoke(ctx context.Context, s revocation.Subject, reason string, lift bool) (revocation.Word, error) {
+	verb := map[bool]string{false: "revoke", true: "lift"}[lift]
+	return answer[revocation.Word](ctx, c, verb, adminRequest{Subject: &s, Reason: reason})
+}
+
+// Revocations lists what is revoked.
+func (c *AdminClient) Revocations(ctx context.Context) ([]revocation.Word, error) {
+	return answer[[]revocation.Word](ctx, c, "revocations", adminRequest{})
 }
 
 // Restored lists the volumes that storage shows in an older state.

@@ -28,6 +28,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/policysource"
+	"github.com/keyagent/keyagent/internal/revocation"
 	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/storage"
@@ -43,6 +44,8 @@ type Options struct {
 	Metrics *Metrics
 	// Seen are revisions of volumes that the audit log names.
 	Seen map[string]uint64
+	// Words of revocation that it names.
+	Words []revocation.Word
 	// RecordKey is the ID that the record MAC key must have. Default any,
 	// unless anybody can wrap under the KEK.
 	RecordKey string
@@ -65,6 +68,7 @@ type Service struct {
 	kms     kms.KMS
 	records *macstore.Store
 	volumes *volume.Store
+	revoked *revocation.Book
 	audit   *audit.Log
 	log     *slog.Logger
 	metrics *Metrics
@@ -101,8 +105,12 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	for id, revision := range opts.Seen {
 		volumes.NoteRevision(id, revision)
 	}
+	revoked := revocation.NewBook(records, opts.Now, opts.Log, opts.Words)
+	if err := revoked.Load(ctx); err != nil {
+		return nil, errors.Join(err, records.Close())
+	}
 	return &Service{
-		policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, audit: opts.Audit, log: opts.Log,
+		policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 		renewal: atls.DefaultTimeout,
 	}, nil
@@ -197,6 +205,8 @@ type ask struct {
 	volume   string
 	ops      []policy.Operation
 	readOnly bool
+	// always: also of a machine or a volume that is revoked. It gives something back.
+	always bool
 }
 
 // decide authorises a request, runs act, and records a refusal, no matter who refused.
@@ -233,6 +243,11 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return err
 	}
 	entry.Identity, entry.Evidence = c.verified.Identity(), evidenceDigest(c.verified)
+	if !ask.always {
+		if err := s.mustNotBeRevoked(ctx, c.verified.Identities(), ask.volume); err != nil {
+			return err
+		}
+	}
 	if len(ask.ops) == 0 {
 		return failure.Newf(failure.Usage, "", "unknown operation")
 	}
@@ -303,6 +318,11 @@ func classify(err error) error {
 		{volume.ErrRotating, failure.State, "try again in a moment: the node that has the volume open finishes it"},
 		{volume.ErrRotation, failure.State, "ask for the key again"},
 		{volume.ErrLength, failure.State, "ask for the length that the volume's key was made with"},
+		{errRevoked, failure.Revoked, "an operator did it by name, and lifts it with keyagent revoke --lift"},
+		{revocation.ErrSeveral, failure.Usage, "name one of them: tpm: and nitro: are of one machine, snp: and tdx: of a processor on which others may run"},
+		{revocation.ErrSubject, failure.Usage, "name a node by its identity, as the audit log and keyagent volume show have it"},
+		{revocation.ErrWord, failure.Usage, ""},
+		{revocation.ErrNotRevoked, failure.State, "keyagent revoke --list shows what is"},
 		{volume.ErrRetired, failure.State, "an operator ended its life on the key service"},
 		{errProof, failure.WrongKey, ""},
 		{volume.ErrNoVolume, failure.NotFound, "the volume was never formatted: keyagent format does it, on a blank disk"},

@@ -2,6 +2,7 @@ package keyservice
 
 import (
 	"context"
+	"fmt"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation/policy"
@@ -15,7 +16,8 @@ var toHold = []policy.Operation{policy.Open, policy.Format}
 // refused, or the lease has another holder since.
 func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRequest) (*keyservicev1.RenewLeaseResponse, error) {
 	var resp *keyservicev1.RenewLeaseResponse
-	err := s.decide(ctx, ask{event: "renew-lease", volume: req.GetVolumeId(), ops: toHold}, func(d *decision) error {
+	wants := ask{event: "renew-lease", volume: req.GetVolumeId(), ops: toHold, readOnly: req.GetVerdict() && req.GetReadOnly()}
+	err := s.decide(ctx, wants, func(d *decision) error {
 		c := d.caller.callerFor(req.GetNode(), req.GetLeaseId(), keyservicev1.Protocol)
 		d.entry.Lease, d.entry.Holder = hexed(req.GetLeaseId()), c.Holder.String()
 		rec, err := s.volumes.Get(ctx, req.GetVolumeId())
@@ -24,6 +26,13 @@ func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRe
 		}
 		if err := d.mustOwn(rec); err != nil {
 			return err
+		}
+		if req.GetVerdict() {
+			if rec.State == volume.Retired {
+				return fmt.Errorf("%w: %q", volume.ErrRetired, rec.VolumeID)
+			}
+			resp = &keyservicev1.RenewLeaseResponse{CorrelationId: d.entry.CorrelationID}
+			return nil
 		}
 		rec, before, err := s.volumes.Renew(ctx, req.GetVolumeId(), c, d.terms())
 		if err != nil {
@@ -42,7 +51,7 @@ func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRe
 // ReleaseLease implements the service.
 func (s *Service) ReleaseLease(ctx context.Context, req *keyservicev1.ReleaseLeaseRequest) (*keyservicev1.ReleaseLeaseResponse, error) {
 	var resp *keyservicev1.ReleaseLeaseResponse
-	err := s.decide(ctx, ask{event: "release-lease", volume: req.GetVolumeId(), ops: toHold}, func(d *decision) error {
+	err := s.decide(ctx, ask{event: "release-lease", volume: req.GetVolumeId(), ops: toHold, always: true}, func(d *decision) error {
 		c := d.caller.callerFor("", req.GetLeaseId(), keyservicev1.Protocol)
 		rec, err := s.volumes.Update(ctx, req.GetVolumeId(), func(r *volume.Record) error {
 			if err := d.exists(r); err != nil {

@@ -16,7 +16,7 @@ import (
 // GetKey implements the service.
 func (s *Service) GetKey(ctx context.Context, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
 	var resp *keyservicev1.GetKeyResponse
-	wants := ask{"get-key", req.GetVolumeId(), operations[req.GetOperation()], req.GetReadOnly()}
+	wants := ask{event: "get-key", volume: req.GetVolumeId(), ops: operations[req.GetOperation()], readOnly: req.GetReadOnly()}
 	err := s.decide(ctx, wants, func(d *decision) (err error) {
 		resp, err = s.release(ctx, d, req)
 		return err

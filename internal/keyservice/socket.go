@@ -16,6 +16,7 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/internal/revocation"
 	"github.com/keyagent/keyagent/internal/unixsocket"
 )
 
@@ -33,6 +34,9 @@ type adminRequest struct {
 	Recipient []byte `json:"recipient,omitempty"`
 	EveryS    int64  `json:"every_s,omitempty"`
 	Force     bool   `json:"force,omitempty"`
+
+	Subject *revocation.Subject `json:"subject,omitempty"`
+	Reason  string              `json:"reason,omitempty"`
 }
 
 // adminError is an error on the socket.
@@ -128,7 +132,12 @@ func (s *Service) adminHandler() http.Handler {
 		"abandon-rotation": func(ctx context.Context, who string, r adminRequest) (any, error) {
 			return s.AbandonRotation(ctx, who, r.Volume, r.Force)
 		},
-		"restored": func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Restored(ctx) },
+		"revoke": func(ctx context.Context, who string, r adminRequest) (any, error) {
+			return s.revoke(ctx, who, r, false)
+		},
+		"lift":        func(ctx context.Context, who string, r adminRequest) (any, error) { return s.revoke(ctx, who, r, true) },
+		"revocations": func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Revocations(ctx) },
+		"restored":    func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Restored(ctx) },
 		"accept-restore": func(ctx context.Context, who string, r adminRequest) (any, error) {
 			return s.AcceptRestore(ctx, who, r.Volume)
 		},
@@ -168,6 +177,13 @@ const (
 	trailerRecords = "Keyagent-Progress"
 	trailerError   = "Keyagent-Error"
 )
+
+func (s *Service) revoke(ctx context.Context, who string, r adminRequest, lift bool) (any, error) {
+	if r.Subject == nil {
+		return nil, failure.Newf(failure.Usage, "", "nobody is named")
+	}
+	return s.Revoke(ctx, who, *r.Subject, r.Reason, lift)
+}
 
 func (s *Service) serveExport(w http.ResponseWriter, req *http.Request) {
 	var in adminRequest

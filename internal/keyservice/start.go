@@ -11,6 +11,7 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/internal/revocation"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms/setup"
 	"github.com/keyagent/keyagent/storage"
@@ -19,6 +20,7 @@ import (
 // history is what an audit log says of records.
 type history struct {
 	seen      map[string]uint64 // revision by volume
+	words     []revocation.Word
 	recordKey string
 }
 
@@ -32,6 +34,9 @@ func (h *history) note(e audit.Entry) {
 		h.seen = map[string]uint64{}
 	case e.Volume != "":
 		h.seen[e.Volume] = max(h.seen[e.Volume], e.Revision)
+	}
+	if s, err := revocation.ParseSubject(e.Subject); err == nil && e.Result == "allowed" && e.Word > 0 {
+		h.words = append(h.words, revocation.Word{Subject: s, Number: e.Word, Revoked: e.Event == revokeEvent, By: e.Identity, Reason: e.Detail, At: e.Time})
 	}
 	if e.RecordKey != "" {
 		h.recordKey = e.RecordKey
@@ -70,7 +75,7 @@ func (s *Server) openService(ctx context.Context) error {
 	}
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
-		Seen: h.seen, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
+		Seen: h.seen, Words: h.words, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
 	})
 	if err != nil {
 		return forOperator(err)

@@ -48,9 +48,11 @@ type Collection struct {
 var (
 	Volume = Collection{"volumes/", "keyagent volume record 1 ", "keyagent volume record mac v1"}
 	DEK    = Collection{"deks/", "keyagent wrapped dek 1 ", "keyagent wrapped dek mac v1"}
+	// Revocation holds no keys.
+	Revocation = Collection{"revocations/", "keyagent revocation 1 ", "keyagent revocation mac v1"}
 )
 
-// Collections are all of them.
+// Collections are those that hold keys.
 var Collections = []Collection{Volume, DEK}
 
 // MaxSize bounds a record in bytes.

@@ -77,6 +77,12 @@ func (v *Volume) apply(o crypttab.Option) error {
 		v.NoMMP = true
 	case "keyagent-integrity":
 		v.Integrity, flag = cmp.Or(o.Value, "hmac-sha256"), false
+	case "keyagent-on-revoke":
+		v.OnRevoke, flag = OnRevoke(o.Value), false
+	case "keyagent-grace-refused":
+		v.Grace.Refused, flag = o.Value, false
+	case "keyagent-grace-unreachable":
+		v.Grace.Unreachable, flag = o.Value, false
 	case "keyagent-no-journal":
 		v.NoJournal = true
 	case "keyagent-measure":

@@ -31,6 +31,9 @@ type Dynamic struct {
 	// Integrity is what each volume must have; empty: what the caller says.
 	Integrity string `yaml:"integrity,omitempty"`
 	NoJournal bool   `yaml:"no_journal,omitempty"` // of volumes with integrity
+	// OnRevoke and Grace are those of each volume, see [Volume].
+	OnRevoke OnRevoke `yaml:"on_revoke,omitempty"`
+	Grace    Grace    `yaml:"grace,omitempty"`
 }
 
 // check names the field that is wrong.
@@ -62,6 +65,13 @@ func (d *Dynamic) check() error {
 	}
 	if d.Integrity != "" && d.Integrity != "none" && !slices.Contains(Integrities, d.Integrity) {
 		return &FieldError{"integrity", -1, fmt.Errorf("must be of %s and none", strings.Join(Integrities, ", "))}
+	}
+	v := Volume{OnRevoke: d.OnRevoke, Grace: d.Grace}
+	if err := v.checkOnRevoke(); err != nil {
+		return &FieldError{"on_revoke", -1, err}
+	}
+	if _, _, err := d.Grace.Limits(); err != nil {
+		return &FieldError{"grace", -1, err}
 	}
 	for i, o := range d.Options {
 		if err := CheckOption(o); err != nil {
@@ -117,6 +127,7 @@ func (d *Dynamic) admit(uid uint32, v Volume) (Volume, bool) {
 	if d.Integrity != "" && d.Integrity != "none" {
 		v.Integrity = d.Integrity
 	}
+	v.OnRevoke, v.Grace = d.OnRevoke, d.Grace
 	v.NoJournal = d.NoJournal && v.Integrity != "" && v.Integrity != "none"
 	if v.Format && !d.Format || v.Throwaway() {
 		return v, false

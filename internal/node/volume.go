@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/pattern"
@@ -57,8 +58,59 @@ type Volume struct {
 	Integrity string `yaml:"integrity,omitempty"`
 	// NoJournal has a volume with integrity write data and tags in place.
 	NoJournal bool `yaml:"no_journal,omitempty"`
+	// OnRevoke is what becomes of the open volume when the key service refuses this machine, or
+	// was not reached, for longer than Grace says. Empty: suspend, and keep for a volume that
+	// the initrd opened.
+	OnRevoke OnRevoke `yaml:"on_revoke,omitempty"`
+	Grace    Grace    `yaml:"grace,omitempty"`
 	// After names volumes that are opened before this one.
 	After []string `yaml:"after,omitempty"`
+}
+
+// OnRevoke is what becomes of an open volume that this machine may not have any more.
+type OnRevoke string
+
+// What there is.
+const (
+	Keep    OnRevoke = "keep"    // it stays, with a warning
+	Suspend OnRevoke = "suspend" // its key is taken from the kernel, and its I/O waits for a better verdict
+	Shut    OnRevoke = "close"   // it is unmounted and closed, or suspended if something uses it
+)
+
+// Grace is how long an open volume stays as it is.
+type Grace struct {
+	// Refused is for a machine that the policy does not know any more; empty: 1h. What an
+	// operator revoked by name has none.
+	Refused string `yaml:"refused,omitempty"`
+	// Unreachable is for a key service that gives no verdict; empty or "none": without end.
+	Unreachable string `yaml:"unreachable,omitempty"`
+}
+
+// defaultRefused leaves time to mend a policy that was wrong.
+const defaultRefused = time.Hour
+
+// Limits are the two as durations, of which zero is none, and for Unreachable without end.
+// It errs where Validate does.
+func (g Grace) Limits() (refused, unreachable time.Duration, err error) {
+	refused = defaultRefused
+	for _, f := range []struct {
+		text string
+		to   *time.Duration
+	}{{g.Refused, &refused}, {g.Unreachable, &unreachable}} {
+		switch f.text {
+		case "":
+			continue
+		case "none":
+			*f.to = 0
+			continue
+		}
+		d, err := time.ParseDuration(f.text)
+		if err != nil || d < time.Second {
+			return 0, 0, errors.New("must be a duration of a second or more, such as 10m, or none")
+		}
+		*f.to = d
+	}
+	return refused, unreachable, nil
 }
 
 // Image is copied into a new volume. It is proved by one of the two.
@@ -115,6 +167,7 @@ func (v *Volume) Validate() error {
 	}{
 		{"id", v.checkID}, {"kind", v.checkKind}, {"name", v.checkName}, {"device", v.checkDevice}, {"filesystem", v.checkFilesystem},
 		{"label", v.checkLabel}, {"mount", v.checkMount}, {"from", v.checkFrom}, {"source", v.checkSource}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
+		{"on_revoke", v.checkOnRevoke}, {"grace", func() error { _, _, err := v.Grace.Limits(); return err }},
 	} {
 		if err := c.check(); err != nil {
 			return &FieldError{c.field, -1, err}
@@ -160,6 +213,18 @@ func (v *Volume) checkKind() error {
 	}
 	if v.Measure {
 		return errors.New("cannot be measured: its key is another one at each start")
+	}
+	return nil
+}
+
+func (v *Volume) checkOnRevoke() error {
+	switch v.OnRevoke {
+	case "", Keep, Suspend, Shut:
+	default:
+		return fmt.Errorf("%.40q is none of keep, suspend and close", v.OnRevoke)
+	}
+	if v.Throwaway() && (v.OnRevoke != "" || v.Grace != Grace{}) {
+		return errors.New("the key of this volume does not come from a key service")
 	}
 	return nil
 }

@@ -96,6 +96,7 @@ grants:
   - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format, clone, rotate, retire]}
   - {name: many, profiles: [node], volumes: ["many-*"], operations: [open, format], writers: many}
   - {name: expiry, profiles: [node], volumes: ["x-*"], operations: [open, format], takeover: expiry, lease: 30s}
+  - {name: brief, profiles: [node], volumes: ["r-*"], operations: [open, format], lease: 30s}
 `
 
 // lab is the key service and the two nodes that all tests of a guest share: making a

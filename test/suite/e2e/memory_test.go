@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
@@ -43,6 +44,10 @@ echo "E2E scratch $(findmnt -n -o SOURCE /scratch)"
 await scratch
 keyagent close --standalone --config /bed/scratch.yaml scratch
 await open
+until keyagent status --output json | grep -q '"suspended"'; do sleep 0.2; done
+await suspended
+until keyagent status --output json | grep -q '"mounted"'; do sleep 0.2; done
+echo "E2E resumed: $(cat /data/hello)"
 systemctl stop keyagent-agent.service
 echo "E2E stopped: $(systemctl is-active keyagent-agent.service) $(cat /data/hello)"
 await stopped
@@ -63,23 +68,40 @@ volumes:
 // agent has ended; and not in anything that the guest or the service has written.
 // The first boot is the one with the most to forget: it formats, too.
 func TestTheDEKIsGone(t *testing.T) {
-	n := newNode(t, commandLine("e2e"))
+	n := newMachine(t, false)
+	n.expect(t, commandLine("e2e"))
+	policy, err := os.ReadFile(n.path("service/policy.yaml"))
+	must(t, err)
+	policy = bytes.Replace(policy, []byte("operations: [open, format]"), []byte("operations: [open, format]\n    lease: 30s"), 1)
+	must(t, os.WriteFile(n.path("service/policy.yaml"), policy, 0o644))
+	n.start(t)
+	revoke := func(more ...string) {
+		t.Helper()
+		_, err := n.service.Run(t.Context(), append([]string{"revoke", "--config", "serve.yaml", "--volume", "data"}, more...)...)
+		must(t, err)
+	}
 	planted := make([]byte, 32)
 	rand.Read(planted)
 	root := n.root(t, memoryScript, lab.File{Path: "/bed/planted.b64", Data: []byte(base64.StdEncoding.EncodeToString(planted))},
 		lab.File{Path: "/bed/scratch.yaml", Data: []byte(scratchConfig), Mode: 0o600})
 	g := n.boot(t, n.path("expected.esp"), root)
 	dumps := map[string]string{}
-	for _, moment := range []string{"scratch", "open", "stopped"} {
+	for _, moment := range []string{"scratch", "open", "suspended", "stopped"} {
 		if _, err := g.WaitMark(t.Context(), moment); err != nil {
 			t.Fatal(err)
 		}
 		dumps[moment] = n.path("memory." + moment)
 		must(t, g.DumpMemory(t.Context(), dumps[moment]))
+		switch moment {
+		case "open":
+			revoke()
+		case "suspended":
+			revoke("--lift")
+		}
 		must(t, g.Continue())
 	}
 	wantStatus(t, g, 0)
-	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E scratch /dev/mapper/scratch", "E2E stopped: inactive written before the dump")
+	wantLines(t, g, "E2E findmnt /dev/mapper/data", "E2E resumed: written before the dump", "E2E scratch /dev/mapper/scratch", "E2E stopped: inactive written before the dump")
 	status := statusOf(t, g)
 
 	dek := n.dek(t, "data")
@@ -92,14 +114,16 @@ func TestTheDEKIsGone(t *testing.T) {
 		t.Run(moment, func(t *testing.T) {
 			// The search finds what is there: a copy that was planted, and the volume
 			// key, which dm-crypt needs as long as the volume is mapped. The kernel has
-			// it as the beginnings of two key schedules, one per half.
+			// it as the beginnings of two key schedules, one per half. While the volume is
+			// suspended, because it was revoked, nobody has it.
 			for name, want := range map[string][]byte{
 				"the planted pattern": planted, "the volume key's first half": volumeKey[:32], "its second half": volumeKey[32:],
 			} {
 				count := search(t, dump, want)
 				t.Logf("%s is %d times in memory", name, count)
-				if count == 0 {
-					t.Errorf("the search does not find %s", name)
+				gone := moment == "suspended" && name != "the planted pattern"
+				if (count == 0) != gone {
+					t.Errorf("the search finds %s %d times:%s", name, count, around(t, dump, want))
 				}
 			}
 			if count := search(t, dump, missing); count != 0 {
@@ -251,7 +275,8 @@ func TestSchedulesOfAESAreRecognised(t *testing.T) {
 	}
 }
 
-// dek is the key of a volume, which anyone who has the master secret can derive.
+// dek is the key of a volume, which anyone who has the master secret and the volume's record
+// can derive.
 func (n *node) dek(t *testing.T, volume string) []byte {
 	t.Helper()
 	master, err := cluster.LoadMasterSecret(n.service.MasterSecret())
@@ -260,7 +285,18 @@ func (n *node) dek(t *testing.T, volume string) []byte {
 	k, err := cluster.New(cluster.Options{MasterSecret: master})
 	must(t, err)
 	defer k.Close()
-	key, _, err := k.Generate(context.Background(), kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: 1, Length: 32})
+	object, err := os.ReadFile(n.path("service/records/volumes/" + volume + ".obj"))
+	must(t, err)
+	var record struct {
+		Keys []struct {
+			Version uint32
+			Length  int
+			Salt    string
+		}
+	}
+	must(t, json.Unmarshal(object[bytes.IndexByte(object, '{'):], &record))
+	in := record.Keys[0]
+	key, _, err := k.Generate(context.Background(), kms.Binding{VolumeID: volume, Purpose: kms.VolumeDEK, Version: in.Version, Length: in.Length, Salt: in.Salt})
 	must(t, err)
 	defer key.Close()
 	var dek []byte

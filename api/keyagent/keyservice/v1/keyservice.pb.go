@@ -963,6 +963,8 @@ type RenewLeaseRequest struct {
 	VolumeId      string                 `protobuf:"bytes,1,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"`
 	LeaseId       []byte                 `protobuf:"bytes,2,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
 	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	Verdict       bool                   `protobuf:"varint,4,opt,name=verdict,proto3" json:"verdict,omitempty"`                   // the caller has no lease, and asks whether it may still have the volume open
+	ReadOnly      bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // that is for reading
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1016,6 +1018,20 @@ func (x *RenewLeaseRequest) GetNode() string {
 		return x.Node
 	}
 	return ""
+}
+
+func (x *RenewLeaseRequest) GetVerdict() bool {
+	if x != nil {
+		return x.Verdict
+	}
+	return false
+}
+
+func (x *RenewLeaseRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
 }
 
 type RenewLeaseResponse struct {
@@ -1515,11 +1531,13 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
 	"generation\x12%\n" +
-	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\"_\n" +
+	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\"\x96\x01\n" +
 	"\x11RenewLeaseRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\x12\x12\n" +
-	"\x04node\x18\x03 \x01(\tR\x04node\"\x88\x01\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12\x18\n" +
+	"\averdict\x18\x04 \x01(\bR\averdict\x12\x1b\n" +
+	"\tread_only\x18\x05 \x01(\bR\breadOnly\"\x88\x01\n" +
 	"\x12RenewLeaseResponse\x123\n" +
 	"\x05lease\x18\x01 \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12%\n" +
 	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\x12\x16\n" +

@@ -1,0 +1,151 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/node"
+)
+
+func (s *scriptedLeases) Verdict(context.Context, string, bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.verdicts++
+	return s.err
+}
+
+// What becomes of an open volume depends on who says no, for how long, and what its
+// description wants.
+func TestAVerdictIsInForceWhenItsGraceIsOver(t *testing.T) {
+	class := func(c failure.Class) error { return failure.New(c, errors.New("no"), "") }
+	for name, tt := range map[string]struct {
+		err      error
+		onRevoke node.OnRevoke
+		grace    node.Grace
+		initrd   bool
+		since    time.Duration // of the first such answer
+		want     State
+	}{
+		"refused a moment ago":                       {err: class(failure.PolicyDenied), want: Open},
+		"refused, its hour not over":                 {err: class(failure.EvidenceRefused), since: 59 * time.Minute, want: Open},
+		"refused for an hour":                        {err: class(failure.EvidenceRefused), since: time.Hour, want: Suspended},
+		"refused without grace":                      {err: class(failure.PolicyDenied), grace: node.Grace{Refused: "none"}, want: Suspended},
+		"refused for its own grace":                  {err: class(failure.PolicyDenied), grace: node.Grace{Refused: "10s"}, since: 10 * time.Second, want: Suspended},
+		"refused for a year, and to be kept":         {err: class(failure.PolicyDenied), onRevoke: node.Keep, since: 365 * 24 * time.Hour, want: Open},
+		"revoked":                                    {err: class(failure.Revoked), want: Suspended},
+		"revoked, with grace for what a policy says": {err: class(failure.Revoked), grace: node.Grace{Refused: "24h"}, want: Suspended},
+		"revoked, and to be kept":                    {err: class(failure.Revoked), onRevoke: node.Keep, want: Open},
+		"revoked, from the initrd":                   {err: class(failure.Revoked), initrd: true, want: Open},
+		"revoked, from the initrd, and said so":      {err: class(failure.Revoked), initrd: true, onRevoke: node.Suspend, want: Suspended},
+		"unreachable for a year":                     {err: class(failure.Unreachable), since: 365 * 24 * time.Hour, want: Open},
+		"unreachable, its grace not over":            {err: class(failure.Unreachable), grace: node.Grace{Unreachable: "24h"}, since: 23 * time.Hour, want: Open},
+		"unreachable for its grace":                  {err: class(failure.Unreachable), grace: node.Grace{Unreachable: "24h"}, since: 24 * time.Hour, want: Suspended},
+		"a server that is another, for its grace":    {err: class(failure.ServerUntrusted), grace: node.Grace{Unreachable: "24h"}, since: 24 * time.Hour, want: Suspended},
+		"no TPM to prove anything with":              {err: class(failure.NoDevice), since: time.Hour, want: Open},
+		"a good one":                                 {want: Open},
+	} {
+		for _, leased := range []bool{true, false} {
+			keys := &scriptedLeases{err: tt.err}
+			c, e := holding(t, keys, false, time.Minute)
+			e.spec.OnRevoke, e.spec.Grace, e.known.Initrd, c.Initrd = tt.onRevoke, tt.grace, tt.initrd, tt.initrd
+			now := keyclient.Boottime()
+			if refuses(failure.Of(tt.err).Class) {
+				e.verdict.refused = now - tt.since
+			}
+			e.verdict.good, e.verdict.next = now-tt.since, now
+			if tt.since == 0 {
+				e.verdict.refused = 0
+			}
+			if leased {
+				c.renewNow(t, now+time.Hour)
+			} else {
+				e.lease = nil
+				for _, d := range c.dueVerdicts(now) {
+					c.askVerdict(t.Context(), d)
+				}
+				if keys.verdicts != 1 {
+					t.Errorf("%s: asked %d times", name, keys.verdicts)
+				}
+			}
+			if e.condition.state != tt.want {
+				t.Errorf("%s, leased %v: it is %s, want %s", name, leased, e.condition.state, tt.want)
+			}
+			if warned := e.warnings["verdict"] != ""; warned != (tt.err != nil) {
+				t.Errorf("%s, leased %v: status says %q", name, leased, e.warnings["verdict"])
+			}
+		}
+	}
+}
+
+// Of two kinds of answers in turn each has its own time.
+func TestARefusalBeginsAnewAfterAnythingElse(t *testing.T) {
+	keys := &scriptedLeases{}
+	c, e := holding(t, keys, false, time.Minute)
+	e.spec.Grace = node.Grace{Refused: "10m", Unreachable: "none"}
+	e.lease = nil
+	say := func(class failure.Class) {
+		t.Helper()
+		e.verdict.next = 1
+		keys.err = nil
+		if class != "" {
+			keys.err = failure.New(class, errors.New("no"), "")
+		}
+		for _, d := range c.dueVerdicts(keyclient.Boottime()) {
+			c.askVerdict(t.Context(), d)
+		}
+	}
+	say(failure.PolicyDenied)
+	e.verdict.refused -= 9 * time.Minute
+	say(failure.PolicyDenied)
+	if e.condition.state != Open || !strings.Contains(e.warnings["verdict"], "in 1m0s: on_revoke suspend") {
+		t.Fatalf("%s, %q", e.condition.state, e.warnings["verdict"])
+	}
+	say("")
+	if e.verdict.refused != 0 || e.warnings["verdict"] != "" {
+		t.Error("a good verdict did not end it")
+	}
+	say(failure.PolicyDenied)
+	e.verdict.refused -= 9 * time.Minute
+	say(failure.Unreachable)
+	say(failure.PolicyDenied)
+	e.verdict.refused -= 2 * time.Minute
+	say(failure.PolicyDenied)
+	if e.condition.state != Open {
+		t.Error("time in which nobody refused anything was counted")
+	}
+	// The release before answers this question as if it were about a lease.
+	say(failure.Held)
+	if e.warnings["verdict"] != "" {
+		t.Error(e.warnings["verdict"])
+	}
+}
+
+// Nobody asks after what is closed, has a lease, or has a key of its own.
+func TestAVerdictIsAskedForOfOpenVolumes(t *testing.T) {
+	for name, change := range map[string]func(*entry){
+		"closed":      func(e *entry) { e.condition.state = Absent },
+		"leased":      func(e *entry) { e.lease = &lease{} },
+		"a swap area": func(e *entry) { e.spec.Kind = node.Swap },
+	} {
+		c, e := holding(t, &scriptedLeases{}, false, time.Minute)
+		e.lease, e.verdict.next = nil, 1
+		change(e)
+		if due := c.dueVerdicts(keyclient.Boottime()); len(due) != 0 {
+			t.Errorf("%s: %v", name, due)
+		}
+	}
+	c, e := holding(t, &scriptedLeases{}, false, time.Minute)
+	e.lease = nil
+	now := keyclient.Boottime()
+	if due := c.dueVerdicts(now); len(due) != 0 { // it was opened with a good one
+		t.Error("asked at once")
+	}
+	if at := e.verdict.next - now; at > verdictEvery || at < verdictEvery*4/5 {
+		t.Errorf("asked after %s", at)
+	}
+}

@@ -1,0 +1,257 @@
+package revocation
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/keyagent/keyagent/internal/macstore"
+	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/storage"
+	"github.com/keyagent/keyagent/storage/memfs"
+)
+
+var (
+	node = Subject{Node, "tpm:af26140fbd4a46a55146b1172dd0dbcf3ce364e7a6fbc951905f2f0190b365e2"}
+	data = Subject{Volume, "data-1"}
+)
+
+// world is one storage, a clock, and key services over them.
+type world struct {
+	t       *testing.T
+	storage storage.Storage
+	records *macstore.Store
+	at      time.Time
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, storage: memfs.New(), at: time.Date(2026, 11, 28, 12, 0, 0, 0, time.UTC)}
+	w.over(w.storage)
+	return w
+}
+
+// over has the books that follow use another storage.
+func (w *world) over(s storage.Storage) {
+	w.t.Helper()
+	records, err := macstore.Open(w.t.Context(), newKMS(w.t), s, nil)
+	must(w.t, err)
+	w.t.Cleanup(func() { records.Close() })
+	w.records = records
+}
+
+func newKMS(t *testing.T) *cluster.KMS {
+	t.Helper()
+	master, err := secret.From([]byte(strings.Repeat("m", 32)))
+	must(t, err)
+	k, err := cluster.New(cluster.Options{MasterSecret: master})
+	must(t, err)
+	t.Cleanup(func() { k.Close() })
+	return k
+}
+
+func (w *world) book(known ...Word) *Book {
+	w.t.Helper()
+	b := NewBook(w.records, func() time.Time { return w.at }, slog.New(slog.DiscardHandler), known)
+	must(w.t, b.Load(w.t.Context()))
+	return b
+}
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func say(t *testing.T, b *Book, s Subject, revoked bool) Word {
+	t.Helper()
+	w, err := b.Say(t.Context(), Word{Subject: s, Revoked: revoked, By: "uid:0", Reason: "stolen"}, unlogged)
+	must(t, err)
+	return w
+}
+
+func unlogged(Word) error { return nil }
+
+func is(t *testing.T, b *Book, want bool, s ...Subject) {
+	t.Helper()
+	if w := b.Revoked(t.Context(), s...); (w != nil) != want {
+		t.Errorf("%v: revoked by %+v", s, w)
+	}
+}
+
+func TestAWordCountsUntilItIsLifted(t *testing.T) {
+	w := newWorld(t)
+	b, other := w.book(), w.book()
+	is(t, b, false, node, data)
+	if first := say(t, b, node, true); first.Number != 1 || !first.At.Equal(w.at) {
+		t.Errorf("%+v", first)
+	}
+	is(t, b, true, node, data)
+	is(t, b, false, data)
+	if again := say(t, b, node, true); again.Number != 1 {
+		t.Errorf("said twice it is %+v", again)
+	}
+	// Another key service hears of it at the next request after a while.
+	is(t, other, false, node)
+	w.at = w.at.Add(freshFor)
+	is(t, other, true, node)
+	if lifted := say(t, other, node, false); lifted.Number != 2 {
+		t.Errorf("%+v", lifted)
+	}
+	is(t, other, false, node)
+	is(t, b, false, node)
+	if _, err := b.Say(t.Context(), Word{Subject: node}, unlogged); !errors.Is(err, ErrNotRevoked) {
+		t.Error(err)
+	}
+	say(t, b, data, true)
+	all, err := w.book().All(t.Context())
+	if err != nil || len(all) != 1 || all[0].Subject != data || all[0].Reason != "stolen" {
+		t.Errorf("%+v, %v", all, err)
+	}
+}
+
+func TestASubjectIsANodeOrAVolume(t *testing.T) {
+	b := newWorld(t).book()
+	for _, s := range []Subject{{}, {Node, ""}, {Volume, ""}, {Volume, "a/b"}, {"fleet", "x"}, {Node, "a\nb"}, {Node, "snp:a+tpm:b"}, {Node, "\xff"}, {Node, strings.Repeat("x", maxName+1)}} {
+		if _, err := b.Say(t.Context(), Word{Subject: s, Revoked: true}, unlogged); !errors.Is(err, ErrSubject) {
+			t.Errorf("%.40q: %v", s, err)
+		}
+	}
+	for _, reason := range []string{"a\nb", strings.Repeat("x", maxReason+1), "\x1b[0m"} {
+		if _, err := b.Say(t.Context(), Word{Subject: node, Revoked: true, Reason: reason}, unlogged); !errors.Is(err, ErrWord) {
+			t.Errorf("%.40q: %v", reason, err)
+		}
+	}
+	for _, s := range []Subject{node, data} {
+		if got, err := ParseSubject(s.String()); err != nil || got != s {
+			t.Errorf("%v, %v", got, err)
+		}
+	}
+}
+
+// hiding is a storage that leaves revocations out, or puts something among them.
+type hiding struct {
+	storage.Storage
+	hidden bool
+	fails  error
+}
+
+func (h *hiding) List(ctx context.Context, prefix, after string, limit int) ([]string, error) {
+	if h.fails != nil || h.hidden && prefix == macstore.Revocation.Prefix {
+		return nil, h.fails
+	}
+	return h.Storage.List(ctx, prefix, after, limit)
+}
+
+func TestAWordIsNotForgotten(t *testing.T) {
+	w := newWorld(t)
+	h := &hiding{Storage: w.storage}
+	w.over(h)
+	b := w.book()
+	word := say(t, b, node, true)
+	h.hidden = true
+	w.at = w.at.Add(time.Hour)
+	is(t, b, true, node)            // by who has seen it
+	is(t, w.book(word), true, node) // by who has it from the audit log
+	h.hidden, h.fails = false, storage.ErrUnavailable
+	w.at = w.at.Add(time.Hour)
+	is(t, b, true, node)
+	if err := b.Load(t.Context()); !errors.Is(err, storage.ErrUnavailable) {
+		t.Error(err)
+	}
+	h.fails = nil
+	// Two key services that did not hear of each other: the one that revokes counts.
+	lifted := word
+	lifted.Revoked = false
+	is(t, w.book(lifted), true, node)
+}
+
+// An audit log that takes no entry does not keep anybody in.
+func TestAWordIsInTheLog(t *testing.T) {
+	b := newWorld(t).book()
+	full := errors.New("full")
+	var logged []uint64
+	log := func(w Word) error { logged = append(logged, w.Number); return full }
+	if w, err := b.Say(t.Context(), Word{Subject: node, Revoked: true}, log); !errors.Is(err, full) || w.Number != 1 {
+		t.Errorf("%+v, %v", w, err)
+	}
+	is(t, b, true, node)
+	if _, err := b.Say(t.Context(), Word{Subject: node}, log); !errors.Is(err, full) || len(logged) != 2 {
+		t.Errorf("%v, %v", logged, err)
+	}
+	is(t, b, true, node)
+}
+
+// A key service whose log has more than the storage, by a crash in between or because that
+// lost something, puts it back.
+func TestWhatTheLogKnowsIsPutBack(t *testing.T) {
+	w := newWorld(t)
+	at := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
+	known := []Word{{node, 1, true, "uid:0", "stolen", at}, {data, 1, true, "uid:0", "", at}, {data, 2, false, "uid:0", "", at}}
+	w.book(known...)
+	other := w.book()
+	is(t, other, true, node)
+	is(t, other, false, data)
+	if names, err := w.storage.List(t.Context(), macstore.Revocation.Prefix, "", 10); err != nil || len(names) != 2 {
+		t.Errorf("%v, %v", names, err)
+	}
+}
+
+// Who writes the storage makes no word, and moves none.
+func TestJunkIsNoWord(t *testing.T) {
+	w := newWorld(t)
+	b := w.book()
+	word := say(t, b, node, true)
+	good, _, err := w.storage.Get(t.Context(), macstore.Revocation.Prefix+word.id())
+	must(t, err)
+	moved := word
+	moved.Number = 2
+	for name, body := range map[string][]byte{
+		moved.id():                          good,
+		Word{Subject: data, Number: 1}.id(): good,
+		"junk":                              []byte("junk"),
+		"node-x/0000000001":                 nil,
+	} {
+		_, err := w.storage.Put(t.Context(), macstore.Revocation.Prefix+name, body, storage.Absent)
+		must(t, err)
+	}
+	fresh := w.book()
+	is(t, fresh, true, node)
+	is(t, fresh, false, data)
+	lift, err := fresh.Say(t.Context(), Word{Subject: node, By: "uid:0"}, unlogged)
+	if !errors.Is(err, storage.ErrConflict) {
+		t.Errorf("its name is taken: %+v, %v", lift, err) // a storage can always refuse
+	}
+	is(t, fresh, true, node)
+	// Whoever can write the storage keeps a word out of it, and not out of force here.
+	taken := Word{Subject: Subject{Volume, "data-2"}, Number: 1}
+	_, err = w.storage.Put(t.Context(), macstore.Revocation.Prefix+taken.id(), []byte("junk"), storage.Absent)
+	must(t, err)
+	if got, err := fresh.Say(t.Context(), Word{Subject: taken.Subject, Revoked: true, By: "uid:0"}, unlogged); !errors.Is(err, ErrNotStored) || got.Number != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	is(t, fresh, true, taken.Subject)
+}
+
+func FuzzWord(f *testing.F) {
+	good := Word{Subject: node, Number: 1, Revoked: true, By: "uid:0", At: time.Unix(0, 0).UTC()}
+	body, err := json.Marshal(good)
+	must(f, err)
+	f.Add(good.id(), body)
+	f.Add("x", []byte(`{"kind":"volume","name":"data-1","number":0}`))
+	f.Fuzz(func(t *testing.T, id string, body []byte) {
+		w, err := Parse(id, body)
+		switch {
+		case err != nil && !errors.Is(err, ErrWord):
+			t.Fatal(err)
+		case err == nil && (w.id() != id || w.Validate() != nil || w.Number == 0):
+			t.Fatalf("%+v under %s", w, id)
+		}
+	})
+}
