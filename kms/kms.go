@@ -36,8 +36,9 @@ type Purpose string
 
 // The purposes.
 const (
-	VolumeDEK Purpose = "volume-dek" // passphrase of a LUKS2 keyslot
-	RecordMAC Purpose = "record-mac" // authenticates the key service's records
+	VolumeDEK    Purpose = "volume-dek"    // passphrase of a LUKS2 keyslot
+	RecordMAC    Purpose = "record-mac"    // authenticates the key service's records
+	MasterSecret Purpose = "master-secret" // of the cluster KMS, wrapped by another one
 	// KubernetesKEK is what keyagent kubekms encrypts with.
 	KubernetesKEK Purpose = "kubernetes-kek"
 )
@@ -164,7 +165,7 @@ func (b Binding) Validate() error {
 	switch {
 	case !idPattern.MatchString(b.VolumeID) || strings.Contains(b.VolumeID, ".."):
 		return fmt.Errorf("%w: volume ID", ErrBinding)
-	case b.Purpose != VolumeDEK && b.Purpose != RecordMAC && b.Purpose != KubernetesKEK:
+	case b.Purpose != VolumeDEK && b.Purpose != RecordMAC && b.Purpose != KubernetesKEK && b.Purpose != MasterSecret:
 		return fmt.Errorf("%w: purpose", ErrBinding)
 	case b.Version == 0:
 		return fmt.Errorf("%w: version 0", ErrBinding)

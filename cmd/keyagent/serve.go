@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"os"
 	"os/signal"
 	"syscall"
@@ -16,7 +15,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/secret"
-	"github.com/keyagent/keyagent/kms/cluster"
+	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 	"github.com/keyagent/keyagent/systemd"
 )
@@ -54,7 +53,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			}
 			cfg.InitAudit, cfg.InitRecords = initAudit, initRecords
 			if initMaster {
-				if err := initMasterSecret(cfg); err != nil {
+				if err := initMasterSecret(cmd.Context(), cfg); err != nil {
 					return err
 				}
 			}
@@ -108,15 +107,13 @@ func overrideFlags(f *pflag.FlagSet, override *keyservice.Config) {
 }
 
 // initMasterSecret leaves a file that exists alone.
-func initMasterSecret(cfg *keyservice.Config) error {
-	path, err := setup.MasterSecretFile(cfg.KMS)
-	if err != nil {
-		return failure.New(failure.Configuration, err, "--init-master-secret goes with kms://cluster-kms?file=PATH")
+func initMasterSecret(ctx context.Context, cfg *keyservice.Config) error {
+	err := setup.InitMaster(ctx, cfg.KMS)
+	hint := ""
+	if errors.Is(err, kms.ErrURI) {
+		hint = "--init-master-secret goes with kms://cluster-kms?file=PATH, and with wrappedFile"
 	}
-	if err := cluster.InitMasterSecret(path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return failure.New(failure.Configuration, err, "")
-	}
-	return nil
+	return failure.New(failure.Configuration, err, hint)
 }
 
 // reloadOnHangup calls f for each SIGHUP from now on, until ctx ends.

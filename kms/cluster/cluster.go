@@ -44,7 +44,7 @@ const (
 const (
 	MinMasterSecret = 16
 	MaxMasterSecret = 128
-	newMasterSecret = 32
+	NewMasterSecret = 32
 )
 
 // Options configure [New].
@@ -282,7 +282,7 @@ func InitMasterSecret(path string) error {
 }
 
 func initMasterSecret(path string) error {
-	s, err := secret.Random(newMasterSecret)
+	s, err := secret.Random(NewMasterSecret)
 	if err != nil {
 		return err
 	}

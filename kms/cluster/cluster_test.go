@@ -134,7 +134,7 @@ func TestMasterSecretFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, _ := os.ReadFile(path)
-	if len(before) != newMasterSecret {
+	if len(before) != NewMasterSecret {
 		t.Fatalf("%d bytes", len(before))
 	}
 	if err := InitMasterSecret(path); !errors.Is(err, fs.ErrExist) {

@@ -17,27 +17,15 @@ import (
 	"github.com/keyagent/keyagent/kms/command"
 )
 
-// MasterSecretFile returns the file that a kms://cluster-kms?file=PATH URI
-// names.
-func MasterSecretFile(uri string) (string, error) {
-	u, err := parse(uri, "kms")
-	if err != nil {
-		return "", err
-	}
-	if u.Name != "cluster-kms" {
-		return "", fmt.Errorf("%w: only kms://cluster-kms has a master secret", kms.ErrURI)
-	}
-	return u.Required("file")
-}
-
-func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
+func clusterKMS(ctx context.Context, u *kms.URI) (*cluster.KMS, error) {
 	sources := map[string]string{}
-	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile"} {
+	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile", "wrappedFile"} {
 		if v := u.Optional(name); v != "" {
 			sources[name] = v
 		}
 	}
 	saltText, saltFile, noSalt := u.Optional("salt"), u.Optional("saltFile"), u.Optional("noSalt")
+	wrappedBy := u.Optional("wrappedBy")
 	derivation := cluster.Derivation(u.Optional("derivation"))
 	known := []cluster.Derivation{cluster.Own, cluster.Constellation, cluster.ConstellationLibrary}
 	if err := u.Done(); err != nil {
@@ -45,7 +33,9 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 	}
 	switch {
 	case len(sources) != 1:
-		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"wrappedFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+	case (sources["wrappedFile"] == "") != (wrappedBy == ""):
+		return nil, fmt.Errorf("%w: \"wrappedFile\" and \"wrappedBy\" go together", kms.ErrURI)
 	case !slices.Contains(known, derivation):
 		return nil, fmt.Errorf("%w: the parameter \"derivation\" is constellation, constellation-library, or left out", kms.ErrURI)
 	case noSalt != "" && (noSalt != "true" || saltText+saltFile != ""):
@@ -70,6 +60,8 @@ func clusterKMS(u *kms.URI) (*cluster.KMS, error) {
 		opts.MasterSecret, err = cluster.LoadMasterSecret(sources["file"])
 	case sources["credential"] != "":
 		opts.MasterSecret, err = cluster.LoadCredential(sources["credential"])
+	case wrappedBy != "":
+		opts.MasterSecret, err = unwrapMaster(ctx, sources["wrappedFile"], wrappedBy)
 	case sources["key"] != "":
 		opts.MasterSecret, err = masterFromText(sources["key"])
 	case sources["keyFile"] != "":

@@ -42,6 +42,13 @@ func ReachOf(uri string) (r Reach, err error) {
 	}
 	for name := range parameters {
 		switch value := parameters.Get(name); {
+		case name == "wrappedBy":
+			by, err := ReachOf(value)
+			if err != nil {
+				return r, fmt.Errorf("wrappedBy: %w", err)
+			}
+			r.Read, r.Write = append(r.Read, by.Read...), append(r.Write, by.Write...)
+			r.Anything, r.Commands = r.Anything || by.Anything, r.Commands || by.Commands
 		case name == "dir":
 			r.Write = append(r.Write, value)
 		case name == "credentialsPath", strings.HasSuffix(strings.ToLower(name), "file"):

@@ -90,6 +90,9 @@ func HoldsSecret(uri string) (name, instead string) {
 		if u.Optional("key") != "" {
 			return "key", "keyFile" // "file" is for raw bytes
 		}
+		if by := u.Optional("wrappedBy"); by != "" {
+			return HoldsSecret(by)
+		}
 		return "", ""
 	}
 	for _, name := range secretParameters {
