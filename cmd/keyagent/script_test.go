@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
 	"github.com/google/go-sev-guest/abi"
 	sevdata "github.com/google/go-sev-guest/verify/testdata"
 	tdxdata "github.com/google/go-tdx-guest/testing/testdata"
@@ -52,6 +53,7 @@ func TestScripts(t *testing.T) {
 			"waitport": waitPort,
 			"zeros":    zeros,
 			"digestof": digestOf,
+			"agekey":   ageKey,
 			"sumof":    sumOf,
 			"kmscall":  kmsCall,
 			"mkmaster": mkMaster,
@@ -269,6 +271,14 @@ func zeros(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	ts.Check(f.Truncate(mib << 20))
 	ts.Check(f.Close())
+}
+
+// agekey NAME: writes a new identity of age to the file NAME, and sets NAME to its recipient.
+func ageKey(ts *testscript.TestScript, _ bool, args []string) {
+	id, err := age.GenerateX25519Identity()
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(id.String()+"\n"), 0o600))
+	ts.Setenv(args[0], id.Recipient().String())
 }
 
 // digestof FILE: sets DIGEST to the SHA-256 of what the file holds in base64.
