@@ -397,7 +397,8 @@ func newRetire() *cobra.Command {
 		Long: `End the life of a closed volume, and erase its header from the disk.
 
 The key service destroys the volume's key first, and releases it to nobody any more; then
-the header goes. What the volume holds is lost. The grant on the key service must allow
+the header goes. What the volume holds is lost. A volume that another node writes by a lease is
+refused; where the grant says many or readers, nobody is asked. The grant on the key service must allow
 the operation retire. If it is cut off, run it again.`,
 		Example: "  keyagent retire data --destroy-the-key", Args: cobra.ExactArgs(1),
 	}

@@ -31,6 +31,7 @@ const (
 	renewAfter  = 3
 	marginPart  = 4
 	renewPause  = 5 * time.Second
+	renewLimit  = 25 * time.Second // of an attempt that nothing hurries: a refusal is made sure of by another attestation
 	releaseWait = 5 * time.Second
 )
 
@@ -57,7 +58,7 @@ func (c *Volumes) hold(e *entry, k *keyclient.Lease) {
 			l.next = keyclient.Boottime()
 		}
 	}
-	c.set(func() { e.lease, e.verdict = l, verdict{good: keyclient.Boottime()} })
+	c.set(func() { e.lease, e.verdict = l, verdict{heard: keyclient.Boottime(), asking: e.verdict.asking} })
 	c.warn(e, "lease", "")
 	c.warn(e, "verdict", "")
 }
@@ -141,12 +142,15 @@ func (c *Volumes) release(ctx context.Context, id string, leaseID []byte) {
 }
 
 // leased reports whether this process has the lease of a volume to renew that is open, or
-// on its way there. What came from the initrd is, until its proof is refused.
+// on its way there, or the verdict on an open one. What came from the initrd is, until its
+// proof is refused.
 func (c *Volumes) leased() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.entries {
-		if s := e.condition.state; e.lease != nil && !e.lease.lost && s != Failed && s != Absent {
+		switch s := e.condition.state; {
+		case s == Failed, s == Absent, e.lease != nil && e.lease.lost:
+		case e.lease != nil, isUp(s) && e.known.UUID != "" && !e.spec.Throwaway():
 			return true
 		}
 	}
@@ -235,7 +239,11 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 		c.warn(d.e, "lease", "its lease is not renewed: the initrd opened the volume, and this system has not proved yet that it may have it")
 		return
 	}
-	limit := renewPause
+	if !c.begin(d.e) {
+		return
+	}
+	defer c.end(d.e)
+	limit := renewLimit
 	if d.lease.bound {
 		limit = max(time.Second, min(renewPause, d.lease.until-d.lease.margin()-keyclient.Boottime()))
 	}
@@ -317,6 +325,7 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 		return
 	}
 	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
+	c.withhold(d.e, true) // before it is: whoever finds it suspended knows why
 	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not suspend a volume whose lease is over", "volume", d.id, "error", err)
@@ -328,7 +337,26 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 		return
 	}
 	c.warn(d.e, "fence", "suspended: "+why)
-	c.on(d.e, EventSuspend, nil)
+	c.mu.Lock()
+	failed := d.e.condition.state == Failed
+	c.mu.Unlock()
+	if !failed { // one that is mapped and no more stays what it is
+		c.on(d.e, EventSuspend, nil)
+	}
+}
+
+// withhold remembers whether a volume is suspended because this machine may not have it.
+func (c *Volumes) withhold(e *entry, withheld bool) {
+	c.mu.Lock()
+	changed := e.known.Withheld != withheld && e.known.Spec.ID != ""
+	e.known.Withheld = withheld && e.known.Spec.ID != ""
+	c.mu.Unlock()
+	if !changed {
+		return
+	}
+	if err := c.rememberKnown(e); err != nil {
+		c.Log.Warn("could not keep the state of a volume", "volume", e.spec.ID, "error", err)
+	}
 }
 
 // cut ends all I/O of a volume that another node has, or whose life ended: what was not

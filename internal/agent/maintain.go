@@ -37,6 +37,11 @@ var errThrowaway = failure.New(failure.State, errors.New("the volume's key ends 
 
 // withKey runs f with the key of a volume that exists.
 func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, luks.Existing) error) error {
+	return c.withKeyOf(ctx, e, f, isUp(e.condition.state))
+}
+
+// withKeyOf is withKey of a volume whose lease goes on, or is given back.
+func (c *Volumes) withKeyOf(ctx context.Context, e *entry, f func(*keyclient.Key, luks.Existing) error, up bool) error {
 	if e.spec.Throwaway() {
 		return errThrowaway
 	}
@@ -61,7 +66,7 @@ func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, 
 		}
 		return f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: h})
 	})
-	if isUp(e.condition.state) {
+	if up {
 		c.hold(e, key.Lease)
 	} else if key.Lease != nil {
 		c.release(ctx, e.spec.ID, key.Lease.ID)
@@ -98,6 +103,7 @@ func (c *Volumes) Suspend(ctx context.Context, id string) (Volume, error) {
 		if s := e.condition.state; !isUp(s) {
 			return failure.Newf(failure.State, "open it first", "the volume is %s", s)
 		}
+		c.withhold(e, false) // by hand it is for good, until somebody resumes it
 		if e.condition.state == Suspended {
 			return nil
 		}
@@ -127,6 +133,7 @@ func (c *Volumes) Resume(ctx context.Context, id string) (Volume, error) {
 			return err
 		}
 		c.warn(e, "fence", "")
+		c.withhold(e, false)
 		return c.allowed(e, EventResume)
 	})
 }

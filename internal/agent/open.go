@@ -84,7 +84,7 @@ func (c *Volumes) finish(o *opening, err error) {
 	known := false
 	c.set(func() {
 		o.e.lastErr, o.e.created, o.e.known.Failed = err, o.created, ""
-		if err != nil {
+		if err != nil && !o.stays {
 			o.e.known.Failed = err.Error()
 		}
 		known = o.e.known.Spec.ID != ""
@@ -96,6 +96,8 @@ func (c *Volumes) finish(o *opening, err error) {
 		}
 	}
 	switch {
+	case o.stays:
+		c.suspended(o.e, o.mapping)
 	case err != nil:
 		c.on(o.e, EventFail, err)
 	case o.v.Mount != "" || o.v.Kind == node.Swap:
@@ -115,6 +117,8 @@ type opening struct {
 	tags    bool                 // a volume that is made here has integrity
 	fresh   bool                 // its tags are laid out
 	cloned  bool                 // a volume that is made here has its source's data
+	initrd  bool                 // it came from the initrd
+	stays   bool                 // it is suspended, and stays so
 	measure measuring
 }
 
@@ -194,9 +198,16 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	defer o.Keys.Hold()()
 	key, err := o.key(ctx)
 	if err != nil {
+		if m.Suspended && o.ours(m, r) {
+			// It waits for a better verdict, and its lease is renewed meanwhile.
+			o.stays, o.mapping = true, m
+			o.set(func() { o.e.known = r })
+			o.resumeLease(o.e, r)
+		}
 		return err
 	}
 	defer key.Close()
+	o.initrd = o.ours(m, r) && (r.Initrd || r.FromInitrd)
 	switch {
 	case key.State != keyclient.Active:
 		err = o.goOn(ctx, key, m)
@@ -377,7 +388,7 @@ func (o *opening) activateBy(ctx context.Context, key *keyclient.Key, by *luks.H
 // state is what is remembered of the volume.
 func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
-		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
+		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, FromInitrd: o.Initrd || o.initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
 		Device: o.mapping.DataDevice, Disk: diskSequence(o.mapping.DataDevice), Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
 	}
 	if l := key.Lease; l != nil {

@@ -44,6 +44,12 @@ type remembered struct {
 	// Initrd says that it was opened there. The system that runs since then is another
 	// one, and proves anew that it may have the volume.
 	Initrd bool `json:"initrd,omitempty"`
+	// FromInitrd says that the initrd opened it, whoever has proved it since: what runs from
+	// it cannot do without it.
+	FromInitrd bool `json:"from_initrd,omitempty"`
+	// Withheld says that it was suspended because this machine may not have it, or its lease
+	// was over: a good verdict lets it go on.
+	Withheld bool `json:"withheld,omitempty"`
 	// Failed is why the volume is mapped and no more: a filesystem that needs repair.
 	Failed  string `json:"failed,omitempty"`
 	LeaseID []byte `json:"lease_id,omitempty"`

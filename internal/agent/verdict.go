@@ -10,34 +10,53 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/node"
+	"github.com/keyagent/keyagent/luks"
 )
 
 // verdict is what the key service said last of this machine and an open volume. All times
 // are by keyclient.Boottime, which the host's clock does not move and which counts while the
 // machine sleeps.
 type verdict struct {
-	good    time.Duration // when it was last good
-	refused time.Duration // the first refusal since then; 0: none
+	heard   time.Duration // when it last was one, good or not
+	refused time.Duration // the first refusal since the last good one; 0: none
 	next    time.Duration // when it is asked for, of a volume without a lease
 	done    bool          // what on_revoke says was begun
+	asking  bool          // an attempt is under way
 }
 
 // A volume without a lease, as one that many write or that is read, is asked after by
 // itself.
 const verdictEvery = 5 * time.Minute
 
+// turnWait is how long what a verdict demands waits for other work on the volume, before it
+// is tried at the next one.
+const turnWait = 2 * time.Second
+
 // soon spreads what many nodes do at the same time: it is somewhat earlier than d.
 func soon(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
 
-// refuses reports whether an answer is a verdict against this machine or this volume. Anything
-// else is no verdict: the key service was not reached, or could not decide.
+// refuses reports whether an answer is a verdict against this machine. Anything else is no
+// verdict: the key service was not reached, or could not decide.
 func refuses(class failure.Class) bool {
 	switch class {
-	case failure.Revoked, failure.PolicyDenied, failure.EvidenceRefused, failure.State, failure.NotFound:
+	case failure.Revoked, failure.PolicyDenied, failure.EvidenceRefused:
 		return true
 	}
 	return false
 }
+
+// begin says that an attempt to renew begins, unless one is under way.
+func (c *Volumes) begin(e *entry) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e.verdict.asking {
+		return false
+	}
+	e.verdict.asking = true
+	return true
+}
+
+func (c *Volumes) end(e *entry) { c.set(func() { e.verdict.asking = false }) }
 
 // judged takes note of a verdict on an open volume, nil for a good one, and does what the
 // volume's on_revoke says when its grace is over.
@@ -46,41 +65,41 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 	c.mu.Lock()
 	v := &d.e.verdict
 	if err == nil {
-		fenced := d.e.warnings["fence"] != "" && d.e.condition.state == Suspended
-		*v = verdict{good: now, next: now + soon(verdictEvery)}
+		withheld := d.e.known.Withheld
+		*v = verdict{heard: now, next: now + soon(verdictEvery), asking: v.asking}
 		delete(d.e.warnings, "verdict")
 		c.mu.Unlock()
-		if fenced {
+		if withheld {
 			c.goOn(ctx, d)
 		}
 		return
 	}
-	v.next = now + renewPause
-	if v.good == 0 {
-		v.good = now // it was opened a moment ago
-	}
 	class := failure.Of(err).Class
-	refused, unreachable, _ := d.e.spec.Grace.Limits() // validated
-	left, endless := v.good+unreachable-now, unreachable == 0
+	v.heard = cmp.Or(v.heard, now) // it was opened a moment ago
 	what := "the key service gives no verdict on it"
 	if refuses(class) {
-		v.refused = cmp.Or(v.refused, now)
-		left, endless = v.refused+refused-now, false
+		v.refused, v.heard = cmp.Or(v.refused, now), now
 		what = "the key service refuses it to this machine"
-	} else {
-		v.refused = 0
+	}
+	refused, unreachable, _ := d.e.spec.Grace.Limits() // validated
+	left, ends := time.Duration(0), false
+	if v.refused > 0 { // only a good verdict ends that
+		left, ends = v.refused+refused-now, true
+	}
+	if until := v.heard + unreachable - now; unreachable > 0 && (!ends || until < left) {
+		left, ends = until, true
 	}
 	if class == failure.Revoked {
-		left, what = 0, "an operator revoked it"
+		left, ends, what = 0, true, "an operator revoked it"
 	}
 	then := c.onRevoke(d.e)
-	over := !endless && left <= 0
-	again := v.done
+	over, again := ends && left <= 0, v.done
+	v.next = now + renewPause
 	text := fmt.Sprintf("%s: %v", what, err)
 	switch {
 	case then == node.Keep:
 		text += "; it stays open, as on_revoke says"
-	case !endless && !over:
+	case ends && !over:
 		v.next = min(v.next, now+left)
 		text += fmt.Sprintf("; in %s: on_revoke %s", left.Round(time.Second), then)
 	}
@@ -90,7 +109,7 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 	switch {
 	case !over || again && then == node.Keep:
 	case again:
-		c.fence(ctx, d, what) // as often as it takes
+		c.suspendFor(ctx, d, what) // as often as it takes
 	default:
 		c.revoke(ctx, d, then, what+": "+err.Error())
 	}
@@ -98,7 +117,7 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 
 // onRevoke is what is done with the volume. The lock is held.
 func (c *Volumes) onRevoke(e *entry) node.OnRevoke {
-	if e.spec.OnRevoke == "" && e.known.Initrd {
+	if e.spec.OnRevoke == "" && (e.known.Initrd || e.known.FromInitrd) {
 		return node.Keep // the root, without which nothing here could resume it
 	}
 	return cmp.Or(e.spec.OnRevoke, node.Suspend)
@@ -118,14 +137,63 @@ func (c *Volumes) revoke(ctx context.Context, d due, then node.OnRevoke, why str
 		}
 		c.Log.Error("it could not be closed, and is suspended in place of that", "volume", d.id, "error", err)
 	}
+	c.suspendFor(ctx, d, why)
+}
+
+// suspendFor suspends a volume for a verdict, if nobody works on it: who mounts, checks, grows or
+// closes it would wait for the disk with the volume's turn, and nobody could let it go on. It is
+// tried again then.
+func (c *Volumes) suspendFor(ctx context.Context, d due, why string) {
+	turn, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	give, err := c.take(turn, d.id, d.e)
+	if err != nil {
+		c.Log.Warn("a volume that is to be suspended is being worked on", "volume", d.id)
+		return
+	}
+	defer give()
 	c.fence(ctx, d, why)
 }
 
-// goOn resumes a volume that had to wait for a better verdict, or its lease.
+// goOn resumes a volume that had to wait for a better verdict, or its lease. It does not wait
+// for the volume's turn, whose holder may wait for this.
 func (c *Volumes) goOn(ctx context.Context, d due) {
-	if _, err := c.Resume(ctx, d.id); err != nil {
-		c.Log.Error("this machine may have the volume again, and it could not be resumed", "volume", d.id, "error", err)
+	turn, cancel := context.WithTimeout(ctx, turnWait)
+	defer cancel()
+	if give, err := c.take(turn, d.id, d.e); err == nil {
+		defer give()
 	}
+	if err := c.letGoOn(luks.WithPatience(ctx, c.DeviceWait), d.e); err != nil {
+		c.Log.Error("this machine may have the volume again, and it could not be resumed", "volume", d.id, "error", err)
+		c.set(func() { d.e.verdict.next = keyclient.Boottime() + renewPause })
+		return
+	}
+	c.Log.Info("the volume goes on", "volume", d.id)
+}
+
+func (c *Volumes) letGoOn(ctx context.Context, e *entry) error {
+	c.mu.Lock()
+	withheld := e.known.Withheld
+	c.mu.Unlock()
+	if !withheld {
+		return nil // somebody was faster
+	}
+	err := c.withKeyOf(ctx, e, func(k *keyclient.Key, r luks.Existing) error {
+		_, err := luks.Resume(ctx, r, k.DEK)
+		return err
+	}, true)
+	if err != nil {
+		return err
+	}
+	c.warn(e, "fence", "")
+	c.withhold(e, false)
+	c.mu.Lock()
+	suspended := e.condition.state == Suspended
+	c.mu.Unlock()
+	if suspended {
+		c.on(e, EventResume, nil)
+	}
+	return nil
 }
 
 // dueVerdicts returns the open volumes without a lease whose verdict is to be renewed now, and
@@ -139,7 +207,7 @@ func (c *Volumes) dueVerdicts(now time.Duration) []due {
 		case e.lease != nil || e.spec.Throwaway() || !isUp(e.condition.state) || e.known.UUID == "":
 			continue
 		case e.verdict.next == 0:
-			e.verdict = verdict{good: now, next: now + soon(verdictEvery)}
+			e.verdict = verdict{heard: now, next: now + soon(verdictEvery)}
 			continue
 		case now < e.verdict.next:
 			continue
@@ -155,14 +223,18 @@ func (c *Volumes) askVerdict(ctx context.Context, d due) {
 	c.mu.Lock()
 	readOnly := d.e.spec.ReadOnly
 	c.mu.Unlock()
-	callCtx, cancel := context.WithTimeout(ctx, renewPause)
-	defer cancel()
-	err := c.Keys.Verdict(callCtx, d.id, readOnly)
-	if ctx.Err() != nil {
+	if !c.begin(d.e) {
 		return
 	}
-	if failure.Of(err).Class == failure.Held {
-		err = nil // the release before looks for a lease, and knows this machine
+	defer c.end(d.e)
+	callCtx, cancel := context.WithTimeout(ctx, renewLimit)
+	defer cancel()
+	err := c.Keys.Verdict(callCtx, d.id, readOnly)
+	switch class := failure.Of(err).Class; {
+	case ctx.Err() != nil:
+	case class == failure.State || class == failure.NotFound:
+		c.cut(ctx, d, err)
+	default:
+		c.judged(ctx, d, err)
 	}
-	c.judged(ctx, d, err)
 }

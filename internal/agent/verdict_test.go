@@ -52,12 +52,13 @@ func TestAVerdictIsInForceWhenItsGraceIsOver(t *testing.T) {
 		for _, leased := range []bool{true, false} {
 			keys := &scriptedLeases{err: tt.err}
 			c, e := holding(t, keys, false, time.Minute)
-			e.spec.OnRevoke, e.spec.Grace, e.known.Initrd, c.Initrd = tt.onRevoke, tt.grace, tt.initrd, tt.initrd
+			// As the agent of the real system has it, once it has proved what the initrd opened.
+			e.spec.OnRevoke, e.spec.Grace, e.known.FromInitrd = tt.onRevoke, tt.grace, tt.initrd
 			now := keyclient.Boottime()
 			if refuses(failure.Of(tt.err).Class) {
 				e.verdict.refused = now - tt.since
 			}
-			e.verdict.good, e.verdict.next = now-tt.since, now
+			e.verdict.heard, e.verdict.next = now-tt.since, now
 			if tt.since == 0 {
 				e.verdict.refused = 0
 			}
@@ -82,11 +83,11 @@ func TestAVerdictIsInForceWhenItsGraceIsOver(t *testing.T) {
 	}
 }
 
-// Of two kinds of answers in turn each has its own time.
-func TestARefusalBeginsAnewAfterAnythingElse(t *testing.T) {
+// Only a good verdict ends a refusal: an answer that got lost does not.
+func TestARefusalStandsUntilAGoodVerdict(t *testing.T) {
 	keys := &scriptedLeases{}
 	c, e := holding(t, keys, false, time.Minute)
-	e.spec.Grace = node.Grace{Refused: "10m", Unreachable: "none"}
+	e.spec.Grace = node.Grace{Refused: "10m", Unreachable: "5m"}
 	e.lease = nil
 	say := func(class failure.Class) {
 		t.Helper()
@@ -111,17 +112,68 @@ func TestARefusalBeginsAnewAfterAnythingElse(t *testing.T) {
 	}
 	say(failure.PolicyDenied)
 	e.verdict.refused -= 9 * time.Minute
-	say(failure.Unreachable)
-	say(failure.PolicyDenied)
-	e.verdict.refused -= 2 * time.Minute
-	say(failure.PolicyDenied)
+	e.verdict.heard -= 4 * time.Minute
+	say(failure.Unreachable) // a refusal was heard four minutes ago
 	if e.condition.state != Open {
-		t.Error("time in which nobody refused anything was counted")
+		t.Error("the time in which it refused counts as one without an answer")
 	}
-	// The release before answers this question as if it were about a lease.
-	say(failure.Held)
-	if e.warnings["verdict"] != "" {
-		t.Error(e.warnings["verdict"])
+	e.verdict.refused -= 2 * time.Minute
+	say(failure.Unreachable)
+	if e.condition.state != Suspended || !e.known.Withheld {
+		t.Errorf("refused for eleven minutes it is %s", e.condition.state)
+	}
+}
+
+// Who works on a volume may wait for its disk: it is suspended when that is over.
+func TestNobodyIsSuspendedUnderWork(t *testing.T) {
+	keys := &scriptedLeases{err: failure.New(failure.Revoked, errors.New("no"), "")}
+	c, e := holding(t, keys, false, time.Minute)
+	e.lease = nil
+	ask := func() {
+		e.verdict.next = 1
+		for _, d := range c.dueVerdicts(keyclient.Boottime()) {
+			c.askVerdict(t.Context(), d)
+		}
+	}
+	give, err := c.take(t.Context(), "data", e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask()
+	if e.condition.state != Open || e.known.Withheld {
+		t.Errorf("it is %s", e.condition.state)
+	}
+	give()
+	ask()
+	if e.condition.state != Suspended || !e.known.Withheld {
+		t.Errorf("afterwards it is %s", e.condition.state)
+	}
+	// The next agent knows why, and a person's word is another one.
+	if r, ok := c.recall("data"); !ok || !r.Withheld {
+		t.Error("it is not remembered")
+	}
+	c.withhold(e, false)
+	keys.err = nil
+	ask()
+	if e.condition.state != Suspended {
+		t.Error("what somebody suspended by hand was resumed")
+	}
+}
+
+// Nobody is asked twice at once.
+func TestOneAttemptAtATime(t *testing.T) {
+	keys := &scriptedLeases{}
+	c, e := holding(t, keys, false, 0)
+	if !c.begin(e) {
+		t.Fatal("nothing is under way")
+	}
+	c.renewNow(t, keyclient.Boottime()+time.Hour)
+	e.lease, e.verdict.next = nil, 1
+	for _, d := range c.dueVerdicts(keyclient.Boottime()) {
+		c.askVerdict(t.Context(), d)
+	}
+	if keys.asked+keys.verdicts != 0 {
+		t.Error("it was asked meanwhile")
 	}
 }
 

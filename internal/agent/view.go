@@ -137,10 +137,7 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	if e.condition.state == Absent || e.condition.state == Failed {
 		c.on(e, EventOpen, nil)
 	}
-	c.on(e, EventMapped, nil)
-	if on, err := mount.At(r.Mount); r.Mount != "" && err == nil && on != nil && on.Is(sourceOf(m).Device) || r.Spec.Kind == node.Swap {
-		c.on(e, EventMounted, nil)
-	}
+	c.mapped(e, m)
 	switch {
 	case m.Suspended:
 		c.on(e, EventSuspend, nil)
@@ -151,6 +148,23 @@ func (c *Volumes) found(ctx context.Context, e *entry, r remembered) {
 	}
 	c.resumeLease(e, r)
 	c.reserve(ctx, e)
+}
+
+// mapped takes an entry that is being opened to where its mapping is.
+func (c *Volumes) mapped(e *entry, m luks.Mapping) {
+	c.mu.Lock()
+	at, kind := e.known.Mount, e.known.Spec.Kind
+	c.mu.Unlock()
+	c.on(e, EventMapped, nil)
+	if on, err := mount.At(at); at != "" && err == nil && on != nil && on.Is(sourceOf(m).Device) || kind == node.Swap {
+		c.on(e, EventMounted, nil)
+	}
+}
+
+// suspended is mapped for a mapping that is, and stays so.
+func (c *Volumes) suspended(e *entry, m luks.Mapping) {
+	c.mapped(e, m)
+	c.on(e, EventSuspend, nil)
 }
 
 // Recover takes up what an earlier agent of this boot left open.

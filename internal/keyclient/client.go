@@ -8,6 +8,9 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
@@ -245,11 +248,19 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 }
 
 // Verdict asks whether this machine may still have a volume open of which it has no lease. Nil
-// is yes.
+// is yes, and what a key service of the release before says, which does not know the question
+// and looks for a lease.
 func (c *Client) Verdict(ctx context.Context, volume string, readOnly bool) error {
 	return c.leases.call(ctx, func(ctx context.Context, s *session) error {
-		_, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, Node: c.node, Verdict: true, ReadOnly: readOnly})
-		return fromStatus(err)
+		var header metadata.MD
+		_, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, Node: c.node, Verdict: true, ReadOnly: readOnly}, grpc.Header(&header))
+		if err = fromStatus(err); err != nil && len(header.Get(keyservicev1.VerdictHeader)) == 0 {
+			switch failure.Of(err).Class {
+			case failure.Held, failure.PolicyDenied, failure.State, failure.NotFound:
+				return nil
+			}
+		}
+		return err
 	})
 }
 

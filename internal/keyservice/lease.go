@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/volume"
@@ -16,6 +19,12 @@ var toHold = []policy.Operation{policy.Open, policy.Format}
 // refused, or the lease has another holder since.
 func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRequest) (*keyservicev1.RenewLeaseResponse, error) {
 	var resp *keyservicev1.RenewLeaseResponse
+	if req.GetVerdict() {
+		// So that a refusal is told from the one of a release that does not know the question.
+		if err := grpc.SetHeader(ctx, metadata.Pairs(keyservicev1.VerdictHeader, "1")); err != nil {
+			return nil, err
+		}
+	}
 	wants := ask{event: "renew-lease", volume: req.GetVolumeId(), ops: toHold, readOnly: req.GetVerdict() && req.GetReadOnly()}
 	err := s.decide(ctx, wants, func(d *decision) error {
 		c := d.caller.callerFor(req.GetNode(), req.GetLeaseId(), keyservicev1.Protocol)

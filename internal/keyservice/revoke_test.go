@@ -6,6 +6,9 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/revocation"
@@ -45,6 +48,11 @@ func TestARevokedMachineGetsNothingAndGivesBackWhatItHas(t *testing.T) {
 		}
 		wantClass(t, renew(false), failure.Revoked)
 		wantClass(t, renew(true), failure.Revoked)
+		var header metadata.MD
+		_, err = m.RenewLease(t.Context(), &keyservicev1.RenewLeaseRequest{VolumeId: "data-1", Verdict: true}, grpc.Header(&header))
+		if err == nil || len(header.Get(keyservicev1.VerdictHeader)) != 1 {
+			t.Errorf("a refusal does not show that the question was understood: %v, %v", err, header)
+		}
 		_, err = retire(t, m, lease)
 		wantClass(t, err, failure.Revoked)
 		if _, _, err := w.get(m, "data-2", formatOp); subject.Kind == revocation.Volume {

@@ -11,11 +11,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -23,6 +25,7 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/storage"
@@ -82,11 +85,24 @@ func (s Subject) Validate() error {
 	case s.Kind == Node && strings.Contains(s.Name, "+"):
 		return fmt.Errorf("%w: %.80q", ErrSeveral, s.String())
 	case s.Kind == Volume && policy.ValidVolume(s.Name):
-	case s.Kind == Node && s.Name != "" && len(s.Name) <= maxName && isPlain(s.Name):
+	case s.Kind == Node && len(s.Name) <= maxName && isPlain(s.Name) && isIdentity(s.Name):
 	default:
 		return fmt.Errorf("%w: %.80q", ErrSubject, s.String())
 	}
 	return nil
+}
+
+// isIdentity keeps a typing error from revoking nobody.
+func isIdentity(name string) bool {
+	kind, id, _ := strings.Cut(name, ":")
+	switch attestation.Kind(kind) {
+	case attestation.TPM:
+		raw, err := hex.DecodeString(id)
+		return err == nil && len(raw) == sha256.Size && strings.ToLower(id) == id
+	case attestation.SNP, attestation.TDX, attestation.Nitro, attestation.Azure, attestation.SVSM:
+		return id != ""
+	}
+	return false
 }
 
 func isPlain(s string) bool {
@@ -130,9 +146,16 @@ func Parse(id string, body []byte) (Word, error) {
 	return w, nil
 }
 
-// freshFor is how long what was read last counts. Another key service's word is in force here
-// after that, at the next request.
-const freshFor = 5 * time.Second
+const (
+	// freshFor is how long what was read last counts. Another key service's word is in force
+	// here after that, at the next request.
+	freshFor = 5 * time.Second
+	// waitFor is how long a request waits for that; a storage that takes longer is read for
+	// those that come later.
+	waitFor = time.Second
+	// readFor bounds one reading.
+	readFor = 30 * time.Second
+)
 
 // Book is all words that are known. It is safe for concurrent use.
 type Book struct {
@@ -140,68 +163,64 @@ type Book struct {
 	now     func() time.Time
 	log     *slog.Logger
 
+	saying  sync.Mutex // by one operator at a time; taken before reading
 	reading sync.Mutex // by one at a time; taken before mu
-	known   []Word     // by the audit log alone, as far as is known
 	mu      sync.Mutex
 	words   map[Subject]Word // the last of each
-	read    map[string]bool  // IDs of objects
-	at      time.Time        // when the storage was read
+	read    map[string]bool  // IDs of objects that were read, or written
+	behind  map[Subject]Word // in force here, and not in the storage as far as is known
+	next    time.Time        // when the storage is read again
+	busy    chan struct{}    // closed when a reading that is under way ends
 }
 
-// NewBook returns a book of what the audit log knows. Call Load before the first Check.
+// NewBook returns a book of what the audit log knows. Call Load before the first Revoked.
 func NewBook(records *macstore.Store, now func() time.Time, log *slog.Logger, known []Word) *Book {
-	b := &Book{records: records, now: now, log: log, known: known, words: map[Subject]Word{}, read: map[string]bool{}}
+	b := &Book{records: records, now: now, log: log, words: map[Subject]Word{}, read: map[string]bool{}, behind: map[Subject]Word{}}
 	for _, w := range known {
-		b.note(w)
+		b.note(w, false)
 	}
 	return b
 }
 
 // note keeps a word. Of two with one number, as two key services can say them that do not hear
-// of each other, the one that revokes counts.
-func (b *Book) note(w Word) {
+// of each other, the one that revokes counts. stored says that others hear of it.
+func (b *Book) note(w Word, stored bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if last, ok := b.words[w.Subject]; !ok || w.Number > last.Number || w.Number == last.Number && w.Revoked {
+	last, ok := b.words[w.Subject]
+	switch {
+	case !ok || w.Number > last.Number || w.Number == last.Number && w.Revoked && !last.Revoked:
 		b.words[w.Subject] = w
+		if b.behind[w.Subject] = w; stored {
+			delete(b.behind, w.Subject)
+		}
+	case stored && w.Number == last.Number && w.Revoked == last.Revoked:
+		delete(b.behind, w.Subject)
 	}
 }
 
-// Load reads what storage has and was not read yet.
+// Load reads what storage has and was not read yet, and stores what it does not have.
 func (b *Book) Load(ctx context.Context) error {
 	b.reading.Lock()
 	defer b.reading.Unlock()
+	began := b.now()
 	if err := b.load(ctx); err != nil {
 		return err
 	}
-	b.putBack(ctx)
+	b.mu.Lock()
+	b.next = began.Add(freshFor)
+	b.mu.Unlock()
+	b.catchUp(ctx)
 	return nil
 }
 
-// putBack stores what the audit log has and the storage does not, so that other key services
-// hear of it: a crash came between the two, or the storage lost it.
-func (b *Book) putBack(ctx context.Context) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, w := range b.known {
-		if b.words[w.Subject] != w || b.read[w.id()] {
-			continue
-		}
-		b.mu.Unlock()
-		err := b.put(ctx, w)
-		b.mu.Lock()
-		if err != nil {
-			b.log.Warn("a word of revocation is in force here, and not in the storage", "subject", w.Subject, "error", err)
-		}
-	}
-	b.known = nil
-}
-
 func (b *Book) load(ctx context.Context) error {
-	started := b.now()
 	const page = 1000
-	for after := ""; ; {
+	for after, listed := "", 0; ; {
 		ids, err := b.records.List(ctx, macstore.Revocation, after, page)
+		if listed += len(ids); err == nil && listed > maxWords {
+			err = ErrTooMany
+		}
 		if err != nil {
 			return fmt.Errorf("revocations: %w", err)
 		}
@@ -211,27 +230,20 @@ func (b *Book) load(ctx context.Context) error {
 			}
 		}
 		if len(ids) < page {
-			break
+			return nil
 		}
 		after = ids[len(ids)-1]
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.at = started
-	return nil
 }
 
 // take reads one object, once. What is no word of ours is left out: whoever can write the
 // storage can put something there, and nothing that counts.
 func (b *Book) take(ctx context.Context, id string) error {
 	b.mu.Lock()
-	known, n := b.read[id], len(b.read)
+	known := b.read[id]
 	b.mu.Unlock()
 	if known {
 		return nil
-	}
-	if n >= maxWords {
-		return ErrTooMany
 	}
 	body, _, err := b.records.Get(ctx, macstore.Revocation, id)
 	var w Word
@@ -240,7 +252,7 @@ func (b *Book) take(ctx context.Context, id string) error {
 	}
 	switch {
 	case err == nil:
-		b.note(w)
+		b.note(w, true)
 	case errors.Is(err, storage.ErrNotFound):
 		return nil // it is read when it is there
 	case errors.Is(err, ErrWord) || macstore.Foreign(err):
@@ -254,19 +266,84 @@ func (b *Book) take(ctx context.Context, id string) error {
 	return nil
 }
 
-// Revoked returns the word by which one of the subjects is revoked, or nil. The storage is
-// read again if that was long ago; if it cannot be, what is known counts.
-func (b *Book) Revoked(ctx context.Context, subjects ...Subject) *Word {
+// catchUp stores what is in force here and not in the storage, so that other key services
+// hear of it: it could not be stored, a crash came in between, or the storage lost it.
+func (b *Book) catchUp(ctx context.Context) {
 	b.mu.Lock()
-	stale := b.now().Sub(b.at) >= freshFor
+	behind := slices.Collect(maps.Values(b.behind))
 	b.mu.Unlock()
-	if stale && b.reading.TryLock() {
-		err := b.load(ctx)
-		b.reading.Unlock()
-		if err != nil && ctx.Err() == nil {
-			b.log.Warn("could not read whether somebody was revoked by another key service", "error", err)
+	for _, w := range behind {
+		if _, err := b.put(ctx, w); err != nil {
+			b.log.Warn("a word of revocation is in force here, and not in the storage", "subject", w.Subject, "error", err)
 		}
 	}
+}
+
+// maxTaken bounds how many names in a row are tried that something else has.
+const maxTaken = 16
+
+// put stores a word, under the next number that nobody has, and has it count.
+func (b *Book) put(ctx context.Context, w Word) (Word, error) {
+	for range maxTaken {
+		body, err := json.Marshal(w)
+		if err != nil {
+			return w, err
+		}
+		err = b.records.Put(ctx, macstore.Revocation, w.id(), body, storage.Absent)
+		if err == nil {
+			b.note(w, true)
+			b.mu.Lock()
+			b.read[w.id()] = true
+			delete(b.behind, w.Subject)
+			b.mu.Unlock()
+			return w, nil
+		}
+		if !errors.Is(err, storage.ErrConflict) {
+			return w, err
+		}
+		w.Number++
+	}
+	return w, fmt.Errorf("%w: %d names in a row are taken", storage.ErrConflict, maxTaken)
+}
+
+// freshen reads the storage again if that was long ago. It is read once for all that ask, for
+// as long as it takes, and a request waits a moment at most.
+func (b *Book) freshen(ctx context.Context) {
+	b.mu.Lock()
+	busy := b.busy
+	if now := b.now(); busy == nil && !now.Before(b.next) {
+		busy = make(chan struct{})
+		b.busy, b.next = busy, now.Add(freshFor)
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), readFor)
+			defer cancel()
+			err := b.Load(ctx)
+			if err != nil {
+				b.log.Warn("could not read whether another key service revoked something", "error", err)
+			}
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.busy = nil
+			close(busy)
+		}()
+	}
+	b.mu.Unlock()
+	if busy == nil {
+		return
+	}
+	patience := time.NewTimer(waitFor)
+	defer patience.Stop()
+	select {
+	case <-busy:
+	case <-patience.C:
+	case <-ctx.Done():
+	}
+}
+
+// Revoked returns the word by which one of the subjects is revoked, or nil. If the storage
+// cannot be read, what is known counts.
+func (b *Book) Revoked(ctx context.Context, subjects ...Subject) *Word {
+	b.freshen(ctx)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for _, s := range subjects {
@@ -294,12 +371,10 @@ func (b *Book) All(ctx context.Context) ([]Word, error) {
 	return all, nil
 }
 
-// maxConflicts bounds how often a word is said again because another one came in between.
-const maxConflicts = 8
-
-// Say stores a word of an operator's, and has it count here at once. Revoking what is revoked
-// already gives the word that is there. log writes it down: before it takes effect if it lifts
-// something. [ErrNotRevoked], [ErrSubject]; [ErrNotStored] with a word that counts here.
+// Say has a word of an operator's count, and stores it. Revoking counts here at once, also
+// where it cannot be stored: [ErrNotStored], until a repetition or a later reading stores it.
+// Revoking what is revoked gives the word that is there. log writes a word down: before it
+// counts if it lifts something. [ErrNotRevoked], [ErrSubject].
 func (b *Book) Say(ctx context.Context, w Word, log func(Word) error) (Word, error) {
 	if err := w.Validate(); err != nil {
 		return Word{}, err
@@ -307,51 +382,66 @@ func (b *Book) Say(ctx context.Context, w Word, log func(Word) error) (Word, err
 	if len(w.Reason) > maxReason || !isPlain(w.Reason) {
 		return Word{}, fmt.Errorf("%w: the reason is of at most %d bytes on one line", ErrWord, maxReason)
 	}
-	b.reading.Lock()
-	defer b.reading.Unlock()
-	err := error(storage.ErrConflict)
-	for range maxConflicts {
-		loadErr := b.load(ctx)
-		b.mu.Lock()
-		last := b.words[w.Subject]
-		b.mu.Unlock()
-		w.Number, w.At = last.Number+1, b.now().UTC().Truncate(time.Second)
-		switch {
-		case w.Revoked && last.Revoked:
-			return last, nil
-		case loadErr != nil:
-			err = loadErr
-		case !w.Revoked && !last.Revoked:
-			return Word{}, ErrNotRevoked
-		case !w.Revoked:
-			if err = log(w); err == nil {
-				err = b.put(ctx, w)
-			}
-		default:
-			err = b.put(ctx, w)
-		}
-		if !errors.Is(err, storage.ErrConflict) {
-			break
-		}
+	ctx, cancel := context.WithTimeout(ctx, readFor)
+	defer cancel()
+	b.saying.Lock()
+	defer b.saying.Unlock()
+	w.At = b.now().UTC().Truncate(time.Second)
+	if w.Revoked {
+		return b.revoke(ctx, w, log)
 	}
-	if !w.Revoked {
-		if err != nil {
-			return Word{}, err
-		}
-		b.note(w)
-		return w, nil
-	}
-	b.note(w)
-	if err != nil {
-		err = fmt.Errorf("%w: %w", ErrNotStored, err)
-	}
-	return w, errors.Join(err, log(w))
+	return b.lift(ctx, w, log)
 }
 
-func (b *Book) put(ctx context.Context, w Word) error {
-	body, err := json.Marshal(w)
-	if err != nil {
-		return err
+func (b *Book) last(s Subject) (w Word, behind bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_, behind = b.behind[s]
+	return b.words[s], behind
+}
+
+func (b *Book) revoke(ctx context.Context, w Word, log func(Word) error) (Word, error) {
+	last, _ := b.last(w.Subject)
+	var logErr error
+	if !last.Revoked {
+		w.Number = last.Number + 1
+		b.note(w, false) // from here on it counts
+		logErr = log(w)
 	}
-	return b.records.Put(ctx, macstore.Revocation, w.id(), body, storage.Absent)
+	err := b.Load(ctx) // stores it
+	last, behind := b.last(w.Subject)
+	if behind && err == nil {
+		err = storage.ErrConflict
+	}
+	if behind {
+		err = fmt.Errorf("%w: %w", ErrNotStored, err)
+	}
+	if !behind {
+		err = nil
+	}
+	return last, errors.Join(err, logErr)
+}
+
+func (b *Book) lift(ctx context.Context, w Word, log func(Word) error) (Word, error) {
+	if err := b.Load(ctx); err != nil {
+		return Word{}, err
+	}
+	last, _ := b.last(w.Subject)
+	if !last.Revoked {
+		return Word{}, ErrNotRevoked
+	}
+	w.Number = last.Number + 1
+	if err := log(w); err != nil {
+		return Word{}, err
+	}
+	b.reading.Lock()
+	defer b.reading.Unlock()
+	stored, err := b.put(ctx, w)
+	if err == nil {
+		return stored, nil
+	}
+	// It is not to count at the next start, which reads the log.
+	w.Revoked, w.Reason = true, "the word that lifts it was not stored"
+	b.note(w, false)
+	return Word{}, errors.Join(err, log(w))
 }

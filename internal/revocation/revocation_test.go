@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/macstore"
@@ -60,6 +61,14 @@ func (w *world) book(known ...Word) *Book {
 	b := NewBook(w.records, func() time.Time { return w.at }, slog.New(slog.DiscardHandler), known)
 	must(w.t, b.Load(w.t.Context()))
 	return b
+}
+
+// bookOver is a book of another key service, over the same storage or one in front of it.
+func (w *world) bookOver(s storage.Storage) *Book {
+	w.t.Helper()
+	other := &world{t: w.t, storage: s, at: w.at}
+	other.over(s)
+	return other.book()
 }
 
 func must(t testing.TB, err error) {
@@ -118,7 +127,7 @@ func TestAWordCountsUntilItIsLifted(t *testing.T) {
 
 func TestASubjectIsANodeOrAVolume(t *testing.T) {
 	b := newWorld(t).book()
-	for _, s := range []Subject{{}, {Node, ""}, {Volume, ""}, {Volume, "a/b"}, {"fleet", "x"}, {Node, "a\nb"}, {Node, "snp:a+tpm:b"}, {Node, "\xff"}, {Node, strings.Repeat("x", maxName+1)}} {
+	for _, s := range []Subject{{}, {Node, ""}, {Volume, ""}, {Volume, "a/b"}, {"fleet", "x"}, {Node, "a\nb"}, {Node, "snp:a+tpm:b"}, {Node, "tpm:af26"}, {Node, "tmp:x"}, {Node, "TPM:" + node.Name[4:]}, {Node, node.Name[4:]}, {Node, "snp:"}, {Node, "\xff"}, {Node, strings.Repeat("x", maxName+1)}} {
 		if _, err := b.Say(t.Context(), Word{Subject: s, Revoked: true}, unlogged); !errors.Is(err, ErrSubject) {
 			t.Errorf("%.40q: %v", s, err)
 		}
@@ -139,10 +148,26 @@ func TestASubjectIsANodeOrAVolume(t *testing.T) {
 type hiding struct {
 	storage.Storage
 	hidden bool
-	fails  error
+	fails  error // of a list
+	full   error // of a write
+	hang   chan struct{}
+}
+
+func (h *hiding) Put(ctx context.Context, name string, data []byte, expect storage.Version) (storage.Version, error) {
+	if h.full != nil && strings.HasPrefix(name, macstore.Revocation.Prefix) {
+		return "", h.full
+	}
+	return h.Storage.Put(ctx, name, data, expect)
 }
 
 func (h *hiding) List(ctx context.Context, prefix, after string, limit int) ([]string, error) {
+	if h.hang != nil && prefix == macstore.Revocation.Prefix {
+		select {
+		case <-h.hang:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	if h.fails != nil || h.hidden && prefix == macstore.Revocation.Prefix {
 		return nil, h.fails
 	}
@@ -224,19 +249,80 @@ func TestJunkIsNoWord(t *testing.T) {
 	fresh := w.book()
 	is(t, fresh, true, node)
 	is(t, fresh, false, data)
+	// A name that something else has is passed over.
 	lift, err := fresh.Say(t.Context(), Word{Subject: node, By: "uid:0"}, unlogged)
-	if !errors.Is(err, storage.ErrConflict) {
-		t.Errorf("its name is taken: %+v, %v", lift, err) // a storage can always refuse
+	if err != nil || lift.Number != 3 {
+		t.Errorf("%+v, %v", lift, err)
 	}
-	is(t, fresh, true, node)
-	// Whoever can write the storage keeps a word out of it, and not out of force here.
-	taken := Word{Subject: Subject{Volume, "data-2"}, Number: 1}
-	_, err = w.storage.Put(t.Context(), macstore.Revocation.Prefix+taken.id(), []byte("junk"), storage.Absent)
-	must(t, err)
-	if got, err := fresh.Say(t.Context(), Word{Subject: taken.Subject, Revoked: true, By: "uid:0"}, unlogged); !errors.Is(err, ErrNotStored) || got.Number != 1 {
+	is(t, fresh, false, node)
+	is(t, w.book(), false, node)
+}
+
+// A revocation is in force where it was said, whatever the storage does, and is stored as soon
+// as that can be. A lift that was not stored never counts.
+func TestAWordThatIsNotStored(t *testing.T) {
+	w := newWorld(t)
+	h := &hiding{Storage: w.storage, full: storage.ErrThrottled}
+	w.over(h)
+	b := w.book()
+	var log []Word
+	logged := func(w Word) error { log = append(log, w); return nil }
+	word := Word{Subject: node, Revoked: true, By: "uid:0"}
+	for range 2 { // said again, it is still not stored
+		if got, err := b.Say(t.Context(), word, logged); !errors.Is(err, ErrNotStored) || got.Number != 1 {
+			t.Errorf("%+v, %v", got, err)
+		}
+		is(t, b, true, node)
+	}
+	h.fails = storage.ErrUnavailable
+	if _, err := b.Say(t.Context(), word, logged); !errors.Is(err, ErrNotStored) || !errors.Is(err, storage.ErrUnavailable) {
+		t.Error(err)
+	}
+	h.full, h.fails = nil, nil
+	if _, err := b.Say(t.Context(), word, logged); err != nil || len(log) != 1 {
+		t.Errorf("%v, %v", err, log)
+	}
+	is(t, w.book(), true, node)
+
+	h.full = storage.ErrUnavailable
+	if _, err := b.Say(t.Context(), Word{Subject: node, By: "uid:0"}, logged); !errors.Is(err, storage.ErrUnavailable) {
+		t.Error(err)
+	}
+	is(t, b, true, node)
+	is(t, w.book(log...), true, node) // who starts with that log
+	h.full = nil
+	again := w.book(log...)
+	is(t, again, true, node)
+	if got, err := again.Say(t.Context(), Word{Subject: node, By: "uid:0"}, logged); err != nil || got.Revoked {
 		t.Errorf("%+v, %v", got, err)
 	}
-	is(t, fresh, true, taken.Subject)
+	is(t, again, false, node)
+	is(t, w.book(log...), false, node)
+}
+
+// A storage that hangs keeps nobody waiting for long, and nobody's haste stops the reading.
+func TestAStorageThatHangsIsNotWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		h := &hiding{Storage: w.storage, hang: make(chan struct{})}
+		w.over(h)
+		b := NewBook(w.records, time.Now, slog.New(slog.DiscardHandler), nil)
+		hasty, cancel := context.WithCancel(t.Context())
+		cancel()
+		b.Revoked(hasty, node)
+		began := time.Now()
+		for range 3 {
+			is(t, b, false, node)
+		}
+		if took := time.Since(began); took > 4*waitFor {
+			t.Errorf("three requests took %v", took)
+		}
+		say(t, w.bookOver(w.storage), node, true)
+		close(h.hang)
+		synctest.Wait()
+		time.Sleep(freshFor)
+		is(t, b, true, node)
+	})
 }
 
 func FuzzWord(f *testing.F) {

@@ -98,6 +98,15 @@ func TestDiskARevokedVolumeWaitsAndGoesOn(t *testing.T) {
 			t.Errorf("the mapping is %s", table)
 		}
 		n.fails(t, 18, "revoked", "resume", "r-revoked")
+		n.fails(t, 18, "revoked", "unlock", "r-revoked")
+		if subject[0] == "--volume" { // the next agent goes on with it
+			a.kill()
+			a = n.start(t)
+			a.waitFor(t, "the agent stays for the leases")
+		}
+		if s := n.state(t, "r-revoked"); s != "suspended" {
+			t.Errorf("it is %s", s)
+		}
 		n.admin(t, append([]string{"revoke", "--lift"}, subject...)...)
 		n.becomes(t, "r-revoked", "mounted")
 	}

@@ -6,6 +6,10 @@ import "encoding/binary"
 // leases. A caller or a service that says less is older.
 const Protocol = 2
 
+// VerdictHeader is in the header of each answer to a renewal that asks for a verdict, so that
+// a refusal is told from the one of a service that does not know the question.
+const VerdictHeader = "keyagent-verdict"
+
 // SealInfo encodes everything that a sealed DEK stands for, unambiguously: each
 // field behind its length as a 32-bit big-endian number. Both sides compute it;
 // a response of which any part was changed does not open. Specified in
