@@ -204,8 +204,11 @@ type ClientConfig struct {
 type ServerConfig struct {
 	// Certificate returns the certificate in force. Required.
 	Certificate func() (*tls.Certificate, error)
-	// Clients is what every client must prove. Required.
+	// Clients is what every client must prove. Required, unless Anyone is set.
 	Clients *Peers
+	// Anyone lets clients in that prove nothing. Clients is nil then: what is served must
+	// be for everybody, or have proofs of its own.
+	Anyone bool
 	// Issuers, if set, give the server's own evidence to clients that ask.
 	Issuers []attestation.Issuer
 	// Observe, if set, is called once for each exchange with its outcome, in

@@ -300,11 +300,15 @@ func clientTLS(cfg *ClientConfig) (*tls.Config, error) {
 // serverTLS is made for each connection, so that the certificate that was sent
 // is known even while another one comes into force.
 func serverTLS(cfg *ServerConfig) (_ *tls.Config, local func() []byte, _ error) {
-	if cfg.Certificate == nil || cfg.Clients == nil {
+	switch {
+	case cfg.Certificate == nil || cfg.Clients == nil && !cfg.Anyone:
 		return nil, nil, fmt.Errorf("%w: a server needs a certificate and demands on its clients", ErrConfiguration)
-	}
-	if err := cfg.Clients.check(); err != nil {
-		return nil, nil, err
+	case cfg.Anyone && cfg.Clients != nil:
+		return nil, nil, fmt.Errorf("%w: a server lets anyone in, or has demands on its clients", ErrConfiguration)
+	case cfg.Clients != nil:
+		if err := cfg.Clients.check(); err != nil {
+			return nil, nil, err
+		}
 	}
 	if err := oneOfEachKind(cfg.Issuers); err != nil {
 		return nil, nil, err

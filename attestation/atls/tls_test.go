@@ -213,8 +213,9 @@ func TestWhatIsNotSetIsAConfigurationError(t *testing.T) {
 		})
 	}
 	for name, change := range map[string]func(*world){
-		"nothing demanded": func(w *world) { w.server.Clients = nil },
-		"no verifier":      func(w *world) { w.server.Clients.Verifiers = nil },
+		"nothing demanded":  func(w *world) { w.server.Clients = nil },
+		"demands, and none": func(w *world) { w.server.Anyone = true },
+		"no verifier":       func(w *world) { w.server.Clients.Verifiers = nil },
 		"an empty list of verifiers": func(w *world) {
 			w.server.Clients.Verifiers = []attestation.Verifier{}
 		},
@@ -231,6 +232,17 @@ func TestWhatIsNotSetIsAConfigurationError(t *testing.T) {
 				t.Error("the client goes on")
 			}
 		})
+	}
+	// A server for anyone says so, and knows nothing of who came.
+	w := newWorld(t)
+	w.server.Clients, w.server.Anyone = nil, true
+	w.client.Issuers = nil
+	c, s := w.meet(t)
+	if c.err != nil || s.err != nil {
+		t.Fatalf("%v, %v", c.err, s.err)
+	}
+	if _, _, err := s.conn.Channel().Peer(); err == nil {
+		t.Error("it knows who came")
 	}
 	a, b := net.Pipe()
 	defer b.Close()

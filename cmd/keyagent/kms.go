@@ -32,7 +32,7 @@ func newKMS() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newKMSCheck(), newKMSStatus(), newKMSRewrap(), newKMSRotate(), newKMSRecipient(), newKMSExport(), newKMSImport(), newKMSWrapSecret(), newKMSSplit(), newKMSCombine())
+	cmd.AddCommand(newKMSCheck(), newKMSStatus(), newKMSRewrap(), newKMSRotate(), newKMSRecipient(), newKMSExport(), newKMSImport(), newKMSWrapSecret(), newKMSSplit(), newKMSCombine(), newKMSUnseal())
 	return cmd
 }
 

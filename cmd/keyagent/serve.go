@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
@@ -25,7 +26,7 @@ const serveConfig = "/etc/keyagent/serve.yaml"
 
 func newServe() *cobra.Command {
 	var path string
-	var check, initMaster, initAudit, initRecords bool
+	var check, initMaster, initAudit, initRecords, sealed bool
 	var override keyservice.Config
 	var logs logFlags
 	cmd := &cobra.Command{
@@ -52,6 +53,9 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				return err
 			}
 			cfg.InitAudit, cfg.InitRecords = initAudit, initRecords
+			if sealed && setup.SealedFile(cfg.KMS) == "" {
+				return failure.Newf(failure.Configuration, "keyagent kms split makes the file", "--sealed, and kms: names no sealedFile")
+			}
 			if initMaster {
 				if err := initMasterSecret(cmd.Context(), cfg); err != nil {
 					return err
@@ -61,11 +65,16 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			if err != nil {
 				return err
 			}
-			server, err := keyservice.NewServer(cmd.Context(), cfg, log)
+			notify := systemd.NewNotifier()
+			server, err := unsealedServer(cmd.Context(), cfg, log, notify, check)
 			if err != nil {
 				return err
 			}
 			if check {
+				if server == nil {
+					cmd.Println("the configuration is valid as far as a sealed key service can look")
+					return nil
+				}
 				cmd.Println("the configuration is valid")
 				return server.Close()
 			}
@@ -79,7 +88,6 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				}
 			})
 			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases, "seccomp", filtered, "landlock", landlock)
-			notify := systemd.NewNotifier()
 			notify.Ready("serving on " + server.Addr().String())
 			go func() { <-cmd.Context().Done(); notify.Stopping() }()
 			return server.Run(cmd.Context())
@@ -89,11 +97,35 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 	f.StringVar(&path, "config", serveConfig, "configuration file")
 	f.BoolVar(&check, "check", false, "only check that everything can be opened; what a first start makes is made")
 	f.BoolVar(&initMaster, "init-master-secret", false, "make the master secret's file if it does not exist")
+	f.BoolVar(&sealed, "sealed", false, "insist that operators unseal it: fail if kms: has the master secret in another way")
 	f.BoolVar(&initAudit, "init-audit", false, "begin an audit log beside records that are there: for one start, when it was lost or on a new replica")
 	f.BoolVar(&initRecords, "init-records", false, "begin records anew although the audit log knows volumes: for one start, when they are lost for good")
 	overrideFlags(f, &override)
 	logs.add(cmd)
 	return cmd
+}
+
+// unsealedServer opens the key service, which waits for its operators' shares if its master secret
+// is sealed. With check it does not wait: nil.
+func unsealedServer(ctx context.Context, cfg *keyservice.Config, log *slog.Logger, notify *systemd.Notifier, check bool) (*keyservice.Server, error) {
+	sealed, err := keyservice.OpenSealed(cfg, log)
+	switch {
+	case err != nil:
+		return nil, err
+	case sealed == nil:
+		return keyservice.NewServer(ctx, cfg, log)
+	case check:
+		return nil, sealed.Close()
+	}
+	waiting, stop := context.WithCancel(ctx)
+	defer stop()
+	reloadOnHangup(waiting, func() {
+		if err := sealed.Reload(); err != nil {
+			log.Error("reload failed, what is in force stays", "error", err)
+		}
+	})
+	notify.Ready(sealed.String()) // systemd would not wait for as long as people take
+	return sealed.Unseal(ctx)
 }
 
 // overrideFlags stand for fields of the configuration file.

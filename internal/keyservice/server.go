@@ -240,6 +240,7 @@ func (c *Config) timeout() (time.Duration, error) {
 // Server is a key service on its listeners.
 type Server struct {
 	cfg       *Config
+	master    *kms.Secret // of a cluster KMS that was sealed
 	log       *slog.Logger
 	policy    *policysource.Source
 	service   *Service
@@ -258,7 +259,11 @@ type Server struct {
 // NewServer opens everything that the configuration names and starts to listen,
 // but accepts nothing before Run.
 func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, err error) {
-	s := &Server{cfg: cfg, log: log, strangers: newStrangers(time.Now)}
+	return newServer(ctx, cfg, log, nil)
+}
+
+func newServer(ctx context.Context, cfg *Config, log *slog.Logger, master *kms.Secret) (_ *Server, err error) {
+	s := &Server{cfg: cfg, master: master, log: log, strangers: newStrangers(time.Now)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -301,15 +306,22 @@ func listenError(address string, err error) error {
 }
 
 func (s *Server) loadCertificate() error {
-	if err := config.CheckSecretFile(s.cfg.TLS.Key); err != nil {
-		return failure.New(failure.Configuration, fmt.Errorf("tls key: %w", err), "")
+	cert, err := loadCertificate(s.cfg)
+	if err == nil {
+		s.cert.Store(cert)
 	}
-	cert, err := tls.LoadX509KeyPair(s.cfg.TLS.Certificate, s.cfg.TLS.Key)
+	return err
+}
+
+func loadCertificate(cfg *Config) (*tls.Certificate, error) {
+	if err := config.CheckSecretFile(cfg.TLS.Key); err != nil {
+		return nil, failure.New(failure.Configuration, fmt.Errorf("tls key: %w", err), "")
+	}
+	cert, err := tls.LoadX509KeyPair(cfg.TLS.Certificate, cfg.TLS.Key)
 	if err != nil {
-		return failure.New(failure.Configuration, fmt.Errorf("tls certificate: %w", err), "")
+		return nil, failure.New(failure.Configuration, fmt.Errorf("tls certificate: %w", err), "")
 	}
-	s.cert.Store(&cert)
-	return nil
+	return &cert, nil
 }
 
 // openKMS opens the KMS in force with those that only open keys.
@@ -320,7 +332,11 @@ func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
 		if i > 0 {
 			name = fmt.Sprintf("old_kms[%d]", i-1)
 		}
-		k, err := setup.KMS(ctx, uri)
+		open := func() (setup.Keys, error) { return setup.KMS(ctx, uri) }
+		if i == 0 && s.master != nil {
+			open = func() (setup.Keys, error) { return setup.Unsealed(ctx, uri, s.master) }
+		}
+		k, err := open()
 		if err != nil {
 			return nil, BackendError(fmt.Errorf("%s: %w", name, err))
 		}

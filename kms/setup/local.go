@@ -17,9 +17,10 @@ import (
 	"github.com/keyagent/keyagent/kms/command"
 )
 
-func clusterKMS(ctx context.Context, u *kms.URI) (*cluster.KMS, error) {
+// clusterKMS opens the cluster KMS. given is the master secret of one that is sealed, else nil.
+func clusterKMS(ctx context.Context, u *kms.URI, given *kms.Secret) (*cluster.KMS, error) {
 	sources := map[string]string{}
-	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile", "wrappedFile"} {
+	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile", "wrappedFile", "sealedFile"} {
 		if v := u.Optional(name); v != "" {
 			sources[name] = v
 		}
@@ -33,7 +34,9 @@ func clusterKMS(ctx context.Context, u *kms.URI) (*cluster.KMS, error) {
 	}
 	switch {
 	case len(sources) != 1:
-		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"wrappedFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"wrappedFile\", \"sealedFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+	case sources["sealedFile"] != "" && given == nil:
+		return nil, ErrSealed
 	case (sources["wrappedFile"] == "") != (wrappedBy == ""):
 		return nil, fmt.Errorf("%w: \"wrappedFile\" and \"wrappedBy\" go together", kms.ErrURI)
 	case !slices.Contains(known, derivation):
@@ -60,6 +63,8 @@ func clusterKMS(ctx context.Context, u *kms.URI) (*cluster.KMS, error) {
 		opts.MasterSecret, err = cluster.LoadMasterSecret(sources["file"])
 	case sources["credential"] != "":
 		opts.MasterSecret, err = cluster.LoadCredential(sources["credential"])
+	case sources["sealedFile"] != "":
+		opts.MasterSecret, err = copyOf(given)
 	case wrappedBy != "":
 		opts.MasterSecret, err = unwrapMaster(ctx, sources["wrappedFile"], wrappedBy)
 	case sources["key"] != "":

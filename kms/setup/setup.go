@@ -64,7 +64,7 @@ func KMS(ctx context.Context, uri string) (Keys, error) {
 	}
 	switch u.Name {
 	case "cluster-kms":
-		return opened[Keys](clusterKMS(ctx, u))
+		return opened[Keys](clusterKMS(ctx, u, nil))
 	case "command":
 		return opened[Keys](commandKMS(ctx, u))
 	case "vault":
