@@ -141,11 +141,10 @@ func overrideFlags(f *pflag.FlagSet, override *keyservice.Config) {
 // initMasterSecret leaves a file that exists alone.
 func initMasterSecret(ctx context.Context, cfg *keyservice.Config) error {
 	err := setup.InitMaster(ctx, cfg.KMS)
-	hint := ""
 	if errors.Is(err, kms.ErrURI) {
-		hint = "--init-master-secret goes with kms://cluster-kms?file=PATH, and with wrappedFile"
+		return failure.New(failure.Configuration, err, "--init-master-secret goes with kms://cluster-kms?file=PATH, and with wrappedFile")
 	}
-	return failure.New(failure.Configuration, err, hint)
+	return keyservice.BackendError(err)
 }
 
 // reloadOnHangup calls f for each SIGHUP from now on, until ctx ends.

@@ -39,7 +39,11 @@ func (s *Service) Revoke(ctx context.Context, who string, subject revocation.Sub
 	if lift {
 		e.Event = liftEvent
 	}
-	w, err := s.revoked.Say(ctx, revocation.Word{Subject: subject, Revoked: !lift, By: who, Reason: reason}, func(w revocation.Word) error {
+	w, err := s.revoked.Say(ctx, revocation.Word{Subject: subject, Revoked: !lift, ID: e.CorrelationID, By: who, Reason: reason}, func(w revocation.Word) error {
+		e.Event, e.Detail = liftEvent, w.Reason
+		if w.Revoked {
+			e.Event = revokeEvent
+		}
 		e.Subject, e.Word = subject.String(), w.Number
 		s.log.WarnContext(ctx, "by an operator's word", "event", e.Event, "who", who, "subject", e.Subject, "reason", reason)
 		return s.audit.Append(e)

@@ -36,7 +36,7 @@ func (h *history) note(e audit.Entry) {
 		h.seen[e.Volume] = max(h.seen[e.Volume], e.Revision)
 	}
 	if s, err := revocation.ParseSubject(e.Subject); err == nil && e.Result == "allowed" && e.Word > 0 {
-		h.words = append(h.words, revocation.Word{Subject: s, Number: e.Word, Revoked: e.Event == revokeEvent, By: e.Identity, Reason: e.Detail, At: e.Time})
+		h.words = append(h.words, revocation.Word{Subject: s, Number: e.Word, Revoked: e.Event == revokeEvent, ID: e.CorrelationID, By: e.Identity, Reason: e.Detail, At: e.Time})
 	}
 	if e.RecordKey != "" {
 		h.recordKey = e.RecordKey

@@ -116,12 +116,20 @@ type Word struct {
 	Subject
 	Number  uint64    `json:"number"`  // 1, 2, … of this subject: the highest counts
 	Revoked bool      `json:"revoked"` // or lifted
+	ID      string    `json:"id"`      // of the saying: a word that had to be stored under another number has the same
 	By      string    `json:"by"`
 	Reason  string    `json:"reason,omitempty"`
 	At      time.Time `json:"at"`
 }
 
-func (w Word) id() string { return fmt.Sprintf("%s/%010d", w.folder(), w.Number) }
+func (w Word) id() string { return w.Subject.id(w.Number) }
+
+func (s Subject) id(number uint64) string { return fmt.Sprintf("%s/%010d", s.folder(), number) }
+
+// same reports whether both are one saying.
+func (w Word) same(o Word) bool {
+	return w.ID == o.ID && w.Revoked == o.Revoked && w.Subject == o.Subject
+}
 
 // Parse reads the body of a word that was stored under an ID. Its errors wrap [ErrWord].
 func Parse(id string, body []byte) (Word, error) {
@@ -140,7 +148,7 @@ func Parse(id string, body []byte) (Word, error) {
 		return Word{}, fmt.Errorf("%w: %w", ErrWord, err)
 	case w.Number == 0 || w.id() != id:
 		return Word{}, fmt.Errorf("%w: it is another one", ErrWord)
-	case len(w.By) > maxName || len(w.Reason) > maxReason || !isPlain(w.By) || !isPlain(w.Reason):
+	case len(w.By) > maxName || len(w.Reason) > maxReason || len(w.ID) > maxName || !isPlain(w.ID) || !isPlain(w.By) || !isPlain(w.Reason):
 		return Word{}, fmt.Errorf("%w: its texts", ErrWord)
 	}
 	return w, nil
@@ -183,19 +191,30 @@ func NewBook(records *macstore.Store, now func() time.Time, log *slog.Logger, kn
 }
 
 // note keeps a word. Of two with one number, as two key services can say them that do not hear
-// of each other, the one that revokes counts. stored says that others hear of it.
+// of each other, the one that revokes counts. stored says that others hear of it. A revocation
+// that was not stored yet is not undone by what others said without hearing of it: it is said
+// again after that.
 func (b *Book) note(w Word, stored bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	behind, waits := b.behind[w.Subject]
 	last, ok := b.words[w.Subject]
+	newer := !ok || w.Number > last.Number || w.Number == last.Number && w.Revoked && !last.Revoked
 	switch {
-	case !ok || w.Number > last.Number || w.Number == last.Number && w.Revoked && !last.Revoked:
+	case stored && waits && behind.same(w):
+		delete(b.behind, w.Subject)
+		if newer || w.Number == last.Number {
+			b.words[w.Subject] = w
+		}
+	case !newer:
+	case stored && waits && behind.Revoked:
+		behind.Number = w.Number + 1
+		b.words[w.Subject], b.behind[w.Subject] = behind, behind
+	default:
 		b.words[w.Subject] = w
 		if b.behind[w.Subject] = w; stored {
 			delete(b.behind, w.Subject)
 		}
-	case stored && w.Number == last.Number && w.Revoked == last.Revoked:
-		delete(b.behind, w.Subject)
 	}
 }
 
@@ -270,40 +289,70 @@ func (b *Book) take(ctx context.Context, id string) error {
 // hear of it: it could not be stored, a crash came in between, or the storage lost it.
 func (b *Book) catchUp(ctx context.Context) {
 	b.mu.Lock()
-	behind := slices.Collect(maps.Values(b.behind))
+	subjects := slices.Collect(maps.Keys(b.behind))
 	b.mu.Unlock()
-	for _, w := range behind {
-		if _, err := b.put(ctx, w); err != nil {
-			b.log.Warn("a word of revocation is in force here, and not in the storage", "subject", w.Subject, "error", err)
+	for _, s := range subjects {
+		if err := b.store(ctx, s); err != nil {
+			b.log.Warn("a word of revocation is in force here, and not in the storage", "subject", s, "error", err)
 		}
 	}
 }
 
-// maxTaken bounds how many names in a row are tried that something else has.
+// maxTaken bounds how many names are tried that something else has.
 const maxTaken = 16
 
-// put stores a word, under the next number that nobody has, and has it count.
-func (b *Book) put(ctx context.Context, w Word) (Word, error) {
-	for range maxTaken {
-		body, err := json.Marshal(w)
-		if err != nil {
-			return w, err
-		}
-		err = b.records.Put(ctx, macstore.Revocation, w.id(), body, storage.Absent)
-		if err == nil {
-			b.note(w, true)
-			b.mu.Lock()
-			b.read[w.id()] = true
-			delete(b.behind, w.Subject)
-			b.mu.Unlock()
-			return w, nil
-		}
-		if !errors.Is(err, storage.ErrConflict) {
-			return w, err
-		}
-		w.Number++
+// free is the first number from n on whose name nothing is known to have.
+func (b *Book) free(s Subject, n uint64) uint64 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.read[s.id(n)] {
+		n++
 	}
-	return w, fmt.Errorf("%w: %d names in a row are taken", storage.ErrConflict, maxTaken)
+	return n
+}
+
+// store stores the word of a subject that is not stored yet.
+func (b *Book) store(ctx context.Context, s Subject) error {
+	for range maxTaken {
+		b.mu.Lock()
+		w, waits := b.behind[s]
+		b.mu.Unlock()
+		if !waits {
+			return nil
+		}
+		w.Number = b.free(s, w.Number)
+		if err := b.put(ctx, w); !errors.Is(err, storage.ErrConflict) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %d names are taken", storage.ErrConflict, maxTaken)
+}
+
+// put stores a word under its number, and has it count. If something else has the name, that
+// is read: [storage.ErrConflict].
+func (b *Book) put(ctx context.Context, w Word) error {
+	body, err := json.Marshal(w)
+	if err != nil {
+		return err
+	}
+	err = b.records.Put(ctx, macstore.Revocation, w.id(), body, storage.Absent)
+	if errors.Is(err, storage.ErrConflict) {
+		if loadErr := b.load(ctx); loadErr != nil {
+			return loadErr
+		}
+		b.mu.Lock()
+		b.read[w.id()] = true // whatever it is
+		b.mu.Unlock()
+		return err
+	}
+	if err != nil {
+		return err
+	}
+	b.note(w, true)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.read[w.id()] = true
+	return nil
 }
 
 // freshen reads the storage again if that was long ago. It is read once for all that ask, for
@@ -400,45 +449,52 @@ func (b *Book) last(s Subject) (w Word, behind bool) {
 	return b.words[s], behind
 }
 
-func (b *Book) revoke(ctx context.Context, w Word, log func(Word) error) (Word, error) {
-	last, _ := b.last(w.Subject)
+func (b *Book) revoke(ctx context.Context, w Word, log func(Word) error) (last Word, err error) {
 	var logErr error
-	if !last.Revoked {
-		w.Number = last.Number + 1
-		b.note(w, false) // from here on it counts
-		logErr = log(w)
+	for range maxTaken {
+		if last, _ = b.last(w.Subject); !last.Revoked {
+			w.Number = last.Number + 1
+			b.note(w, false) // from here on it counts
+			logErr = errors.Join(logErr, log(w))
+		}
+		err := b.Load(ctx) // stores it
+		last, behind := b.last(w.Subject)
+		switch {
+		case err == nil && behind:
+			err = storage.ErrConflict
+			fallthrough
+		case err != nil:
+			return last, errors.Join(fmt.Errorf("%w: %w", ErrNotStored, err), logErr)
+		case last.Revoked:
+			return last, logErr
+		}
+		// Somebody lifted what this one had not heard of. That was before: it is said again.
 	}
-	err := b.Load(ctx) // stores it
-	last, behind := b.last(w.Subject)
-	if behind && err == nil {
-		err = storage.ErrConflict
-	}
-	if behind {
-		err = fmt.Errorf("%w: %w", ErrNotStored, err)
-	}
-	if !behind {
-		err = nil
-	}
-	return last, errors.Join(err, logErr)
+	return last, errors.Join(storage.ErrConflict, logErr)
 }
 
 func (b *Book) lift(ctx context.Context, w Word, log func(Word) error) (Word, error) {
 	if err := b.Load(ctx); err != nil {
 		return Word{}, err
 	}
-	last, _ := b.last(w.Subject)
-	if !last.Revoked {
-		return Word{}, ErrNotRevoked
-	}
-	w.Number = last.Number + 1
-	if err := log(w); err != nil {
-		return Word{}, err
-	}
 	b.reading.Lock()
 	defer b.reading.Unlock()
-	stored, err := b.put(ctx, w)
-	if err == nil {
-		return stored, nil
+	err := error(storage.ErrConflict)
+	for range maxTaken {
+		last, _ := b.last(w.Subject)
+		if !last.Revoked {
+			return Word{}, ErrNotRevoked
+		}
+		w.Number = b.free(w.Subject, last.Number+1)
+		if err := log(w); err != nil {
+			return Word{}, err
+		}
+		if err = b.put(ctx, w); err == nil {
+			return w, nil
+		}
+		if !errors.Is(err, storage.ErrConflict) {
+			break
+		}
 	}
 	// It is not to count at the next start, which reads the log.
 	w.Revoked, w.Reason = true, "the word that lifts it was not stored"

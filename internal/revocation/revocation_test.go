@@ -2,6 +2,7 @@ package revocation
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"log/slog"
@@ -80,7 +81,7 @@ func must(t testing.TB, err error) {
 
 func say(t *testing.T, b *Book, s Subject, revoked bool) Word {
 	t.Helper()
-	w, err := b.Say(t.Context(), Word{Subject: s, Revoked: revoked, By: "uid:0", Reason: "stolen"}, unlogged)
+	w, err := b.Say(t.Context(), Word{Subject: s, Revoked: revoked, ID: rand.Text(), By: "uid:0", Reason: "stolen"}, unlogged)
 	must(t, err)
 	return w
 }
@@ -218,7 +219,7 @@ func TestAWordIsInTheLog(t *testing.T) {
 func TestWhatTheLogKnowsIsPutBack(t *testing.T) {
 	w := newWorld(t)
 	at := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
-	known := []Word{{node, 1, true, "uid:0", "stolen", at}, {data, 1, true, "uid:0", "", at}, {data, 2, false, "uid:0", "", at}}
+	known := []Word{{node, 1, true, "a", "uid:0", "stolen", at}, {data, 1, true, "b", "uid:0", "", at}, {data, 2, false, "c", "uid:0", "", at}}
 	w.book(known...)
 	other := w.book()
 	is(t, other, true, node)
@@ -267,7 +268,7 @@ func TestAWordThatIsNotStored(t *testing.T) {
 	b := w.book()
 	var log []Word
 	logged := func(w Word) error { log = append(log, w); return nil }
-	word := Word{Subject: node, Revoked: true, By: "uid:0"}
+	word := Word{Subject: node, Revoked: true, ID: "said here", By: "uid:0"}
 	for range 2 { // said again, it is still not stored
 		if got, err := b.Say(t.Context(), word, logged); !errors.Is(err, ErrNotStored) || got.Number != 1 {
 			t.Errorf("%+v, %v", got, err)
@@ -298,6 +299,69 @@ func TestAWordThatIsNotStored(t *testing.T) {
 	}
 	is(t, again, false, node)
 	is(t, w.book(log...), false, node)
+}
+
+// Two key services, of which one has not heard the other for a while: a revocation counts
+// from the moment at which it is said, also against a lift that was said before.
+func TestARevocationIsNotUndoneByWhatWasSaidBefore(t *testing.T) {
+	w := newWorld(t)
+	b := w.book()
+	say(t, b, node, true)
+	idle := w.book() // knows that, and hears nothing more
+	say(t, b, node, false)
+	if got := say(t, idle, node, true); !got.Revoked || got.Number != 3 {
+		t.Errorf("%+v", got)
+	}
+	is(t, idle, true, node)
+	is(t, w.book(), true, node)
+
+	w = newWorld(t)
+	b = w.book()
+	say(t, b, node, true)
+	say(t, b, node, false)
+	idle = w.book()
+	say(t, b, node, true)
+	say(t, b, node, false)
+	if got := say(t, idle, node, true); !got.Revoked || got.Number != 5 {
+		t.Errorf("%+v", got)
+	}
+	is(t, w.book(), true, node)
+}
+
+// One that was said and logged while the storage was out of reach, as by a key service that
+// ended right then, survives what others said meanwhile, once: who lifts it lifts it.
+func TestARevocationThatWasNotStoredIsSaidAgain(t *testing.T) {
+	w := newWorld(t)
+	other := w.book()
+	logged := Word{Subject: node, Number: 1, Revoked: true, ID: "of the log", By: "uid:0", At: w.at}
+	say(t, other, node, true)
+	say(t, other, node, false)
+	here := w.book(logged)
+	is(t, here, true, node)
+	fresh := w.book()
+	is(t, fresh, true, node)
+	for range 2 { // each start reads the log again
+		is(t, w.book(logged), true, node)
+	}
+	if names, err := w.storage.List(t.Context(), macstore.Revocation.Prefix, "", 10); err != nil || len(names) != 3 {
+		t.Errorf("%v, %v", names, err)
+	}
+	say(t, fresh, node, false)
+	is(t, w.book(logged), false, node)
+	is(t, w.book(), false, node)
+}
+
+// A storage that cannot be read leaves open what others know, and that is said.
+func TestARevocationThatIsThereAndCannotBeRead(t *testing.T) {
+	w := newWorld(t)
+	h := &hiding{Storage: w.storage}
+	w.over(h)
+	b := w.book()
+	say(t, b, node, true)
+	h.fails = storage.ErrUnavailable
+	if got, err := b.Say(t.Context(), Word{Subject: node, Revoked: true, ID: "x", By: "uid:0"}, unlogged); !errors.Is(err, ErrNotStored) || !got.Revoked {
+		t.Errorf("%+v, %v", got, err)
+	}
 }
 
 // A storage that hangs keeps nobody waiting for long, and nobody's haste stops the reading.
