@@ -141,9 +141,11 @@ func (c *Volumes) mayOpen(id string, again bool) bool {
 		return false
 	}
 	c.mu.Lock()
-	state, err, device, fenced := e.condition.state, e.lastErr, e.spec.DevicePath(), e.warnings["fence"] != ""
+	state, err, device, fenced, withheld := e.condition.state, e.lastErr, e.spec.DevicePath(), e.warnings["fence"] != "", e.known.Withheld
 	c.mu.Unlock()
 	switch {
+	case state == Suspended && withheld && err != nil: // nobody was there to ask
+		return again && passes(err)
 	case state != Failed || err == nil || fenced:
 		return false
 	case errors.Is(err, errAbsent):
@@ -161,7 +163,7 @@ func (c *Volumes) needsAreUp(all []node.Volume, v *node.Volume) bool {
 			return false
 		}
 		c.mu.Lock()
-		up := isUp(e.condition.state)
+		up := isUp(e.condition.state) && e.condition.state != Suspended
 		c.mu.Unlock()
 		if !up {
 			return false

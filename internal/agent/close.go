@@ -27,8 +27,14 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 		return c.view(e), err
 	}
 	defer give()
+	err = c.closeTaken(ctx, id, e)
+	return c.view(e), err
+}
+
+// closeTaken is Close of a volume whose turn was taken.
+func (c *Volumes) closeTaken(ctx context.Context, id string, e *entry) error {
 	if err := c.allowed(e, EventClose); err != nil {
-		return c.view(e), err
+		return err
 	}
 	if r, ok := c.recall(id); ok {
 		// keyagent unlock may have opened it meanwhile, or an agent that ended before it was
@@ -43,17 +49,17 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 	if err := classify(c.close(luks.WithPatience(ctx, c.DeviceWait), e)); err != nil {
 		c.on(e, EventKept, nil)
 		c.set(func() { e.lastErr = err })
-		return c.view(e), err
+		return err
 	}
 	c.drop(ctx, e)
 	c.set(func() { e.known, e.header, e.lastErr, e.warnings = remembered{}, nil, nil, map[string]string{} })
 	c.on(e, EventClosed, nil)
 	if err := c.forget(id); err != nil {
-		return c.view(e), err
+		return err
 	}
 	c.release(ctx, id, leaseID)
 	c.Log.Info("volume is closed", "volume", id)
-	return c.view(e), nil
+	return nil
 }
 
 func (c *Volumes) close(ctx context.Context, e *entry) error {

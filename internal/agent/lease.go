@@ -164,6 +164,20 @@ type due struct {
 	lease lease
 	// unproved: it came from the initrd, and this system has not proved anything yet.
 	unproved bool
+	sequence uint64 // of the mapping
+}
+
+// current reports whether a renewal is still about the mapping and the lease that the entry has:
+// it may have been closed, and opened again, while the key service was asked.
+func (c *Volumes) current(d due) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.currentLocked(d)
+}
+
+func (c *Volumes) currentLocked(d due) bool {
+	l := d.e.lease
+	return d.e.known.Sequence == d.sequence && (l == nil) == (d.lease.id == nil) && (l == nil || bytes.Equal(l.id, d.lease.id))
 }
 
 // KeepLeases renews leases until ctx ends, each in its own time, and keeps the session on
@@ -223,7 +237,7 @@ func (c *Volumes) dueLeases(now time.Duration) []due {
 			continue
 		}
 		l.next = now + min(renewPause, l.term/(2*renewAfter))
-		out = append(out, due{id, e, *l, e.known.Initrd && !c.Initrd})
+		out = append(out, due{id, e, *l, e.known.Initrd && !c.Initrd, e.known.Sequence})
 	}
 	slices.SortFunc(out, func(a, b due) int { return int(a.lease.until - b.lease.until) })
 	return out
@@ -242,7 +256,6 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	if !c.begin(d.e) {
 		return
 	}
-	defer c.end(d.e)
 	limit := renewLimit
 	if d.lease.bound {
 		limit = max(time.Second, min(renewPause, d.lease.until-d.lease.margin()-keyclient.Boottime()))
@@ -250,10 +263,13 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	callCtx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	got, err := c.Keys.Renew(callCtx, d.id, d.lease.id)
+	c.end(d.e)
 	switch {
+	case !c.current(d):
+		return
 	case err == nil && got == nil:
 		c.drop(ctx, d.e)
-		c.judged(ctx, d, nil)
+		c.judged(ctx, due{id: d.id, e: d.e, sequence: d.sequence}, nil)
 		return
 	case err == nil:
 		c.renewed(ctx, d, got)
@@ -263,11 +279,6 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 		return
 	}
 	if lostLease(err) {
-		c.set(func() {
-			if l := d.e.lease; l != nil {
-				l.lost = true
-			}
-		})
 		c.cut(ctx, d, err)
 		return
 	}
@@ -287,11 +298,12 @@ func lostLease(err error) bool {
 func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 	c.mu.Lock()
 	l := d.e.lease
-	current := l != nil && string(l.id) == string(d.lease.id)
+	current := c.currentLocked(d)
 	if current {
 		l.id, l.term, l.until, l.bound, l.next = k.ID, k.Term, k.Until, k.Bound, k.Until-k.Term+soon(k.Term/renewAfter)
 		r := &d.e.known
 		r.LeaseID, r.LeaseTerm, r.LeaseUntil, r.Bound = k.ID, k.Term, k.Until, k.Bound
+		d.lease.id = k.ID
 	}
 	delete(d.e.warnings, "lease")
 	known := d.e.known
@@ -321,8 +333,14 @@ func (c *Volumes) renewed(ctx context.Context, d due, k *keyclient.Lease) {
 // holder may wait for the disk.
 func (c *Volumes) fence(ctx context.Context, d due, why string) {
 	name, uuid, already := c.fencing(d.e)
-	if already || uuid == "" {
+	if uuid == "" {
 		return
+	}
+	if already {
+		// By what is known here. The kernel's word is what counts.
+		if m, err := luks.Status(ctx, name); err != nil || m.Suspended {
+			return
+		}
 	}
 	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
 	c.withhold(d.e, true) // before it is: whoever finds it suspended knows why
@@ -362,10 +380,16 @@ func (c *Volumes) withhold(e *entry, withheld bool) {
 // cut ends all I/O of a volume that another node has, or whose life ended: what was not
 // written is lost here, as it would be if this machine had died, and never reaches the disk.
 func (c *Volumes) cut(ctx context.Context, d due, why error) {
-	name, uuid, _ := c.fencing(d.e)
-	if uuid == "" {
+	c.mu.Lock()
+	name, uuid := d.e.spec.Name, d.e.known.UUID
+	if !c.currentLocked(d) || uuid == "" {
+		c.mu.Unlock()
 		return
 	}
+	if l := d.e.lease; l != nil {
+		l.lost = true
+	}
+	c.mu.Unlock()
 	c.Log.Error("cutting a volume off its disk: its lease is lost", "volume", d.id, "error", why)
 	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {

@@ -37,11 +37,6 @@ var errThrowaway = failure.New(failure.State, errors.New("the volume's key ends 
 
 // withKey runs f with the key of a volume that exists.
 func (c *Volumes) withKey(ctx context.Context, e *entry, f func(*keyclient.Key, luks.Existing) error) error {
-	return c.withKeyOf(ctx, e, f, isUp(e.condition.state))
-}
-
-// withKeyOf is withKey of a volume whose lease goes on, or is given back.
-func (c *Volumes) withKeyOf(ctx context.Context, e *entry, f func(*keyclient.Key, luks.Existing) error, up bool) error {
 	if e.spec.Throwaway() {
 		return errThrowaway
 	}
@@ -66,7 +61,7 @@ func (c *Volumes) withKeyOf(ctx context.Context, e *entry, f func(*keyclient.Key
 		}
 		return f(key, luks.Existing{Device: e.spec.DevicePath(), Name: e.spec.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: h})
 	})
-	if up {
+	if isUp(e.condition.state) {
 		c.hold(e, key.Lease)
 	} else if key.Lease != nil {
 		c.release(ctx, e.spec.ID, key.Lease.ID)

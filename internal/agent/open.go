@@ -171,6 +171,7 @@ func (o *opening) existing(ctx context.Context) (bool, error) {
 	if known && o.ours(m, r) && !m.Suspended && r.Initrd == o.Initrd && o.isMeasured(r) {
 		h := o.keptHeader(r)
 		o.set(func() {
+			r.Withheld = r.Withheld || r.is(o.e.known) && o.e.known.Withheld // it may be suspended right now
 			if o.e.known = r; o.e.header == nil {
 				o.e.header = h
 			}
@@ -199,7 +200,14 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	key, err := o.key(ctx)
 	if err != nil {
 		if m.Suspended && o.ours(m, r) {
-			// It waits for a better verdict, and its lease is renewed meanwhile.
+			// It waits for a better verdict, and its lease is renewed meanwhile. Or somebody let
+			// it go on while the key service was asked.
+			if now, statusErr := luks.Status(ctx, o.v.Name); statusErr == nil {
+				m = now
+			}
+			if again, ok := o.recall(o.v.ID); ok && again.is(r) {
+				r = again
+			}
 			o.stays, o.mapping = true, m
 			o.set(func() { o.e.known = r })
 			o.resumeLease(o.e, r)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -21,7 +22,8 @@ type verdict struct {
 	refused time.Duration // the first refusal since the last good one; 0: none
 	next    time.Duration // when it is asked for, of a volume without a lease
 	done    bool          // what on_revoke says was begun
-	asking  bool          // an attempt is under way
+	asking  bool          // the key service is being asked
+	going   bool          // it is being resumed
 }
 
 // A volume without a lease, as one that many write or that is read, is asked after by
@@ -39,7 +41,7 @@ func soon(d time.Duration) time.Duration { return d - rand.N(d/5+1) }
 // verdict: the key service was not reached, or could not decide.
 func refuses(class failure.Class) bool {
 	switch class {
-	case failure.Revoked, failure.PolicyDenied, failure.EvidenceRefused:
+	case failure.Revoked, failure.PolicyDenied, failure.EvidenceRefused, failure.NotFound:
 		return true
 	}
 	return false
@@ -63,10 +65,14 @@ func (c *Volumes) end(e *entry) { c.set(func() { e.verdict.asking = false }) }
 func (c *Volumes) judged(ctx context.Context, d due, err error) {
 	now := keyclient.Boottime()
 	c.mu.Lock()
+	if !c.currentLocked(d) {
+		c.mu.Unlock()
+		return
+	}
 	v := &d.e.verdict
 	if err == nil {
-		withheld := d.e.known.Withheld
-		*v = verdict{heard: now, next: now + soon(verdictEvery), asking: v.asking}
+		withheld := d.e.known.Withheld && !v.going
+		*v = verdict{heard: now, next: now + soon(verdictEvery), asking: v.asking, going: v.going || withheld}
 		delete(d.e.warnings, "verdict")
 		c.mu.Unlock()
 		if withheld {
@@ -104,14 +110,9 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 		text += fmt.Sprintf("; in %s: on_revoke %s", left.Round(time.Second), then)
 	}
 	d.e.warnings["verdict"] = text
-	v.done = v.done || over
 	c.mu.Unlock()
-	switch {
-	case !over || again && then == node.Keep:
-	case again:
-		c.suspendFor(ctx, d, what) // as often as it takes
-	default:
-		c.revoke(ctx, d, then, what+": "+err.Error())
+	if over && (!again || then != node.Keep) {
+		c.revoke(ctx, d, then, again, what+": "+err.Error())
 	}
 }
 
@@ -123,75 +124,130 @@ func (c *Volumes) onRevoke(e *entry) node.OnRevoke {
 	return cmp.Or(e.spec.OnRevoke, node.Suspend)
 }
 
-// revoke is done once, when a volume's grace is over. A later good verdict lets what was
-// suspended go on.
-func (c *Volumes) revoke(ctx context.Context, d due, then node.OnRevoke, why string) {
-	c.Log.Error("this machine may not have a volume any more", "volume", d.id, "on_revoke", string(then), "why", why)
-	switch then {
-	case node.Keep:
-		return
-	case node.Shut:
-		_, err := c.Close(ctx, d.id)
-		if err == nil {
-			return
-		}
-		c.Log.Error("it could not be closed, and is suspended in place of that", "volume", d.id, "error", err)
+// revoke does what on_revoke says, when a volume's grace is over. It is called at each refusal
+// from then on: a close is tried once, and a suspension as often as it takes. A later good
+// verdict lets what was suspended go on.
+//
+// Who mounts, checks, grows or closes the volume would wait for the disk with the volume's turn,
+// and nobody could let it go on: nothing is done before that is over.
+func (c *Volumes) revoke(ctx context.Context, d due, then node.OnRevoke, again bool, why string) {
+	if !again {
+		c.Log.Error("this machine may not have a volume any more", "volume", d.id, "on_revoke", string(then), "why", why)
 	}
-	c.suspendFor(ctx, d, why)
-}
-
-// suspendFor suspends a volume for a verdict, if nobody works on it: who mounts, checks, grows or
-// closes it would wait for the disk with the volume's turn, and nobody could let it go on. It is
-// tried again then.
-func (c *Volumes) suspendFor(ctx context.Context, d due, why string) {
+	if then == node.Keep {
+		c.set(func() { d.e.verdict.done = true })
+		return
+	}
 	turn, cancel := context.WithTimeout(ctx, turnWait)
-	defer cancel()
 	give, err := c.take(turn, d.id, d.e)
+	cancel()
 	if err != nil {
 		c.Log.Warn("a volume that is to be suspended is being worked on", "volume", d.id)
 		return
 	}
 	defer give()
+	if !c.current(d) {
+		return
+	}
+	c.set(func() { d.e.verdict.done = true })
+	c.mu.Lock()
+	suspended := d.e.condition.state == Suspended
+	c.mu.Unlock()
+	// What is suspended cannot be unmounted: that would write first.
+	if then == node.Shut && !again && !suspended {
+		err := c.closeTaken(ctx, d.id, d.e)
+		if err == nil {
+			return
+		}
+		c.Log.Error("it could not be closed, and is suspended in place of that", "volume", d.id, "error", err)
+	}
 	c.fence(ctx, d, why)
 }
 
+// goOnLimit bounds an attempt to resume a volume.
+const goOnLimit = 20 * time.Second
+
 // goOn resumes a volume that had to wait for a better verdict, or its lease. It does not wait
-// for the volume's turn, whose holder may wait for this.
+// for the volume's turn for long, whose holder may wait for this.
 func (c *Volumes) goOn(ctx context.Context, d due) {
+	defer c.set(func() { d.e.verdict.going = false })
+	ctx, stop := context.WithTimeout(luks.WithPatience(ctx, c.DeviceWait), goOnLimit)
+	defer stop()
 	turn, cancel := context.WithTimeout(ctx, turnWait)
-	defer cancel()
-	if give, err := c.take(turn, d.id, d.e); err == nil {
+	give, err := c.take(turn, d.id, d.e)
+	cancel()
+	if err == nil {
 		defer give()
 	}
-	if err := c.letGoOn(luks.WithPatience(ctx, c.DeviceWait), d.e); err != nil {
+	if err := c.letGoOn(ctx, d); err != nil {
 		c.Log.Error("this machine may have the volume again, and it could not be resumed", "volume", d.id, "error", err)
-		c.set(func() { d.e.verdict.next = keyclient.Boottime() + renewPause })
+		c.set(func() {
+			d.e.verdict.next = keyclient.Boottime() + renewPause
+			if l := d.e.lease; l != nil {
+				l.next = d.e.verdict.next
+			}
+		})
 		return
 	}
-	c.Log.Info("the volume goes on", "volume", d.id)
+	c.mu.Lock()
+	v, dynamic, unfinished := d.e.spec, d.e.dynamic, d.e.lastErr != nil && isUp(d.e.condition.state)
+	c.mu.Unlock()
+	if unfinished { // an opening was refused meanwhile, and somebody wants the rest of it
+		go func() { _, _ = c.Open(context.WithoutCancel(ctx), v, Intent{NoWait: true, Dynamic: dynamic}) }()
+	}
 }
 
-func (c *Volumes) letGoOn(ctx context.Context, e *entry) error {
-	c.mu.Lock()
-	withheld := e.known.Withheld
-	c.mu.Unlock()
-	if !withheld {
-		return nil // somebody was faster
+func (c *Volumes) letGoOn(ctx context.Context, d due) error {
+	e := d.e
+	waits := func() (v node.Volume, leaseID []byte, ok bool) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if l := e.lease; l != nil {
+			leaseID = l.id
+		}
+		return e.spec, leaseID, e.known.Withheld && c.currentLocked(d)
 	}
-	err := c.withKeyOf(ctx, e, func(k *keyclient.Key, r luks.Existing) error {
-		_, err := luks.Resume(ctx, r, k.DEK)
-		return err
-	}, true)
+	v, leaseID, ok := waits()
+	if !ok {
+		return nil // somebody was faster, or it is another mapping
+	}
+	defer c.Keys.Hold()()
+	key, err := c.Keys.GetKey(ctx, keyclient.Request{Volume: v.ID, ReadOnly: v.ReadOnly, LeaseID: leaseID})
 	if err != nil {
 		return err
 	}
+	defer key.Close()
+	if _, _, ok := waits(); !ok || key.Lease != nil && !bytes.Equal(key.Lease.ID, leaseID) {
+		// It was closed meanwhile, or the lease that it had is not there any more, and another
+		// node may have had the volume: the next renewal says so.
+		if key.Lease != nil && !bytes.Equal(key.Lease.ID, leaseID) {
+			c.release(context.WithoutCancel(ctx), v.ID, key.Lease.ID)
+		}
+		return nil
+	}
+	err = c.either(ctx, v.DevicePath(), key, v.ReadOnly, func(kept *luks.Header) error {
+		c.mu.Lock()
+		h := cmp.Or(kept, e.header)
+		c.mu.Unlock()
+		if h != nil && h.MACs() != luksMACs(key.MACs) {
+			h = nil // of another key than the present one: what is in front counts
+		}
+		_, err := luks.Resume(ctx, luks.Existing{Device: v.DevicePath(), Name: v.Name, Identity: identity(key), MACs: luksMACs(key.MACs), Header: h}, key.DEK)
+		return err
+	})
+	if err != nil {
+		return classify(err)
+	}
+	c.Log.Info("the volume goes on", "volume", v.ID)
 	c.warn(e, "fence", "")
 	c.withhold(e, false)
 	c.mu.Lock()
-	suspended := e.condition.state == Suspended
-	c.mu.Unlock()
-	if suspended {
-		c.on(e, EventResume, nil)
+	defer c.mu.Unlock()
+	switch s := &e.condition; {
+	case s.state == Suspended:
+		s.state = s.running
+	case s.state == Closing && s.kept == Suspended:
+		s.kept = s.running
 	}
 	return nil
 }
@@ -207,13 +263,13 @@ func (c *Volumes) dueVerdicts(now time.Duration) []due {
 		case e.lease != nil || e.spec.Throwaway() || !isUp(e.condition.state) || e.known.UUID == "":
 			continue
 		case e.verdict.next == 0:
-			e.verdict = verdict{heard: now, next: now + soon(verdictEvery)}
+			e.verdict.heard, e.verdict.next = now, now+soon(verdictEvery)
 			continue
 		case now < e.verdict.next:
 			continue
 		}
 		e.verdict.next = now + renewPause
-		out = append(out, due{id: id, e: e})
+		out = append(out, due{id: id, e: e, sequence: e.known.Sequence})
 	}
 	return out
 }
@@ -226,13 +282,13 @@ func (c *Volumes) askVerdict(ctx context.Context, d due) {
 	if !c.begin(d.e) {
 		return
 	}
-	defer c.end(d.e)
 	callCtx, cancel := context.WithTimeout(ctx, renewLimit)
 	defer cancel()
 	err := c.Keys.Verdict(callCtx, d.id, readOnly)
+	c.end(d.e)
 	switch class := failure.Of(err).Class; {
 	case ctx.Err() != nil:
-	case class == failure.State || class == failure.NotFound:
+	case class == failure.State: // it was retired
 		c.cut(ctx, d, err)
 	default:
 		c.judged(ctx, d, err)

@@ -160,6 +160,35 @@ func TestNobodyIsSuspendedUnderWork(t *testing.T) {
 	}
 }
 
+// What was asked of a mapping says nothing of the next one.
+func TestAnAnswerIsAboutTheMappingThatWasAskedFor(t *testing.T) {
+	for name, class := range map[string]failure.Class{"revoked": failure.Revoked, "another node's": failure.Held, "retired": failure.State} {
+		keys := &scriptedLeases{err: failure.New(class, errors.New("no"), "")}
+		c, e := holding(t, keys, false, 0)
+		due := c.dueLeases(keyclient.Boottime() + time.Hour)
+		// It was closed, and opened again, while the key service was asked.
+		e.known.Sequence = 7
+		c.hold(e, &keyclient.Lease{ID: []byte("another"), Term: time.Hour, Until: keyclient.Boottime() + time.Hour})
+		for _, d := range due {
+			c.renew(t.Context(), d)
+		}
+		if e.condition.state != Open || e.lease.lost || e.known.Withheld || len(e.warnings) != 0 {
+			t.Errorf("%s: it is %s, lost %v, %v", name, e.condition.state, e.lease.lost, e.warnings)
+		}
+	}
+}
+
+// What waits for its key service is tried again, what a person suspended is not.
+func TestASuspendedVolumeIsTriedAgain(t *testing.T) {
+	for _, withheld := range []bool{true, false} {
+		c, e := holding(t, &scriptedLeases{}, true, time.Minute)
+		e.condition.state, e.known.Withheld, e.lastErr = Suspended, withheld, failure.New(failure.Unreachable, errors.New("down"), "")
+		if c.mayOpen("data", false) || c.mayOpen("data", true) != withheld {
+			t.Errorf("withheld %v: soon %v, later %v", withheld, c.mayOpen("data", false), c.mayOpen("data", true))
+		}
+	}
+}
+
 // Nobody is asked twice at once.
 func TestOneAttemptAtATime(t *testing.T) {
 	keys := &scriptedLeases{}

@@ -161,10 +161,11 @@ func (c *Volumes) mapped(e *entry, m luks.Mapping) {
 	}
 }
 
-// suspended is mapped for a mapping that is, and stays so.
+// suspended is mapped for a mapping that is, unless somebody let it go on.
 func (c *Volumes) suspended(e *entry, m luks.Mapping) {
-	c.mapped(e, m)
-	c.on(e, EventSuspend, nil)
+	if c.mapped(e, m); m.Suspended {
+		c.on(e, EventSuspend, nil)
+	}
 }
 
 // Recover takes up what an earlier agent of this boot left open.
