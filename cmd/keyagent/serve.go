@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -66,7 +67,9 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 				return err
 			}
 			notify := systemd.NewNotifier()
-			server, err := unsealedServer(cmd.Context(), cfg, log, notify, check)
+			reload := &reloader{log: log}
+			reloadOnHangup(cmd.Context(), reload.reload)
+			server, err := unsealedServer(cmd.Context(), cfg, log, notify, reload, check)
 			if err != nil {
 				return err
 			}
@@ -82,11 +85,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			if err != nil {
 				return errors.Join(err, server.Close())
 			}
-			reloadOnHangup(cmd.Context(), func() {
-				if err := server.Reload(); err != nil {
-					log.Error("reload failed, what is in force stays", "error", err)
-				}
-			})
+			reload.set(server.Reload)
 			log.Info("serving", "address", server.Addr().String(), "secrets", secret.InForce(), "erasing", secret.Erases, "seccomp", filtered, "landlock", landlock)
 			notify.Ready("serving on " + server.Addr().String())
 			go func() { <-cmd.Context().Done(); notify.Stopping() }()
@@ -107,7 +106,7 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 
 // unsealedServer opens the key service, which waits for its operators' shares if its master secret
 // is sealed. With check it does not wait: nil.
-func unsealedServer(ctx context.Context, cfg *keyservice.Config, log *slog.Logger, notify *systemd.Notifier, check bool) (*keyservice.Server, error) {
+func unsealedServer(ctx context.Context, cfg *keyservice.Config, log *slog.Logger, notify *systemd.Notifier, reload *reloader, check bool) (*keyservice.Server, error) {
 	sealed, err := keyservice.OpenSealed(cfg, log)
 	switch {
 	case err != nil:
@@ -115,17 +114,45 @@ func unsealedServer(ctx context.Context, cfg *keyservice.Config, log *slog.Logge
 	case sealed == nil:
 		return keyservice.NewServer(ctx, cfg, log)
 	case check:
-		return nil, sealed.Close()
+		return nil, errors.Join(sealed.Check(ctx, true), sealed.Close())
 	}
-	waiting, stop := context.WithCancel(ctx)
-	defer stop()
-	reloadOnHangup(waiting, func() {
-		if err := sealed.Reload(); err != nil {
-			log.Error("reload failed, what is in force stays", "error", err)
-		}
-	})
-	notify.Ready(sealed.String()) // systemd would not wait for as long as people take
-	return sealed.Unseal(ctx)
+	reload.set(sealed.Reload)
+	// systemd would not wait for as long as people take.
+	return sealed.Unseal(ctx, func() { notify.Ready(sealed.String()) })
+}
+
+// reloader does at SIGHUP what the part of the service that runs wants. It is one for the whole
+// run: a signal that comes while one part hands over to the next is kept.
+type reloader struct {
+	log *slog.Logger
+
+	mu   sync.Mutex
+	f    func() error
+	kept bool
+}
+
+func (r *reloader) set(f func() error) {
+	r.mu.Lock()
+	r.f = f
+	kept := r.kept
+	r.kept = false
+	r.mu.Unlock()
+	if kept {
+		r.reload()
+	}
+}
+
+func (r *reloader) reload() {
+	r.mu.Lock()
+	f := r.f
+	r.kept = true // for the part that comes next
+	r.mu.Unlock()
+	if f == nil {
+		return
+	}
+	if err := f(); err != nil {
+		r.log.Error("reload failed, what is in force stays", "error", err)
+	}
 }
 
 // overrideFlags stand for fields of the configuration file.

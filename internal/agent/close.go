@@ -33,6 +33,12 @@ func (c *Volumes) Close(ctx context.Context, id string) (Volume, error) {
 
 // closeTaken is Close of a volume whose turn was taken.
 func (c *Volumes) closeTaken(ctx context.Context, id string, e *entry) error {
+	c.mu.Lock()
+	waits := e.condition.state == Suspended && e.condition.running == Mounted && !e.spec.ReadOnly
+	c.mu.Unlock()
+	if waits { // unmounting writes, and would wait for ever, with the volume's turn
+		return failure.Newf(failure.State, "resume it first; where the key service refuses it, only a good verdict lets it be written", "the volume is suspended, and its filesystem has to be written before it is closed")
+	}
 	if err := c.allowed(e, EventClose); err != nil {
 		return err
 	}

@@ -112,6 +112,7 @@ type entry struct {
 	header    *luks.Header // nil until this process has seen it
 	lease     *lease
 	verdict   verdict
+	fences    int // how often it was suspended for a verdict or its lease
 	lastErr   error
 	lastID    string
 	warnings  map[string]string // by kind

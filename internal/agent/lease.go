@@ -84,8 +84,10 @@ func (c *Volumes) sameLease(ctx context.Context, e *entry, k *keyclient.Key) err
 		return nil
 	}
 	c.release(context.WithoutCancel(ctx), k.Volume, k.Lease.ID)
-	return failure.Newf(failure.Held, "close it here, and open it again", "another node may have had the volume in between: the lease of this one had ended")
+	return errInBetween
 }
+
+var errInBetween = failure.Newf(failure.Held, "close it here, and open it again", "another node may have had the volume in between: the lease of this one had ended")
 
 // drop ends the renewals, and gives the disk's reservation back.
 func (c *Volumes) drop(ctx context.Context, e *entry) {
@@ -290,7 +292,7 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 // lostLease says that the key service gave the volume to another node, or ended its life.
 func lostLease(err error) bool {
 	class := failure.Of(err).Class
-	return class == failure.Held || class == failure.State || class == failure.NotFound
+	return class == failure.Held || class == failure.State
 }
 
 // renewed takes over what the key service granted, and resumes a volume that had
@@ -343,6 +345,7 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 		}
 	}
 	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
+	c.set(func() { d.e.fences++ })
 	c.withhold(d.e, true) // before it is: whoever finds it suspended knows why
 	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {

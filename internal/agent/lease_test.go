@@ -141,7 +141,7 @@ func TestAServiceThatIsDownSuspendsNobodyWhoIsNotBound(t *testing.T) {
 // TestAnotherNodesVolumeIsCutOff: what the key service says counts, whatever the
 // lease's time.
 func TestAnotherNodesVolumeIsCutOff(t *testing.T) {
-	for _, class := range []failure.Class{failure.Held, failure.State, failure.NotFound} {
+	for _, class := range []failure.Class{failure.Held, failure.State} {
 		keys := &scriptedLeases{err: failure.New(class, errors.New("another node has it"), "")}
 		c, e := holding(t, keys, false, time.Minute)
 		c.renewNow(t, keyclient.Boottime()+time.Hour)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -215,6 +216,14 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 		return err
 	}
 	defer key.Close()
+	if l := key.Lease; l != nil && o.ours(m, r) && len(r.LeaseID) > 0 && !bytes.Equal(l.ID, r.LeaseID) {
+		// What this mapping has not written yet is of before. The next renewal of the lease that
+		// it had cuts it off.
+		o.release(context.WithoutCancel(ctx), o.v.ID, l.ID)
+		o.set(func() { o.e.known = r })
+		o.resumeLease(o.e, r)
+		return errInBetween
+	}
 	o.initrd = o.ours(m, r) && (r.Initrd || r.FromInitrd)
 	switch {
 	case key.State != keyclient.Active:

@@ -199,13 +199,18 @@ func (c *Volumes) goOn(ctx context.Context, d due) {
 
 func (c *Volumes) letGoOn(ctx context.Context, d due) error {
 	e := d.e
+	fences := 0
 	waits := func() (v node.Volume, leaseID []byte, ok bool) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		fences, ok = e.fences, e.known.Withheld && c.currentLocked(d)
 		if l := e.lease; l != nil {
 			leaseID = l.id
+			if l.bound && keyclient.Boottime() >= l.until-l.margin() {
+				ok = false // it would have to stop at once
+			}
 		}
-		return e.spec, leaseID, e.known.Withheld && c.currentLocked(d)
+		return e.spec, leaseID, ok
 	}
 	v, leaseID, ok := waits()
 	if !ok {
@@ -238,6 +243,12 @@ func (c *Volumes) letGoOn(ctx context.Context, d due) error {
 	if err != nil {
 		return classify(err)
 	}
+	c.mu.Lock()
+	again := e.fences != fences
+	c.mu.Unlock()
+	if again {
+		return nil // it was suspended meanwhile, and stays so
+	}
 	c.Log.Info("the volume goes on", "volume", v.ID)
 	c.warn(e, "fence", "")
 	c.withhold(e, false)
@@ -260,7 +271,9 @@ func (c *Volumes) dueVerdicts(now time.Duration) []due {
 	var out []due
 	for id, e := range c.entries {
 		switch {
-		case e.lease != nil || e.spec.Throwaway() || !isUp(e.condition.state) || e.known.UUID == "":
+		case e.lease != nil || e.spec.Throwaway() || e.known.UUID == "":
+			continue
+		case !isUp(e.condition.state) && !e.known.Withheld: // what is suspended may be waited for by who closes it
 			continue
 		case e.verdict.next == 0:
 			e.verdict.heard, e.verdict.next = now, now+soon(verdictEvery)

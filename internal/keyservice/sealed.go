@@ -16,6 +16,8 @@ import (
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/localweb"
+	"github.com/keyagent/keyagent/internal/policysource"
+	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/shares"
 	"github.com/keyagent/keyagent/internal/unseal"
 	"github.com/keyagent/keyagent/kms/setup"
@@ -65,10 +67,55 @@ func (s *Sealed) String() string {
 	return fmt.Sprintf("sealed: %d of %d shares", p.Have, p.Threshold)
 }
 
+// Check looks at what can be looked at without the master secret, so that operators are not asked
+// for their shares in vain. With all it opens the storage and the other KMSs as well.
+func (s *Sealed) Check(ctx context.Context, all bool) error {
+	if _, err := policysource.New(s.cfg.Policy, slog.New(slog.DiscardHandler)); err != nil {
+		return failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+	}
+	for i, uri := range s.cfg.OldKMS {
+		if setup.SealedFile(uri) != "" {
+			return failure.Newf(failure.Configuration, "put its master secret together with keyagent kms combine", "old_kms[%d] names a sealed master secret, and shares are taken of kms alone", i)
+		}
+	}
+	stand, err := secret.Random(32)
+	if err != nil {
+		return err
+	}
+	defer stand.Close()
+	k, err := setup.Unsealed(ctx, s.cfg.KMS, stand) // each gives a KMS
+	if err != nil {
+		return BackendError(fmt.Errorf("kms: %w", err))
+	}
+	if err := k.Close(); err != nil || !all {
+		return err
+	}
+	for i, uri := range s.cfg.OldKMS {
+		k, err := setup.KMS(ctx, uri)
+		if err != nil {
+			return BackendError(fmt.Errorf("old_kms[%d]: %w", i, err))
+		}
+		if err := k.Close(); err != nil {
+			return err
+		}
+	}
+	st, err := setup.Storage(ctx, s.cfg.Storage)
+	if err != nil {
+		return BackendError(fmt.Errorf("storage: %w", err))
+	}
+	return st.Close()
+}
+
+// againAfter is the pause between two attempts to start with a master secret that is there.
+const againAfter = 5 * time.Second
+
 // Unseal serves until operators have given enough shares, and returns the key service then, as
-// NewServer does.
-func (s *Sealed) Unseal(ctx context.Context) (*Server, error) {
+// NewServer does. listening is called once, when it takes shares.
+func (s *Sealed) Unseal(ctx context.Context, listening func()) (*Server, error) {
 	defer s.gather.Close()
+	if err := s.Check(ctx, false); err != nil {
+		return nil, err
+	}
 	timeout, err := s.cfg.timeout()
 	if err != nil {
 		return nil, err
@@ -100,14 +147,28 @@ func (s *Sealed) Unseal(ctx context.Context) (*Server, error) {
 		webDone = func() error { stop(); return errors.Join(<-done, ignoreClosed{l}.Close()) }
 	}
 	s.log.Warn("sealed: nobody gets a key before its operators have given their shares", "address", gate.Addr().String(), "split", s.sealed.ID(), "needed", s.sealed.Threshold)
-	master, err := unseal.NewServer(s.gather, len(issuers) > 0, s.log).Serve(ctx, gate, &atls.ServerConfig{
+	listening()
+	strangers := newStrangers(time.Now)
+	master, err := unseal.NewServer(s.gather, len(issuers) > 0, s.log, strangers.allow).Serve(ctx, gate, &atls.ServerConfig{
 		Certificate: func() (*tls.Certificate, error) { return s.cert.Load(), nil }, Anyone: true, Issuers: issuers, Timeout: timeout,
 	})
+	if master != nil {
+		defer master.Close()
+	}
 	if err := errors.Join(err, webDone()); err != nil {
 		return nil, err
 	}
-	defer master.Close()
 	server, err := newServer(ctx, s.cfg, s.log, master)
+	for failure.Of(err).Class == failure.Unreachable && err != nil {
+		// Nobody is asked for a share again because a storage is not there at the moment.
+		s.log.Error("unsealed, and a service that is needed does not answer; trying again", "error", err)
+		select {
+		case <-time.After(againAfter):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		server, err = newServer(ctx, s.cfg, s.log, master)
+	}
 	if err != nil {
 		return nil, err
 	}

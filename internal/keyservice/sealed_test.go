@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -71,7 +73,7 @@ func (w *sealedWorld) seal() {
 	ctx, cancel := context.WithCancel(context.Background())
 	w.cancel, w.result = cancel, make(chan error, 1)
 	go func() {
-		server, err := s.Unseal(ctx)
+		server, err := s.Unseal(ctx, func() {})
 		if err == nil {
 			err = server.Run(ctx)
 		}
@@ -225,6 +227,38 @@ func forge(t *testing.T, s *shares.Share) *shares.Share {
 	return forged
 }
 
+// A stranger whose call does not end keeps nothing from being served.
+func TestAStrangersCallDoesNotKeepAServiceSealed(t *testing.T) {
+	w := newSealedWorld(t, false)
+	tcp, err := net.Dial("tcp", w.cfg.Listen)
+	must(t, err)
+	conn, err := atls.Client(t.Context(), tcp, w.operator(false))
+	must(t, err)
+	handover := make(chan net.Conn, 1)
+	handover <- conn
+	client, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(atls.EstablishedCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return <-handover, nil }))
+	must(t, err)
+	defer client.Close()
+	if _, err := client.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, "/keyagent.unseal.v1.Unseal/Submit"); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range []int{1, 2, 3} {
+		_, err := w.give(i, false)
+		must(t, err)
+	}
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		if code, _ := w.web2("/readyz"); code == 200 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it never serves: %s", w.logged)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
 func TestWhatIsSealedIsChecked(t *testing.T) {
 	w := newWorld(t)
 	log := slog.New(slog.DiscardHandler)
@@ -240,6 +274,30 @@ func TestWhatIsSealedIsChecked(t *testing.T) {
 	wantClass(t, err, failure.Configuration)
 	if !errors.Is(err, shares.ErrFormat) {
 		t.Error(err)
+	}
+	master, err := cluster.LoadMasterSecret(filepath.Join(w.dir, "master"))
+	must(t, err)
+	defer master.Close()
+	split, _, err := shares.Split(master, 2, 2)
+	must(t, err)
+	data, err := split.Encode()
+	must(t, err)
+	must(t, os.WriteFile(path, data, 0o600))
+	for name, change := range map[string]func(*Config){
+		"a policy that is none":         func(c *Config) { c.Policy = path },
+		"another sealed one":            func(c *Config) { c.OldKMS = []string{c.KMS} },
+		"a URI of two":                  func(c *Config) { c.KMS += "&file=x" },
+		"another KMS that is not there": func(c *Config) { c.OldKMS = []string{"kms://cluster-kms?file=/nonexistent"} },
+	} {
+		cfg := *w.cfg
+		change(&cfg)
+		s, err := OpenSealed(&cfg, log)
+		if err == nil {
+			err = s.Check(t.Context(), true)
+		}
+		if err == nil {
+			t.Errorf("%s: nothing is said before operators are asked", name)
+		}
 	}
 	w.cfg.Listen = "127.0.0.1:0"
 	_, err = NewServer(t.Context(), w.cfg, log)

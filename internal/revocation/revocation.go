@@ -460,15 +460,15 @@ func (b *Book) revoke(ctx context.Context, w Word, log func(Word) error) (last W
 		err := b.Load(ctx) // stores it
 		last, behind := b.last(w.Subject)
 		switch {
+		case !last.Revoked:
+			continue // somebody lifted what this one had not heard of: it is said again, after that
 		case err == nil && behind:
 			err = storage.ErrConflict
 			fallthrough
 		case err != nil:
 			return last, errors.Join(fmt.Errorf("%w: %w", ErrNotStored, err), logErr)
-		case last.Revoked:
-			return last, logErr
 		}
-		// Somebody lifted what this one had not heard of. That was before: it is said again.
+		return last, logErr
 	}
 	return last, errors.Join(storage.ErrConflict, logErr)
 }
@@ -489,6 +489,9 @@ func (b *Book) lift(ctx context.Context, w Word, log func(Word) error) (Word, er
 		if err := log(w); err != nil {
 			return Word{}, err
 		}
+		b.mu.Lock()
+		delete(b.behind, w.Subject) // it is lifted as well, stored or not
+		b.mu.Unlock()
 		if err = b.put(ctx, w); err == nil {
 			return w, nil
 		}

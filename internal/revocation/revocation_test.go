@@ -151,14 +151,26 @@ type hiding struct {
 	hidden bool
 	fails  error // of a list
 	full   error // of a write
+	once   bool  // of one write alone
+	read   error // of a volume's word
 	hang   chan struct{}
 }
 
 func (h *hiding) Put(ctx context.Context, name string, data []byte, expect storage.Version) (storage.Version, error) {
-	if h.full != nil && strings.HasPrefix(name, macstore.Revocation.Prefix) {
-		return "", h.full
+	if err := h.full; err != nil && strings.HasPrefix(name, macstore.Revocation.Prefix) {
+		if h.once {
+			h.full = nil
+		}
+		return "", err
 	}
 	return h.Storage.Put(ctx, name, data, expect)
+}
+
+func (h *hiding) Get(ctx context.Context, name string) ([]byte, storage.Version, error) {
+	if h.read != nil && strings.HasPrefix(name, macstore.Revocation.Prefix+"volume-") {
+		return nil, "", h.read
+	}
+	return h.Storage.Get(ctx, name)
 }
 
 func (h *hiding) List(ctx context.Context, prefix, after string, limit int) ([]string, error) {
@@ -348,6 +360,46 @@ func TestARevocationThatWasNotStoredIsSaidAgain(t *testing.T) {
 	}
 	say(t, fresh, node, false)
 	is(t, w.book(logged), false, node)
+	is(t, w.book(), false, node)
+}
+
+// What others lifted is heard of, and then the storage fails: the word counts here all the same.
+func TestARevocationCountsWhenTheStorageFailsHalfWay(t *testing.T) {
+	w := newWorld(t)
+	b := w.book()
+	say(t, b, node, true)
+	h := &hiding{Storage: w.storage}
+	w.over(h)
+	idle := w.book()
+	w.over(w.storage)
+	say(t, b, node, false)
+	h.read = storage.ErrThrottled // of an object behind the lift
+	say(t, b, Subject{Volume, "z"}, true)
+	if got, err := idle.Say(t.Context(), Word{Subject: node, Revoked: true, ID: "again", By: "uid:0"}, unlogged); !errors.Is(err, ErrNotStored) || !got.Revoked {
+		t.Errorf("%+v, %v", got, err)
+	}
+	is(t, idle, true, node)
+	h.read = nil
+	must(t, idle.Load(t.Context()))
+	is(t, w.book(), true, node)
+}
+
+// Who lifts lifts also what was not stored yet.
+func TestALiftIsOfWhatWasNotStoredToo(t *testing.T) {
+	w := newWorld(t)
+	h := &hiding{Storage: w.storage, full: storage.ErrThrottled}
+	w.over(h)
+	b := w.book()
+	if _, err := b.Say(t.Context(), Word{Subject: node, Revoked: true, ID: "x", By: "uid:0"}, unlogged); !errors.Is(err, ErrNotStored) {
+		t.Error(err)
+	}
+	h.once = true // the word is tried again, in vain, and then the lift is stored
+	if got, err := b.Say(t.Context(), Word{Subject: node, ID: "y", By: "uid:0"}, unlogged); err != nil || got.Revoked {
+		t.Errorf("%+v, %v", got, err)
+	}
+	is(t, b, false, node)
+	must(t, b.Load(t.Context()))
+	is(t, b, false, node)
 	is(t, w.book(), false, node)
 }
 

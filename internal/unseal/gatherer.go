@@ -110,14 +110,15 @@ func (g *Gatherer) Close() error {
 // Give takes a share, which it closes in any case: [shares.ErrForeign], [shares.ErrForged]. One
 // that was given before changes nothing.
 func (g *Gatherer) Give(s *shares.Share) (p Progress, err error) {
+	wrong := g.sealed.Check(s) // takes a while, and nobody waits for it
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.expire()
 	if g.done {
 		return g.progress(), errors.Join(ErrDone, s.Close())
 	}
-	if err := g.sealed.Check(s); err != nil {
-		return g.progress(), errors.Join(err, s.Close())
+	if wrong != nil {
+		return g.progress(), errors.Join(wrong, s.Close())
 	}
 	if _, again := g.have[s.Index]; again {
 		return g.progress(), s.Close()

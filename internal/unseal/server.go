@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 
 	unsealv1 "github.com/keyagent/keyagent/api/keyagent/unseal/v1"
@@ -30,12 +31,21 @@ type Server struct {
 	gather  *Gatherer
 	attests bool // the service has evidence, so that shares are sealed to it
 	log     *slog.Logger
+	allow   func() (withheld int, ok bool) // a line of the log about a stranger
 }
 
-// NewServer returns the server of a gatherer. attests says that the service proves what it is.
-func NewServer(g *Gatherer, attests bool, log *slog.Logger) *Server {
-	return &Server{gather: g, attests: attests, log: log}
+// NewServer returns the server of a gatherer. attests says that the service proves what it is;
+// allow bounds what is logged of strangers.
+func NewServer(g *Gatherer, attests bool, log *slog.Logger, allow func() (withheld int, ok bool)) *Server {
+	return &Server{gather: g, attests: attests, log: log, allow: allow}
 }
+
+// Nobody has to stay: an operator gives a share and goes.
+const (
+	idle  = 30 * time.Second
+	most  = time.Minute
+	grace = 5 * time.Second
+)
 
 // Serve takes shares until there are enough, and returns the master secret. All else that it is
 // asked for is refused. The listener is closed.
@@ -43,7 +53,12 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, cfg *atls.ServerConf
 	g := grpc.NewServer(
 		grpc.Creds(atls.NewServerCredentials(cfg)), grpc.ForceServerCodecV2(wire.Codec()), grpc.ConnectionTimeout(cfg.Timeout),
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(4), grpc.MaxHeaderListSize(16<<10), grpc.UnknownServiceHandler(sealed),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: idle, MaxConnectionAge: most, MaxConnectionAgeGrace: grace}),
 	)
+	// A stranger's call that does not end does not keep a service that is unsealed from serving,
+	// nor one that is to stop from stopping.
+	defer g.Stop()
+	defer context.AfterFunc(ctx, g.Stop)()
 	unsealv1.RegisterUnsealServer(g, s)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
@@ -52,6 +67,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, cfg *atls.ServerConf
 	for {
 		select {
 		case master := <-s.gather.Opened():
+			defer time.AfterFunc(grace, g.Stop).Stop()
 			g.GracefulStop() // the last operator hears of it
 			return master, nil
 		case err := <-served:
@@ -99,7 +115,9 @@ func (s *Server) Submit(ctx context.Context, r *unsealv1.SubmitRequest) (*unseal
 			return answer(p), nil
 		}
 	}
-	s.log.Warn("a share was refused", "remote", remote, "error", err)
+	if withheld, ok := s.allow(); ok {
+		s.log.Warn("a share was refused", "remote", remote, "error", err, "withheld", withheld)
+	}
 	class, hint := failure.WrongKey, "is it of this split, and as it was made?"
 	switch {
 	case errors.Is(err, ErrDone):

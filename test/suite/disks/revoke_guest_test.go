@@ -178,3 +178,34 @@ func TestDiskAKeyServiceThatIsDownIsBorneForAWhile(t *testing.T) {
 	n.must(t, "close", "r-down")
 	_ = exec.Command("sync").Run()
 }
+
+// What a node has not written when its lease ends is of before: once another node had the
+// volume, the next agent of this one does not write it.
+func TestDiskASuspendedVolumeThatAnotherNodeHadIsNotResumed(t *testing.T) {
+	_, nodes := lab()
+	a, b := nodes[0], nodes[1]
+	s := share(t, 4000, [2]int{0, 0})
+	atA, atB := mountPoint(t, "a"), mountPoint(t, "b")
+	removed(t, "l-a", "l-b")
+	a.configure(t, fmt.Sprintf("{id: x-late, name: l-a, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[0], atA))
+	b.configure(t, fmt.Sprintf("{id: x-late, name: l-b, device: %s, filesystem: ext4, no_mmp: true, mount: %s}", s.devices[1], atB))
+	first := a.start(t)
+	first.waitFor(t, "msg=ready")
+	put(t, filepath.Join(atA, "note"), "of a")
+	a.world.stop()
+	first.waitFor(t, "suspending a volume")
+	first.kill() // it would ask as soon as anybody answers
+	time.Sleep(10 * time.Second)
+	a.world.serve(t)
+	b.must(t, "unlock")
+	put(t, filepath.Join(atB, "note"), "of b")
+	b.must(t, "close", "x-late")
+	next := a.start(t)
+	next.waitFor(t, "another node may have had the volume in between")
+	next.waitFor(t, "the volume is cut off its disk")
+	b.must(t, "unlock")
+	holds(t, filepath.Join(atB, "note"), "of b")
+	b.must(t, "close", "x-late")
+	next.kill()
+	_ = exec.Command("umount", "-l", atA).Run()
+}
