@@ -393,14 +393,18 @@ func (c *Volumes) cut(ctx context.Context, d due, why error) {
 		l.lost = true
 	}
 	c.mu.Unlock()
-	c.Log.Error("cutting a volume off its disk: its lease is lost", "volume", d.id, "error", why)
+	reason := "another node has it"
+	if failure.Of(why).Class == failure.State {
+		reason = "its life ended"
+	}
+	c.Log.Error("cutting a volume off its disk: "+reason, "volume", d.id, "error", why)
 	err := luks.Cut(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not cut off a volume that another node has", "volume", d.id, "error", err)
 	} else {
 		c.Log.Info("the volume is cut off its disk", "volume", d.id)
 	}
-	c.warn(d.e, "fence", "cut off its disk: another node has the volume, or its life ended; close it here")
+	c.warn(d.e, "fence", "cut off its disk: "+reason+"; close it here")
 	c.set(func() { d.e.lastErr = why })
 	c.on(d.e, EventFail, why)
 }

@@ -21,7 +21,7 @@ func TestDiskARetiredVolumeIsGone(t *testing.T) {
 	}
 	a := n.start(t)
 	a.waitFor(t, "msg=ready")
-	n.must(t, "backup-header", "v-retired", "before")
+	n.must(t, "backup-header", "v-retired", "retired-header")
 	old := peek(t, device, 0, 290816)
 	n.fails(t, 2, "needs a word", "retire", "v-retired")
 	n.fails(t, 15, "close it first", retire()...)
@@ -36,7 +36,7 @@ func TestDiskARetiredVolumeIsGone(t *testing.T) {
 		t.Errorf("the volume is %s, its header erased: %v", state, blank())
 	}
 	n.fails(t, 15, "wrong state", "unlock", "v-retired")
-	n.fails(t, 15, "wrong state", "restore-header", "v-retired", "before")
+	n.fails(t, 15, "wrong state", "restore-header", "v-retired", "retired-header")
 	// The host kept the header. The agent was cut off before it erased it, or this is it again.
 	overwrite(t, device, 0, old)
 	n.fails(t, 15, "wrong state", "unlock", "v-retired")
