@@ -2,8 +2,11 @@ package main
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/pem"
 	"fmt"
 	"net"
 	"net/http/httptest"
@@ -21,13 +24,16 @@ import (
 	sevdata "github.com/google/go-sev-guest/verify/testdata"
 	tdxdata "github.com/google/go-tdx-guest/testing/testdata"
 	"github.com/google/go-tpm/tpm2"
+	"github.com/hiddeco/sshsig"
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/crypto/ssh"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/saved"
 	"github.com/keyagent/keyagent/attestation/tpm"
 	"github.com/keyagent/keyagent/internal/lab/pki"
+	"github.com/keyagent/keyagent/internal/recovery"
 	"github.com/keyagent/keyagent/test/sim/amd"
 	"github.com/keyagent/keyagent/test/sim/intel"
 	"github.com/keyagent/keyagent/test/sim/swtpm"
@@ -54,6 +60,9 @@ func TestScripts(t *testing.T) {
 			"zeros":    zeros,
 			"digestof": digestOf,
 			"agekey":   ageKey,
+			"sshkey":   sshKey,
+			"sshsign":  sshSign,
+			"withkeys": withKeys,
 			"sumof":    sumOf,
 			"kmscall":  kmsCall,
 			"mkmaster": mkMaster,
@@ -271,6 +280,37 @@ func zeros(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	ts.Check(f.Truncate(mib << 20))
 	ts.Check(f.Close())
+}
+
+// sshkey NAME: writes a new SSH key to the file NAME, and sets NAME to its public half.
+func sshKey(ts *testscript.TestScript, _ bool, args []string) {
+	_, private, err := ed25519.GenerateKey(rand.Reader)
+	ts.Check(err)
+	block, err := ssh.MarshalPrivateKey(private, "")
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(block), 0o600))
+	public, err := ssh.NewPublicKey(private.Public())
+	ts.Check(err)
+	ts.Setenv(args[0], strings.TrimSpace(string(ssh.MarshalAuthorizedKey(public))))
+}
+
+// sshsign NAME FILE SIGNATURE: what ssh-keygen -Y sign -n keyagent-recovery does.
+func sshSign(ts *testscript.TestScript, _ bool, args []string) {
+	signer, err := ssh.ParsePrivateKey([]byte(ts.ReadFile(args[0])))
+	ts.Check(err)
+	sig, err := sshsig.Sign(strings.NewReader(ts.ReadFile(args[1])), signer, sshsig.HashSHA512, recovery.Namespace)
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[2]), sshsig.Armor(sig), 0o600))
+}
+
+// withkeys FILE NAME...: adds those whose keys sshkey made to a configuration, as operators of
+// whom two must approve.
+func withKeys(ts *testscript.TestScript, _ bool, args []string) {
+	text := ts.ReadFile(args[0]) + "recovery:\n  threshold: 2\n  operators:\n"
+	for _, name := range args[1:] {
+		text += fmt.Sprintf("    - {name: %s, key: %q}\n", strings.ToLower(name), ts.Getenv(name))
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(text), 0o600))
 }
 
 // agekey NAME: writes a new identity of age to the file NAME, and sets NAME to its recipient.

@@ -158,6 +158,16 @@ func (c *AdminClient) Revocations(ctx context.Context) ([]revocation.Word, error
 	return answer[[]revocation.Word](ctx, c, "revocations", adminRequest{})
 }
 
+// RecoverRequest is [Service.RecoverRequest].
+func (c *AdminClient) RecoverRequest(ctx context.Context, id, reason, recipient string, version uint32, window time.Duration) ([]byte, error) {
+	return answer[[]byte](ctx, c, "recover-request", adminRequest{Volume: id, Reason: reason, To: recipient, Version: version, WindowS: int64(window / time.Second)})
+}
+
+// Recover is [Service.Recover].
+func (c *AdminClient) Recover(ctx context.Context, request []byte, approvals [][]byte) ([]byte, error) {
+	return answer[[]byte](ctx, c, "recover", adminRequest{Request: request, Approvals: approvals})
+}
+
 // Restored lists the volumes that storage shows in an older state.
 func (c *AdminClient) Restored(ctx context.Context) ([]volume.Restored, error) {
 	return answer[[]volume.Restored](ctx, c, "restored", adminRequest{})

@@ -28,6 +28,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/macstore"
 	"github.com/keyagent/keyagent/internal/policysource"
+	"github.com/keyagent/keyagent/internal/recovery"
 	"github.com/keyagent/keyagent/internal/revocation"
 	"github.com/keyagent/keyagent/internal/volume"
 	"github.com/keyagent/keyagent/kms"
@@ -46,6 +47,9 @@ type Options struct {
 	Seen map[string]uint64
 	// Words of revocation that it names.
 	Words []revocation.Word
+	// Recovery is nil if no person gets a key. Recovered are the requests that the audit log has.
+	Recovery  *RecoveryConfig
+	Recovered map[string]time.Time
 	// RecordKey is the ID that the record MAC key must have. Default any,
 	// unless anybody can wrap under the KEK.
 	RecordKey string
@@ -69,13 +73,15 @@ type Service struct {
 	records *macstore.Store
 	volumes *volume.Store
 	revoked *revocation.Book
-	audit   *audit.Log
-	log     *slog.Logger
-	metrics *Metrics
-	now     func() time.Time
-	slots   chan struct{} // bounds the requests under way
-	forget  forgetting
-	renewal time.Duration // bounds one renewal of a verdict
+	// recovery is nil if it is off.
+	recovery *recoveries
+	audit    *audit.Log
+	log      *slog.Logger
+	metrics  *Metrics
+	now      func() time.Time
+	slots    chan struct{} // bounds the requests under way
+	forget   forgetting
+	renewal  time.Duration // bounds one renewal of a verdict
 }
 
 // maxUnderWay bounds how many requests are worked on at once; more wait.
@@ -109,8 +115,12 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if err := revoked.Load(ctx); err != nil {
 		return nil, errors.Join(err, records.Close())
 	}
+	recoveries, err := newRecoveries(opts.Recovery, opts.Recovered)
+	if err != nil {
+		return nil, errors.Join(err, records.Close())
+	}
 	return &Service{
-		policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
+		recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 		renewal: atls.DefaultTimeout,
 	}, nil
@@ -318,6 +328,13 @@ func classify(err error) error {
 		{volume.ErrRotating, failure.State, "try again in a moment: the node that has the volume open finishes it"},
 		{volume.ErrRotation, failure.State, "ask for the key again"},
 		{volume.ErrLength, failure.State, "ask for the length that the volume's key was made with"},
+		{errNoRecovery, failure.PolicyDenied, "recovery: in the service's configuration says who may approve"},
+		{errUsed, failure.State, "make another request"},
+		{errTooOften, failure.PolicyDenied, "per_day of recovery: bounds it"},
+		{recovery.ErrRequest, failure.Usage, ""},
+		{recovery.ErrWindow, failure.State, "make another request"},
+		{recovery.ErrTooFew, failure.PolicyDenied, "ask more operators"},
+		{recovery.ErrApproval, failure.PolicyDenied, "leave out what is no approval: ssh-keygen -Y sign -n keyagent-recovery -f KEY REQUEST makes one"},
 		{errRevoked, failure.Revoked, "an operator did it by name, and lifts it with keyagent revoke --lift"},
 		{revocation.ErrSeveral, failure.Usage, "name one of them: tpm: and nitro: are of one machine, snp: and tdx: of a processor on which others may run"},
 		{revocation.ErrSubject, failure.Usage, "name a node by its identity, as the audit log and keyagent volume show have it"},

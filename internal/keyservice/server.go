@@ -74,6 +74,8 @@ type Config struct {
 	// Admin is the path of the socket for keyagent volume and keyagent kms. Unset: there
 	// is none.
 	Admin string `yaml:"admin,omitempty"`
+	// Recovery, if set, lets a person have a volume's key once enough operators approve.
+	Recovery *RecoveryConfig `yaml:"recovery,omitempty"`
 	// InitRecords and InitAudit are an operator's word that what is empty may be so.
 	InitRecords bool `yaml:"-"`
 	InitAudit   bool `yaml:"-"`

@@ -24,7 +24,7 @@ import (
 // commands, of the same version, and no interface for others.
 
 // maxAdminRequest bounds a request in bytes.
-const maxAdminRequest = 64 << 10
+const maxAdminRequest = 1 << 20
 
 // adminRequest is what each verb may be asked with.
 type adminRequest struct {
@@ -37,6 +37,12 @@ type adminRequest struct {
 
 	Subject *revocation.Subject `json:"subject,omitempty"`
 	Reason  string              `json:"reason,omitempty"`
+
+	To        string   `json:"to,omitempty"`
+	Version   uint32   `json:"version,omitempty"`
+	WindowS   int64    `json:"window_s,omitempty"`
+	Request   []byte   `json:"request,omitempty"`
+	Approvals [][]byte `json:"approvals,omitempty"`
 }
 
 // adminError is an error on the socket.
@@ -137,7 +143,13 @@ func (s *Service) adminHandler() http.Handler {
 		},
 		"lift":        func(ctx context.Context, who string, r adminRequest) (any, error) { return s.revoke(ctx, who, r, true) },
 		"revocations": func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Revocations(ctx) },
-		"restored":    func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Restored(ctx) },
+		"recover-request": func(ctx context.Context, who string, r adminRequest) (any, error) {
+			return s.RecoverRequest(ctx, who, r.Volume, r.Reason, r.To, r.Version, time.Duration(r.WindowS)*time.Second)
+		},
+		"recover": func(ctx context.Context, who string, r adminRequest) (any, error) {
+			return s.Recover(ctx, who, r.Request, r.Approvals)
+		},
+		"restored": func(ctx context.Context, _ string, _ adminRequest) (any, error) { return s.Restored(ctx) },
 		"accept-restore": func(ctx context.Context, who string, r adminRequest) (any, error) {
 			return s.AcceptRestore(ctx, who, r.Volume)
 		},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strings"
 	"syscall"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 type history struct {
 	seen      map[string]uint64 // revision by volume
 	words     []revocation.Word
+	recovered map[string]time.Time // requests that were answered, by nonce
 	recordKey string
 }
 
@@ -37,6 +39,9 @@ func (h *history) note(e audit.Entry) {
 	}
 	if s, err := revocation.ParseSubject(e.Subject); err == nil && e.Result == "allowed" && e.Word > 0 {
 		h.words = append(h.words, revocation.Word{Subject: s, Number: e.Word, Revoked: e.Event == revokeEvent, ID: e.CorrelationID, By: e.Identity, Reason: e.Detail, At: e.Time})
+	}
+	if nonce, ok := strings.CutPrefix(e.Subject, recoverySubject); ok && e.Event == recoverEvent {
+		h.recovered[nonce] = e.Time
 	}
 	if e.RecordKey != "" {
 		h.recordKey = e.RecordKey
@@ -57,7 +62,7 @@ func (s *Server) openService(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	h := &history{seen: map[string]uint64{}}
+	h := &history{seen: map[string]uint64{}, recovered: map[string]time.Time{}}
 	log, err := audit.Open(s.cfg.Audit, time.Now, h.note)
 	if err != nil {
 		return auditError(err)
@@ -75,7 +80,7 @@ func (s *Server) openService(ctx context.Context) error {
 	}
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
-		Seen: h.seen, Words: h.words, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
+		Seen: h.seen, Words: h.words, Recovery: s.cfg.Recovery, Recovered: h.recovered, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
 	})
 	if err != nil {
 		return forOperator(err)

@@ -11,6 +11,7 @@ import (
 	"filippo.io/age/agessh"
 	"filippo.io/age/armor"
 	"filippo.io/age/plugin"
+	"golang.org/x/crypto/ssh"
 
 	"github.com/keyagent/keyagent/internal/secret"
 )
@@ -41,6 +42,37 @@ func ParseRecipient(text string, ui *plugin.ClientUI) (r age.Recipient, err erro
 		r, err = age.ParseX25519Recipient(text)
 	}
 	if err != nil {
+		return nil, fmt.Errorf("%w: %.20q…", ErrRecipient, text)
+	}
+	return r, nil
+}
+
+// ParsePlainRecipient reads a recipient that needs no program beside this one, and which is
+// written in one way only: what people read is who can decrypt. An SSH key has no comment.
+// [ErrRecipient].
+func ParsePlainRecipient(text string) (age.Recipient, error) {
+	var r age.Recipient
+	var again string
+	switch {
+	case strings.HasPrefix(text, "ssh-"):
+		key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(text))
+		if err == nil {
+			again = strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
+			r, err = agessh.ParseRecipient(again)
+		}
+		if err != nil {
+			again = ""
+		}
+	case strings.HasPrefix(text, "age1pq1"):
+		if h, err := age.ParseHybridRecipient(text); err == nil {
+			r, again = h, h.String()
+		}
+	default:
+		if x, err := age.ParseX25519Recipient(text); err == nil {
+			r, again = x, x.String()
+		}
+	}
+	if r == nil || again != text {
 		return nil, fmt.Errorf("%w: %.20q…", ErrRecipient, text)
 	}
 	return r, nil
@@ -88,8 +120,17 @@ func (s *Share) Encrypt(r age.Recipient) ([]byte, error) {
 		return nil, err
 	}
 	defer text.Close()
+	data, err := EncryptTo(r, text)
+	if err != nil {
+		return nil, fmt.Errorf("share %d: %w", s.Index, err)
+	}
+	return data, nil
+}
+
+// EncryptTo encrypts a secret to one person, in age's armor.
+func EncryptTo(r age.Recipient, text *secret.Bytes) ([]byte, error) {
 	var out bytes.Buffer
-	err = text.Use(func(raw []byte) error {
+	err := text.Use(func(raw []byte) error {
 		a := armor.NewWriter(&out)
 		w, err := age.Encrypt(a, r)
 		if err != nil {
@@ -99,7 +140,7 @@ func (s *Share) Encrypt(r age.Recipient) ([]byte, error) {
 		return errors.Join(err, w.Close(), a.Close())
 	})
 	if err != nil {
-		return nil, fmt.Errorf("encrypt share %d: %w", s.Index, err)
+		return nil, fmt.Errorf("encrypt: %w", err)
 	}
 	return out.Bytes(), nil
 }
