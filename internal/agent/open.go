@@ -217,11 +217,15 @@ func (o *opening) adopt(ctx context.Context, m luks.Mapping, r remembered) error
 	}
 	defer key.Close()
 	if l := key.Lease; l != nil && o.ours(m, r) && len(r.LeaseID) > 0 && !bytes.Equal(l.ID, r.LeaseID) {
-		// What this mapping has not written yet is of before. The next renewal of the lease that
-		// it had cuts it off.
+		// What this mapping has not written yet is of before, and is not to be written.
 		o.release(context.WithoutCancel(ctx), o.v.ID, l.ID)
 		o.set(func() { o.e.known = r })
-		o.resumeLease(o.e, r)
+		if m.Suspended {
+			if err := luks.Cut(ctx, m.Name, m.UUID); err != nil {
+				return errors.Join(errInBetween, err)
+			}
+			o.Log.Info("the volume is cut off its disk", "volume", o.v.ID)
+		}
 		return errInBetween
 	}
 	o.initrd = o.ours(m, r) && (r.Initrd || r.FromInitrd)

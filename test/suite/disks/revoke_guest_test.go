@@ -193,16 +193,22 @@ func TestDiskASuspendedVolumeThatAnotherNodeHadIsNotResumed(t *testing.T) {
 	first.waitFor(t, "msg=ready")
 	put(t, filepath.Join(atA, "note"), "of a")
 	a.world.stop()
-	first.waitFor(t, "suspending a volume")
+	eventually(t, "the volume is suspended", func() bool {
+		return strings.Contains(tryTool("dmsetup", "info", "-c", "--noheadings", "-o", "suspended", "l-a"), "Suspended")
+	})
 	first.kill() // it would ask as soon as anybody answers
-	time.Sleep(10 * time.Second)
 	a.world.serve(t)
-	b.must(t, "unlock")
+	eventually(t, "the lease ends and the other node gets the volume", func() bool {
+		_, code := b.run(t, "unlock")
+		return code == 0
+	})
 	put(t, filepath.Join(atB, "note"), "of b")
 	b.must(t, "close", "x-late")
 	next := a.start(t)
-	next.waitFor(t, "another node may have had the volume in between")
 	next.waitFor(t, "the volume is cut off its disk")
+	if strings.Contains(next.log.String(), `msg="volume is open" volume=x-late`) {
+		t.Error("it was resumed first")
+	}
 	b.must(t, "unlock")
 	holds(t, filepath.Join(atB, "note"), "of b")
 	b.must(t, "close", "x-late")
