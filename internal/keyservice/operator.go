@@ -111,11 +111,11 @@ func (s *Service) operate(ctx context.Context, event, who, id string, f func(e *
 	}
 	if err != nil {
 		e.Result, e.Class, e.Detail = "refused", string(failure.Of(err).Class), err.Error()
-		s.log.WarnContext(ctx, "refused to an operator", "event", event, "who", who, "volume", e.Volume, "error", err)
+		s.log.WarnContext(ctx, "refused to an operator", "event", e.Event, "who", who, "volume", e.Volume, "error", err)
 		return VolumeInfo{}, errors.Join(failure.WithID(err, e.CorrelationID), s.audit.Append(e))
 	}
 	e.Revision, e.KeyVersion = r.Revision, r.KeyVersion
-	s.log.InfoContext(ctx, "by an operator's word", "event", event, "who", who, "volume", id, "detail", e.Detail, "revision", r.Revision)
+	s.log.InfoContext(ctx, "by an operator's word", "event", e.Event, "who", who, "volume", id, "detail", e.Detail, "revision", r.Revision)
 	s.forget.used()
 	return s.info(r), s.audit.Append(e)
 }

@@ -161,7 +161,7 @@ func (s *Service) Recover(ctx context.Context, who string, request []byte, appro
 		return nil, forOperator(err)
 	}
 	var out []byte
-	_, err = s.operate(ctx, recoverEvent+"-refused", who, r.Volume, func(e *audit.Entry) (*volume.Record, error) {
+	_, err = s.operate(ctx, recoverEvent, who, r.Volume, func(e *audit.Entry) (*volume.Record, error) {
 		e.Detail = r.Reason
 		if s.recovery == nil {
 			return nil, errNoRecovery
@@ -196,7 +196,7 @@ func (s *Service) Recover(ctx context.Context, who string, request []byte, appro
 			return nil, err
 		}
 		entry := *e
-		entry.Event, entry.Subject, entry.Holder, entry.KeyVersion, entry.Revision = recoverEvent, recoverySubject+r.Nonce, strings.Join(names, ", "), r.KeyVersion, rec.Revision
+		entry.Subject, entry.Holder, entry.KeyVersion, entry.Revision = recoverySubject+r.Nonce, strings.Join(names, ", "), r.KeyVersion, rec.Revision
 		if err := s.audit.Append(entry); err != nil {
 			return nil, err
 		}

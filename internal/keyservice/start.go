@@ -40,7 +40,7 @@ func (h *history) note(e audit.Entry) {
 	if s, err := revocation.ParseSubject(e.Subject); err == nil && e.Result == "allowed" && e.Word > 0 {
 		h.words = append(h.words, revocation.Word{Subject: s, Number: e.Word, Revoked: e.Event == revokeEvent, ID: e.CorrelationID, By: e.Identity, Reason: e.Detail, At: e.Time})
 	}
-	if nonce, ok := strings.CutPrefix(e.Subject, recoverySubject); ok && e.Event == recoverEvent {
+	if nonce, ok := strings.CutPrefix(e.Subject, recoverySubject); ok && e.Event == recoverEvent && e.Result == "allowed" {
 		h.recovered[nonce] = e.Time
 	}
 	if e.RecordKey != "" {
