@@ -6,10 +6,10 @@ import (
 	"fmt"
 )
 
-// Erase destroys what a device has of a volume's header: both copies of its metadata, its
+// Erase destroys every copy of a volume's header on a device: both copies of its metadata, its
 // keyslot, and the headers of a change of the key and of a clone's source that may be kept
-// behind it. Nothing of the data is written. Without its header nobody opens the volume any
-// more, also who has its DEK.
+// behind it. It does not touch the data. Without its header nobody can open the
+// volume, not even with its DEK.
 //
 // The device must be one on which a copy of the header has this UUID, and that nobody uses:
 // [ErrVolumeMismatch], [ErrDeviceBusy]. It may be cut off at any point, and be called again:

@@ -332,7 +332,7 @@ func (c *Checker) grant(p *Policy, g *Grant, i int) {
 	}
 	c.Demand(len(g.Operations) > 0, "empty: the grant allows nothing", "grants", i, "operations")
 	for n, op := range g.Operations {
-		c.Demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format, clone)", op), "grants", i, "operations", n)
+		c.Demand(slices.Contains(operations, op), fmt.Sprintf("%q is not an operation (hint: open, format, clone, rotate, retire)", op), "grants", i, "operations", n)
 	}
 	for n, name := range g.Adopts {
 		c.Demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)

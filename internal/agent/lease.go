@@ -346,7 +346,7 @@ func (c *Volumes) fence(ctx context.Context, d due, why string) {
 	}
 	c.Log.Error("suspending a volume", "volume", d.id, "why", why)
 	c.set(func() { d.e.fences++ })
-	c.withhold(d.e, true) // before it is: whoever finds it suspended knows why
+	c.withhold(d.e, true) // first, so that a volume is never found suspended without a reason
 	err := luks.Suspend(luks.WithPatience(ctx, c.DeviceWait), name, uuid)
 	if err != nil && !errors.Is(err, luks.ErrNotActive) {
 		c.Log.Error("could not suspend a volume whose lease is over", "volume", d.id, "error", err)

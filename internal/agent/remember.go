@@ -44,8 +44,8 @@ type remembered struct {
 	// Initrd says that it was opened there. The system that runs since then is another
 	// one, and proves anew that it may have the volume.
 	Initrd bool `json:"initrd,omitempty"`
-	// FromInitrd says that the initrd opened it, whoever has proved it since: what runs from
-	// it cannot do without it.
+	// FromInitrd says that the initrd opened it, even if the service has proved its right since:
+	// the running system depends on it.
 	FromInitrd bool `json:"from_initrd,omitempty"`
 	// Withheld says that it was suspended because this machine may not have it, or its lease
 	// was over: a good verdict lets it go on.

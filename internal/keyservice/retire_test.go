@@ -149,8 +149,8 @@ func canBeHad(t *testing.T, uri string, objects [][]byte, dek string) bool {
 	return found
 }
 
-// A retired volume's key is not to be had from the service, from its storage, not even with
-// the KEK in hand, and not from what it wrote down.
+// Neither the service nor its storage yields a retired volume's key, even to someone who has
+// the KEK, and neither do its logs.
 func TestTheKeyOfARetiredVolumeIsGone(t *testing.T) {
 	folder := func(t *testing.T) string { return "storage://file?dir=" + t.TempDir() }
 	versioned := func(t *testing.T) string {

@@ -255,8 +255,8 @@ func (b *Book) load(ctx context.Context) error {
 	}
 }
 
-// take reads one object, once. What is no word of ours is left out: whoever can write the
-// storage can put something there, and nothing that counts.
+// take reads one object, once. It skips what this key service did not write: an
+// attacker who can write the storage can add objects, but not one that counts.
 func (b *Book) take(ctx context.Context, id string) error {
 	b.mu.Lock()
 	known := b.read[id]
