@@ -90,17 +90,12 @@ func sealed(any, grpc.ServerStream) error {
 
 var errSealed = errors.New("the key service is sealed")
 
-// Progress implements the service.
-func (s *Server) Progress(context.Context, *unsealv1.ProgressRequest) (*unsealv1.ProgressResponse, error) {
-	return answer(s.gather.Progress()), nil
-}
-
-func answer(p Progress) *unsealv1.ProgressResponse {
-	return &unsealv1.ProgressResponse{Split: p.Split, Threshold: uint32(p.Threshold), Have: uint32(p.Have), Unsealed: p.Unsealed}
+func answer(p Progress) *unsealv1.SubmitResponse {
+	return &unsealv1.SubmitResponse{Split: p.Split, Threshold: uint32(p.Threshold), Have: uint32(p.Have), Unsealed: p.Unsealed}
 }
 
 // Submit implements the service.
-func (s *Server) Submit(ctx context.Context, r *unsealv1.SubmitRequest) (*unsealv1.ProgressResponse, error) {
+func (s *Server) Submit(ctx context.Context, r *unsealv1.SubmitRequest) (*unsealv1.SubmitResponse, error) {
 	remote := ""
 	if p, ok := peer.FromContext(ctx); ok {
 		remote = p.Addr.String()

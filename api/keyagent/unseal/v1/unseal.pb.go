@@ -24,43 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-type ProgressRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ProgressRequest) Reset() {
-	*x = ProgressRequest{}
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[0]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ProgressRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ProgressRequest) ProtoMessage() {}
-
-func (x *ProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[0]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ProgressRequest.ProtoReflect.Descriptor instead.
-func (*ProgressRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_unseal_v1_unseal_proto_rawDescGZIP(), []int{0}
-}
-
-type ProgressResponse struct {
+type SubmitResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Split         string                 `protobuf:"bytes,1,opt,name=split,proto3" json:"split,omitempty"`          // ID
 	Threshold     uint32                 `protobuf:"varint,2,opt,name=threshold,proto3" json:"threshold,omitempty"` // shares that are needed
@@ -70,21 +34,21 @@ type ProgressResponse struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ProgressResponse) Reset() {
-	*x = ProgressResponse{}
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[1]
+func (x *SubmitResponse) Reset() {
+	*x = SubmitResponse{}
+	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ProgressResponse) String() string {
+func (x *SubmitResponse) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ProgressResponse) ProtoMessage() {}
+func (*SubmitResponse) ProtoMessage() {}
 
-func (x *ProgressResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[1]
+func (x *SubmitResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -95,33 +59,33 @@ func (x *ProgressResponse) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ProgressResponse.ProtoReflect.Descriptor instead.
-func (*ProgressResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_unseal_v1_unseal_proto_rawDescGZIP(), []int{1}
+// Deprecated: Use SubmitResponse.ProtoReflect.Descriptor instead.
+func (*SubmitResponse) Descriptor() ([]byte, []int) {
+	return file_keyagent_unseal_v1_unseal_proto_rawDescGZIP(), []int{0}
 }
 
-func (x *ProgressResponse) GetSplit() string {
+func (x *SubmitResponse) GetSplit() string {
 	if x != nil {
 		return x.Split
 	}
 	return ""
 }
 
-func (x *ProgressResponse) GetThreshold() uint32 {
+func (x *SubmitResponse) GetThreshold() uint32 {
 	if x != nil {
 		return x.Threshold
 	}
 	return 0
 }
 
-func (x *ProgressResponse) GetHave() uint32 {
+func (x *SubmitResponse) GetHave() uint32 {
 	if x != nil {
 		return x.Have
 	}
 	return 0
 }
 
-func (x *ProgressResponse) GetUnsealed() bool {
+func (x *SubmitResponse) GetUnsealed() bool {
 	if x != nil {
 		return x.Unsealed
 	}
@@ -140,7 +104,7 @@ type SubmitRequest struct {
 
 func (x *SubmitRequest) Reset() {
 	*x = SubmitRequest{}
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[2]
+	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -152,7 +116,7 @@ func (x *SubmitRequest) String() string {
 func (*SubmitRequest) ProtoMessage() {}
 
 func (x *SubmitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[2]
+	mi := &file_keyagent_unseal_v1_unseal_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -165,7 +129,7 @@ func (x *SubmitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubmitRequest.ProtoReflect.Descriptor instead.
 func (*SubmitRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_unseal_v1_unseal_proto_rawDescGZIP(), []int{2}
+	return file_keyagent_unseal_v1_unseal_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *SubmitRequest) GetSealedShare() []byte {
@@ -186,19 +150,17 @@ var File_keyagent_unseal_v1_unseal_proto protoreflect.FileDescriptor
 
 const file_keyagent_unseal_v1_unseal_proto_rawDesc = "" +
 	"\n" +
-	"\x1fkeyagent/unseal/v1/unseal.proto\x12\x12keyagent.unseal.v1\"\x11\n" +
-	"\x0fProgressRequest\"v\n" +
-	"\x10ProgressResponse\x12\x14\n" +
+	"\x1fkeyagent/unseal/v1/unseal.proto\x12\x12keyagent.unseal.v1\"t\n" +
+	"\x0eSubmitResponse\x12\x14\n" +
 	"\x05split\x18\x01 \x01(\tR\x05split\x12\x1c\n" +
 	"\tthreshold\x18\x02 \x01(\rR\tthreshold\x12\x12\n" +
 	"\x04have\x18\x03 \x01(\rR\x04have\x12\x1a\n" +
 	"\bunsealed\x18\x04 \x01(\bR\bunsealed\"H\n" +
 	"\rSubmitRequest\x12!\n" +
 	"\fsealed_share\x18\x01 \x01(\fR\vsealedShare\x12\x14\n" +
-	"\x05share\x18\x02 \x01(\fR\x05share2\xb2\x01\n" +
-	"\x06Unseal\x12U\n" +
-	"\bProgress\x12#.keyagent.unseal.v1.ProgressRequest\x1a$.keyagent.unseal.v1.ProgressResponse\x12Q\n" +
-	"\x06Submit\x12!.keyagent.unseal.v1.SubmitRequest\x1a$.keyagent.unseal.v1.ProgressResponseB>Z<github.com/keyagent/keyagent/api/keyagent/unseal/v1;unsealv1b\x06proto3"
+	"\x05share\x18\x02 \x01(\fR\x05share2Y\n" +
+	"\x06Unseal\x12O\n" +
+	"\x06Submit\x12!.keyagent.unseal.v1.SubmitRequest\x1a\".keyagent.unseal.v1.SubmitResponseB>Z<github.com/keyagent/keyagent/api/keyagent/unseal/v1;unsealv1b\x06proto3"
 
 var (
 	file_keyagent_unseal_v1_unseal_proto_rawDescOnce sync.Once
@@ -212,19 +174,16 @@ func file_keyagent_unseal_v1_unseal_proto_rawDescGZIP() []byte {
 	return file_keyagent_unseal_v1_unseal_proto_rawDescData
 }
 
-var file_keyagent_unseal_v1_unseal_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_keyagent_unseal_v1_unseal_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_keyagent_unseal_v1_unseal_proto_goTypes = []any{
-	(*ProgressRequest)(nil),  // 0: keyagent.unseal.v1.ProgressRequest
-	(*ProgressResponse)(nil), // 1: keyagent.unseal.v1.ProgressResponse
-	(*SubmitRequest)(nil),    // 2: keyagent.unseal.v1.SubmitRequest
+	(*SubmitResponse)(nil), // 0: keyagent.unseal.v1.SubmitResponse
+	(*SubmitRequest)(nil),  // 1: keyagent.unseal.v1.SubmitRequest
 }
 var file_keyagent_unseal_v1_unseal_proto_depIdxs = []int32{
-	0, // 0: keyagent.unseal.v1.Unseal.Progress:input_type -> keyagent.unseal.v1.ProgressRequest
-	2, // 1: keyagent.unseal.v1.Unseal.Submit:input_type -> keyagent.unseal.v1.SubmitRequest
-	1, // 2: keyagent.unseal.v1.Unseal.Progress:output_type -> keyagent.unseal.v1.ProgressResponse
-	1, // 3: keyagent.unseal.v1.Unseal.Submit:output_type -> keyagent.unseal.v1.ProgressResponse
-	2, // [2:4] is the sub-list for method output_type
-	0, // [0:2] is the sub-list for method input_type
+	1, // 0: keyagent.unseal.v1.Unseal.Submit:input_type -> keyagent.unseal.v1.SubmitRequest
+	0, // 1: keyagent.unseal.v1.Unseal.Submit:output_type -> keyagent.unseal.v1.SubmitResponse
+	1, // [1:2] is the sub-list for method output_type
+	0, // [0:1] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -241,7 +200,7 @@ func file_keyagent_unseal_v1_unseal_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_unseal_v1_unseal_proto_rawDesc), len(file_keyagent_unseal_v1_unseal_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   2,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,18 +22,15 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Unseal_Progress_FullMethodName = "/keyagent.unseal.v1.Unseal/Progress"
-	Unseal_Submit_FullMethodName   = "/keyagent.unseal.v1.Unseal/Submit"
+	Unseal_Submit_FullMethodName = "/keyagent.unseal.v1.Unseal/Submit"
 )
 
 // UnsealClient is the client API for Unseal service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 type UnsealClient interface {
-	// Progress says which split the key service waits for, and how far it is.
-	Progress(ctx context.Context, in *ProgressRequest, opts ...grpc.CallOption) (*ProgressResponse, error)
 	// Submit gives one share. Giving it again is fine.
-	Submit(ctx context.Context, in *SubmitRequest, opts ...grpc.CallOption) (*ProgressResponse, error)
+	Submit(ctx context.Context, in *SubmitRequest, opts ...grpc.CallOption) (*SubmitResponse, error)
 }
 
 type unsealClient struct {
@@ -44,19 +41,9 @@ func NewUnsealClient(cc grpc.ClientConnInterface) UnsealClient {
 	return &unsealClient{cc}
 }
 
-func (c *unsealClient) Progress(ctx context.Context, in *ProgressRequest, opts ...grpc.CallOption) (*ProgressResponse, error) {
+func (c *unsealClient) Submit(ctx context.Context, in *SubmitRequest, opts ...grpc.CallOption) (*SubmitResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ProgressResponse)
-	err := c.cc.Invoke(ctx, Unseal_Progress_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
-func (c *unsealClient) Submit(ctx context.Context, in *SubmitRequest, opts ...grpc.CallOption) (*ProgressResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ProgressResponse)
+	out := new(SubmitResponse)
 	err := c.cc.Invoke(ctx, Unseal_Submit_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
@@ -68,10 +55,8 @@ func (c *unsealClient) Submit(ctx context.Context, in *SubmitRequest, opts ...gr
 // All implementations must embed UnimplementedUnsealServer
 // for forward compatibility.
 type UnsealServer interface {
-	// Progress says which split the key service waits for, and how far it is.
-	Progress(context.Context, *ProgressRequest) (*ProgressResponse, error)
 	// Submit gives one share. Giving it again is fine.
-	Submit(context.Context, *SubmitRequest) (*ProgressResponse, error)
+	Submit(context.Context, *SubmitRequest) (*SubmitResponse, error)
 	mustEmbedUnimplementedUnsealServer()
 }
 
@@ -82,10 +67,7 @@ type UnsealServer interface {
 // pointer dereference when methods are called.
 type UnimplementedUnsealServer struct{}
 
-func (UnimplementedUnsealServer) Progress(context.Context, *ProgressRequest) (*ProgressResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Progress not implemented")
-}
-func (UnimplementedUnsealServer) Submit(context.Context, *SubmitRequest) (*ProgressResponse, error) {
+func (UnimplementedUnsealServer) Submit(context.Context, *SubmitRequest) (*SubmitResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Submit not implemented")
 }
 func (UnimplementedUnsealServer) mustEmbedUnimplementedUnsealServer() {}
@@ -107,24 +89,6 @@ func RegisterUnsealServer(s grpc.ServiceRegistrar, srv UnsealServer) {
 		t.testEmbeddedByValue()
 	}
 	s.RegisterService(&Unseal_ServiceDesc, srv)
-}
-
-func _Unseal_Progress_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ProgressRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(UnsealServer).Progress(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Unseal_Progress_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(UnsealServer).Progress(ctx, req.(*ProgressRequest))
-	}
-	return interceptor(ctx, in, info, handler)
 }
 
 func _Unseal_Submit_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
@@ -152,10 +116,6 @@ var Unseal_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "keyagent.unseal.v1.Unseal",
 	HandlerType: (*UnsealServer)(nil),
 	Methods: []grpc.MethodDesc{
-		{
-			MethodName: "Progress",
-			Handler:    _Unseal_Progress_Handler,
-		},
 		{
 			MethodName: "Submit",
 			Handler:    _Unseal_Submit_Handler,
