@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 )
@@ -78,10 +79,30 @@ func (*clientCredentials) OverrideServerName(string) error {
 	return errors.New("the server's name cannot be overridden")
 }
 
-// EstablishedCredentials are gRPC credentials for connections that [Client] has
-// already attested: for callers that want its errors as they are, and one
-// attempt at a time.
-func EstablishedCredentials() credentials.TransportCredentials { return established{} }
+// NewGRPC speaks gRPC over a connection that [Client] has already attested: for callers that
+// want its errors as they are, and one attempt at a time. It uses this connection and no other:
+// when that ends, every call fails. The connection is its to close, also when it fails.
+func NewGRPC(conn *Conn, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	handover := make(chan net.Conn, 1)
+	handover <- conn
+	client, err := grpc.NewClient("passthrough:///"+conn.RemoteAddr().String(), append([]grpc.DialOption{
+		grpc.WithTransportCredentials(established{}),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case c := <-handover:
+				return c, nil
+			default:
+				return nil, errors.New("the attested connection ended")
+			}
+		}),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),
+	}, opts...)...)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return client, nil
+}
 
 type established struct{}
 

@@ -91,28 +91,14 @@ func (e *endpoint) connect(ctx context.Context) (*session, error) {
 		e.floor.saw(conn.ConnectionState().PeerCertificates[0].NotBefore)
 	}
 	e.log.Info("step", "step", "attested", "took_ms", float64(time.Since(started).Microseconds())/1000)
-	// gRPC gets this connection and no other: when it ends, so does the session.
-	handover := make(chan net.Conn, 1)
-	handover <- conn
-	client, err := grpc.NewClient("passthrough:///"+e.address,
-		grpc.WithTransportCredentials(atls.EstablishedCredentials()),
-		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
-			select {
-			case c := <-handover:
-				return c, nil
-			default:
-				return nil, errors.New("the connection to the key service ended")
-			}
-		}),
+	client, err := atls.NewGRPC(conn,
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(atls.MaxFrame), grpc.ForceCodecV2(wire.Codec())),
-		grpc.WithDisableServiceConfig(),
-		grpc.WithNoProxy(),
 		// A peer that went away without a word is noticed; an idle session stays.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: time.Minute, Timeout: 10 * time.Second}),
 		grpc.WithIdleTimeout(0),
 	)
 	if err != nil {
-		return nil, errors.Join(err, conn.Close())
+		return nil, err
 	}
 	// Its end is noticed also while nothing is asked on it.
 	client.Connect()

@@ -234,10 +234,7 @@ func TestAStrangersCallDoesNotKeepAServiceSealed(t *testing.T) {
 	must(t, err)
 	conn, err := atls.Client(t.Context(), tcp, w.operator(false))
 	must(t, err)
-	handover := make(chan net.Conn, 1)
-	handover <- conn
-	client, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(atls.EstablishedCredentials()),
-		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return <-handover, nil }))
+	client, err := atls.NewGRPC(conn)
 	must(t, err)
 	defer client.Close()
 	if _, err := client.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, "/keyagent.unseal.v1.Unseal/Submit"); err != nil {

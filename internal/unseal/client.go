@@ -31,20 +31,9 @@ func Submit(ctx context.Context, address string, cfg *atls.ClientConfig, share *
 	case err != nil:
 		return Progress{}, failure.New(failure.ServerUntrusted, err, "is this the right service, and the right policy?")
 	}
-	handover := make(chan net.Conn, 1)
-	handover <- conn
-	client, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(atls.EstablishedCredentials()), grpc.WithDisableServiceConfig(),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.ForceCodecV2(wire.Codec())),
-		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
-			select {
-			case c := <-handover:
-				return c, nil
-			default:
-				return nil, errors.New("the connection ended")
-			}
-		}))
+	client, err := atls.NewGRPC(conn, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage), grpc.ForceCodecV2(wire.Codec())))
 	if err != nil {
-		return Progress{}, errors.Join(err, conn.Close())
+		return Progress{}, err
 	}
 	defer client.Close()
 	request, err := requestOf(conn.Channel(), cfg.Server != nil, share)

@@ -109,8 +109,7 @@ func (s *scene) connect(b *testing.B, addr string) (*atls.Channel, *grpc.ClientC
 	if err != nil {
 		b.Fatal(err)
 	}
-	c, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(atls.EstablishedCredentials()),
-		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return conn, nil }))
+	c, err := atls.NewGRPC(conn)
 	if err != nil {
 		b.Fatal(err)
 	}
