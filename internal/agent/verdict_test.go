@@ -171,6 +171,7 @@ func TestAnAnswerIsAboutTheMappingThatWasAskedFor(t *testing.T) {
 		c.hold(e, &keyclient.Lease{ID: []byte("another"), Term: time.Hour, Until: keyclient.Boottime() + time.Hour})
 		for _, d := range due {
 			c.renew(t.Context(), d)
+			c.askVerdict(t.Context(), d)
 		}
 		if e.condition.state != Open || e.lease.lost || e.known.Withheld || len(e.warnings) != 0 {
 			t.Errorf("%s: it is %s, lost %v, %v", name, e.condition.state, e.lease.lost, e.warnings)

@@ -149,6 +149,23 @@ func TestARequestIsForOneKey(t *testing.T) {
 	must(t, err)
 	request, err := ask("data-1", me.Recipient().String(), time.Hour)
 	must(t, err)
+	for want, change := range map[string]func(*recovery.Request){
+		"another key service": func(r *recovery.Request) { r.Service = strings.Repeat("0", len(r.Service)) },
+		"generation":          func(r *recovery.Request) { r.Generation++ },
+		"version":             func(r *recovery.Request) { r.KeyVersion++ },
+		"from ":               func(r *recovery.Request) { r.From, r.Until = r.From.Add(-2*time.Hour), r.From.Add(-time.Hour) },
+		"until ":              func(r *recovery.Request) { r.From, r.Until = r.Until, r.Until.Add(time.Hour) },
+	} {
+		r, err := recovery.Parse(request)
+		must(t, err)
+		change(&r)
+		changed, err := r.Encode()
+		must(t, err)
+		_, err = w.server.service.Recover(t.Context(), "uid:0", changed, [][]byte{sign(0, changed), sign(1, changed)})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
 	_, err = w.server.service.Reset(t.Context(), "uid:0", "data-1")
 	must(t, err)
 	_, err = w.server.service.Recover(t.Context(), "uid:0", request, [][]byte{sign(0, request), sign(1, request)})

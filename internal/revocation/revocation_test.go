@@ -250,6 +250,14 @@ func TestJunkIsNoWord(t *testing.T) {
 	must(t, err)
 	moved := word
 	moved.Number = 2
+	body, err := json.Marshal(word)
+	must(t, err)
+	if _, err := Parse(word.id(), body); err != nil {
+		t.Error(err)
+	}
+	if _, err := Parse(moved.id(), body); !errors.Is(err, ErrWord) {
+		t.Errorf("a word under another's name: %v", err)
+	}
 	for name, body := range map[string][]byte{
 		moved.id():                          good,
 		Word{Subject: data, Number: 1}.id(): good,

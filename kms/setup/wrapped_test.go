@@ -160,6 +160,24 @@ func TestAURIOfAWrappedMasterSecretIsStrict(t *testing.T) {
 			t.Errorf("%s: %v", by, err)
 		}
 	}
+	// Not even one whose master secret is there: it would have to lie somewhere.
+	master := filepath.Join(dir, "master")
+	if err := cluster.InitMasterSecret(master); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := KMS(t.Context(), wrappedURI(path, "kms://cluster-kms?file="+url.QueryEscape(master))); !errors.Is(err, kms.ErrURI) {
+		t.Errorf("wrapped by another cluster KMS: %v", err)
+	}
+	if _, err := parseWrapped([]byte(good)); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range []string{
+		"", "{}", good + good, good + "x", good[:len(good)-1] + `,"more":1}`, strings.Replace(good, "1", "2", 1), strings.Replace(good, "32", "8", 1), strings.Replace(good, "32", "65", 1),
+	} {
+		if _, err := parseWrapped([]byte(bad)); !errors.Is(err, ErrWrapped) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
 	if name, _ := HoldsSecret(wrappedURI(path, "kms://aws?keyName=k&accessKey=hunter2")); name != "accessKey" {
 		t.Errorf("a secret within: %q", name)
 	}
