@@ -8,7 +8,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -183,7 +182,6 @@ func opensItsDisks(t *testing.T, release string) {
 	n := newMachine(t, false)
 	n.limit = 8 * time.Minute
 	partition(t, n, 4)
-	n.administered(t)
 	if release == newest {
 		n.newestStub(t)
 	}
@@ -280,15 +278,6 @@ func (n *node) newestStub(t *testing.T) {
 		t.Log(err)
 		n.stub = ""
 	}
-}
-
-// administered gives the key service an admin socket.
-func (n *node) administered(t *testing.T) {
-	t.Helper()
-	f, err := os.OpenFile(n.path("service/serve.yaml"), os.O_APPEND|os.O_WRONLY, 0)
-	must(t, err)
-	_, err = f.WriteString("admin: " + n.path("service/admin.sock") + "\n")
-	must(t, errors.Join(err, f.Close()))
 }
 
 // nothingIsHeld asserts that the key service knows two volumes, and no node that may write
