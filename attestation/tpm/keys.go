@@ -185,6 +185,9 @@ func samePublicKey(pub tpm2.TPMTPublic, cert *x509.Certificate) bool {
 	return false
 }
 
+// nvChunk fits the smallest NV buffer of the PC Client profile.
+const nvChunk = 512
+
 // readNV reads an NV index of at most maxCertificate bytes, by the authorisation
 // that its attributes allow. No index gives nil.
 func readNV(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
@@ -208,8 +211,7 @@ func readNV(t transport.TPM, index tpm2.TPMHandle) ([]byte, error) {
 	}
 	data := make([]byte, 0, pub.DataSize)
 	for len(data) < int(pub.DataSize) {
-		// 512 bytes fit the smallest NV buffer of the PC Client profile.
-		n := min(512, int(pub.DataSize)-len(data))
+		n := min(nvChunk, int(pub.DataSize)-len(data))
 		rsp, err := tpm2.NVRead{
 			AuthHandle: auth,
 			NVIndex:    tpm2.NamedHandle{Handle: index, Name: nv.NVName},

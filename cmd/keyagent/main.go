@@ -83,7 +83,7 @@ key over attested TLS; the node opens its LUKS2 volume and forgets the key.
 			root.AddCommand(c)
 		}
 	}
-	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newRotate(), newRetire(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newCSIProxy())
+	add("node", newAgent(), newUnlock(), newFormat(), newProvision(), newClose(), newStatus(), newResize(), newSuspend(), newResume(), newRotate(), newRetire(), newWitness(), newBackupHeader(), newRestoreHeader(), newGenerator(), newInitrd(), newCSIProxy())
 	add("proof", newEvidence(), newEndorsements())
 	add("other", newVersion())
 	addService(add)

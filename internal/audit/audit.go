@@ -3,8 +3,9 @@
 // the decision takes effect.
 //
 // [Verify] proves that no entry in the middle was changed, removed or moved. A
-// cut at the end leaves a shorter log that is whole in itself; compare the head
-// that it prints with one that was kept elsewhere. The format is specified in
+// cut at the end leaves a shorter log that is whole in itself. What tells is kept
+// elsewhere: a head, or a checkpoint of the Merkle tree over the same lines
+// (package checkpoint), as each node keeps one. The format is specified in
 // docs/spec/audit.md.
 package audit
 
@@ -17,11 +18,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sys/unix"
 )
 
@@ -73,11 +77,13 @@ type Log struct {
 	mu     sync.Mutex
 	file   *os.File
 	head   Head
+	tree   *tree
+	first  [sha256.Size]byte // hash of the first line
 	now    func() time.Time
 	broken error
 
 	sync      sync.Mutex
-	synced    uint64 // entries known to be on the disk
+	synced    atomic.Uint64 // entries known to be on the disk; the sync's holder sets it
 	recovered int64
 }
 
@@ -109,10 +115,11 @@ func (l *Log) load(visit func(Entry)) error {
 	if err := unix.Flock(int(l.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return fmt.Errorf("another process has it open: %w", err)
 	}
-	head, whole, err := verify(l.file, visit)
+	w, err := read(l.file, visit)
 	if err != nil {
 		return err
 	}
+	whole := w.tree.end
 	st, err := l.file.Stat()
 	if err != nil {
 		return err
@@ -123,7 +130,9 @@ func (l *Log) load(visit func(Entry)) error {
 		}
 		l.recovered = st.Size() - whole
 	}
-	l.head, l.synced = head, head.Entries
+	l.head, l.tree, l.first = w.Head, w.tree, w.First
+	l.tree.log = l.file
+	l.synced.Store(w.Entries)
 	return nil
 }
 
@@ -154,7 +163,7 @@ func (l *Log) Append(e Entry) error {
 	}
 	l.sync.Lock()
 	defer l.sync.Unlock()
-	if l.synced >= n {
+	if l.synced.Load() >= n {
 		return nil // somebody's sync came after this write
 	}
 	l.mu.Lock()
@@ -171,7 +180,7 @@ func (l *Log) Append(e Entry) error {
 		l.broken = err
 		return fmt.Errorf("audit: %w", err)
 	}
-	l.synced = written
+	l.synced.Store(written)
 	return nil
 }
 
@@ -198,22 +207,73 @@ func (l *Log) write(e Entry) (uint64, error) {
 		return 0, err
 	}
 	sum := sha256.Sum256(line)
+	if e.Seq == 1 {
+		l.first = sum
+	}
 	l.head = Head{e.Seq, hex.EncodeToString(sum[:])}
+	l.tree.add(line)
 	return e.Seq, nil
+}
+
+// First returns the SHA-256 of the first line. ok is false while there is none.
+func (l *Log) First() (sum [sha256.Size]byte, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.first, l.head.Entries > 0
+}
+
+// Size returns how many entries are on the disk: what a crash cannot take back.
+func (l *Log) Size() int64 { return int64(l.synced.Load()) }
+
+// Root returns the root of the Merkle tree over the first entries. An error wraps [ErrBroken] if
+// the log was changed below this process.
+func (l *Log) Root(size int64) (tlog.Hash, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.tree.rootAt(size)
+}
+
+// Consistency proves that the log of the larger size continues that of the smaller.
+func (l *Log) Consistency(from, to int64) ([][]byte, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if from < 1 || to < from || to > l.tree.size {
+		return nil, fmt.Errorf("no proof from %d entries to %d of %d", from, to, l.tree.size)
+	}
+	proof, err := tlog.ProveTree(to, from, l.tree)
+	if err != nil {
+		return nil, err
+	}
+	out := make([][]byte, len(proof))
+	for i := range proof {
+		out[i] = proof[i][:]
+	}
+	return out, nil
 }
 
 // Close syncs and closes the log.
 func (l *Log) Close() error { return errors.Join(l.file.Sync(), l.file.Close()) }
 
-// Verify reads a log to its end and proves the chain. An unfinished last line
-// is an error here.
-func Verify(r io.Reader, visit func(Entry)) (Head, error) {
-	counted := &counter{r: r}
-	head, whole, err := verify(counted, visit)
-	if err == nil && counted.n != whole {
-		err = fmt.Errorf("%w: %d bytes after entry %d are not a whole line", ErrBroken, counted.n-whole, head.Entries)
+// Whole is a log that was read to its end, and whose chain holds.
+type Whole struct {
+	Head
+	First [sha256.Size]byte // SHA-256 of the first line; zeros if there is none
+	tree  *tree
+}
+
+// Root returns the root of the Merkle tree over the first entries.
+func (w *Whole) Root(size int64) (tlog.Hash, error) { return w.tree.rootAt(size) }
+
+// Verify reads a log to its end and proves the chain. An unfinished last line is an error
+// here. The result reads from the log again.
+func Verify(log io.ReaderAt, visit func(Entry)) (*Whole, error) {
+	counted := &counter{r: io.NewSectionReader(log, 0, math.MaxInt64)}
+	w, err := read(counted, visit)
+	w.tree.log = log
+	if err == nil && counted.n != w.tree.end {
+		err = fmt.Errorf("%w: %d bytes after entry %d are not a whole line", ErrBroken, counted.n-w.tree.end, w.Entries)
 	}
-	return head, err
+	return w, err
 }
 
 type counter struct {
@@ -227,30 +287,34 @@ func (c *counter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// verify also returns how many bytes the whole lines have.
-func verify(r io.Reader, visit func(Entry)) (Head, int64, error) {
-	head, whole := genesis, int64(0)
+// read goes as far as there are whole lines. What it returns is never nil.
+func read(r io.Reader, visit func(Entry)) (*Whole, error) {
+	w := &Whole{Head: genesis, tree: &tree{}}
 	br := bufio.NewReaderSize(r, maxLine)
 	for {
 		line, err := br.ReadSlice('\n')
 		if errors.Is(err, io.EOF) {
-			return head, whole, nil
+			return w, nil
 		}
 		if err != nil {
-			return head, whole, fmt.Errorf("%w: after entry %d: %w", ErrBroken, head.Entries, err)
+			return w, fmt.Errorf("%w: after entry %d: %w", ErrBroken, w.Entries, err)
 		}
-		whole += int64(len(line))
-		e, err := parse(line[:len(line)-1])
+		line = line[:len(line)-1]
+		e, err := parse(line)
 		switch {
 		case err != nil:
-			return head, whole, fmt.Errorf("%w: entry %d: %w", ErrBroken, head.Entries+1, err)
-		case e.Seq != head.Entries+1:
-			return head, whole, fmt.Errorf("%w: entry %d stands where %d should", ErrBroken, e.Seq, head.Entries+1)
-		case e.Prev != head.Hash:
-			return head, whole, fmt.Errorf("%w: entry %d does not follow from the one before it", ErrBroken, e.Seq)
+			return w, fmt.Errorf("%w: entry %d: %w", ErrBroken, w.Entries+1, err)
+		case e.Seq != w.Entries+1:
+			return w, fmt.Errorf("%w: entry %d stands where %d should", ErrBroken, e.Seq, w.Entries+1)
+		case e.Prev != w.Hash:
+			return w, fmt.Errorf("%w: entry %d does not follow from the one before it", ErrBroken, e.Seq)
 		}
-		sum := sha256.Sum256(line[:len(line)-1])
-		head = Head{e.Seq, hex.EncodeToString(sum[:])}
+		sum := sha256.Sum256(line)
+		if e.Seq == 1 {
+			w.First = sum
+		}
+		w.Head = Head{e.Seq, hex.EncodeToString(sum[:])}
+		w.tree.add(line)
 		if visit != nil {
 			visit(e)
 		}

@@ -57,13 +57,16 @@ func whole(t testing.TB, n int) (path string, lines [][]byte, head Head) {
 	return path, lines[:n], head
 }
 
-func check(data []byte) (Head, error) { return Verify(bytes.NewReader(data), nil) }
+func check(data []byte) (Head, error) {
+	w, err := Verify(bytes.NewReader(data), nil)
+	return w.Head, err
+}
 
 func TestAWholeLogVerifies(t *testing.T) {
 	_, lines, head := whole(t, 5)
 	var seen []string
 	got, err := Verify(bytes.NewReader(bytes.Join(lines, nil)), func(e Entry) { seen = append(seen, e.CorrelationID) })
-	if err != nil || got != head || head.Entries != 5 || strings.Join(seen, " ") != "id-1 id-2 id-3 id-4 id-5" {
+	if err != nil || got.Head != head || head.Entries != 5 || strings.Join(seen, " ") != "id-1 id-2 id-3 id-4 id-5" {
 		t.Fatalf("%+v, %+v, %v, %v", got, head, seen, err)
 	}
 	if empty, err := check(nil); err != nil || empty != genesis {
@@ -232,7 +235,7 @@ func TestConcurrentEntriesAreAllThereInOneChain(t *testing.T) {
 	defer f.Close()
 	seen := map[string]bool{}
 	got, err := Verify(f, func(e Entry) { seen[e.CorrelationID] = true })
-	if err != nil || got != head || len(seen) != 200 {
+	if err != nil || got.Head != head || len(seen) != 200 {
 		t.Errorf("%d entries, %+v, %v", len(seen), got, err)
 	}
 }

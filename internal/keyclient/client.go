@@ -16,6 +16,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/secret"
+	"github.com/keyagent/keyagent/internal/witness"
 )
 
 // protocol is the version of the API that this client speaks. An older service
@@ -32,6 +33,7 @@ type Client struct {
 	log      *slog.Logger
 	progress Progress
 	node     string
+	witness  *witness.Witness
 	wait     func(ctx context.Context, d time.Duration) error
 
 	keys   *link
@@ -54,6 +56,9 @@ type Options struct {
 	// It is in memory, as /run is: what it says counts since the machine's start. Empty
 	// keeps nothing.
 	FloorFile string
+	// Witness remembers the key service's audit logs. Nil: for as long as the client is there.
+	// The client closes it.
+	Witness *witness.Witness
 	// Timeout bounds one handshake with its attestation. Default
 	// atls.DefaultTimeout.
 	Timeout time.Duration
@@ -67,10 +72,13 @@ func New(opts Options) (*Client, error) {
 	if opts.Progress == nil {
 		opts.Progress = func(string, time.Duration) {}
 	}
+	if opts.Witness == nil {
+		opts.Witness = witness.New(witness.Options{Log: opts.Log})
+	}
 	if opts.Retry == (Retry{}) {
 		opts.Retry = DefaultRetry
 	}
-	c := &Client{retry: opts.Retry, log: opts.Log, progress: opts.Progress, wait: wait, node: opts.Node[:min(len(opts.Node), 64)]}
+	c := &Client{retry: opts.Retry, witness: opts.Witness, log: opts.Log, progress: opts.Progress, wait: wait, node: opts.Node[:min(len(opts.Node), 64)]}
 	earliest := newFloor(opts.FloorFile, opts.Log)
 	for _, l := range []**link{&c.keys, &c.leases} {
 		id, err := atls.NewIdentity()
@@ -94,7 +102,7 @@ func New(opts Options) (*Client, error) {
 func (c *Client) Close() error {
 	c.keys.close()
 	c.leases.close()
-	return nil
+	return c.witness.Close()
 }
 
 // Hold keeps the session on which keys travel until the returned function is
@@ -153,10 +161,15 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	var key *Key
 	err := c.try(ctx, func(ctx context.Context) error {
 		return c.keys.callWith(ctx, r.Left, func(ctx context.Context, s *session) error {
+			seen := c.witness.Ask()
+			req.Checkpoints = seen.Notes()
 			sent := bootTime()
 			resp, err := s.service.GetKey(ctx, req)
 			if err != nil {
 				return failure.FromStatus(err)
+			}
+			if err := seen.Hear(witness.Answer{Key: resp.GetCheckpointKey(), Note: resp.GetCheckpoint(), Consistency: resp.GetConsistency()}); err != nil {
+				return err
 			}
 			key, err = openKey(s, req, resp, sent)
 			return err

@@ -120,6 +120,11 @@ func (c *AdminClient) Export(ctx context.Context, w io.Writer, recipient []byte,
 	return resp.Trailer.Get(trailerDigest), p, errors.Join(err, json.Unmarshal([]byte(resp.Trailer.Get(trailerRecords)), &p))
 }
 
+// Checkpoint is [Service.Checkpoint].
+func (c *AdminClient) Checkpoint(ctx context.Context) (Checkpoint, error) {
+	return answer[Checkpoint](ctx, c, "checkpoint", adminRequest{})
+}
+
 // Volumes lists all volumes.
 func (c *AdminClient) Volumes(ctx context.Context) ([]VolumeInfo, error) {
 	all := []VolumeInfo{}

@@ -76,6 +76,7 @@ type Service struct {
 	// recovery is nil if it is off.
 	recovery *recoveries
 	audit    *audit.Log
+	book     *logbook
 	log      *slog.Logger
 	metrics  *Metrics
 	now      func() time.Time
@@ -119,8 +120,12 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if err != nil {
 		return nil, errors.Join(err, records.Close())
 	}
+	book, err := newLogbook(records, opts.Audit)
+	if err != nil {
+		return nil, errors.Join(err, records.Close())
+	}
 	return &Service{
-		recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
+		book: book, recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 		renewal: atls.DefaultTimeout,
 	}, nil
@@ -130,7 +135,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 func (s *Service) RecordKey() (string, error) { return s.records.KeyID() }
 
 // Close wipes what the service holds.
-func (s *Service) Close() error { return s.records.Close() }
+func (s *Service) Close() error { return errors.Join(s.book.Close(), s.records.Close()) }
 
 // caller is an attested peer that made a request.
 type caller struct {
@@ -254,6 +259,9 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 	}
 	entry.Identity, entry.Evidence = c.verified.Identity(), evidenceDigest(c.verified)
 	if !ask.always {
+		if err := s.book.err(); err != nil {
+			return err
+		}
 		if err := s.mustNotBeRevoked(ctx, c.verified.Identities(), ask.volume); err != nil {
 			return err
 		}
@@ -335,6 +343,7 @@ func classify(err error) error {
 		{recovery.ErrWindow, failure.State, "make another request"},
 		{recovery.ErrTooFew, failure.PolicyDenied, "ask more operators"},
 		{recovery.ErrApproval, failure.PolicyDenied, "leave out what is no approval: ssh-keygen -Y sign -n keyagent-recovery -f KEY REQUEST makes one"},
+		{errWentBack, failure.Tampered, wentBackHint},
 		{errRevoked, failure.Revoked, "an operator did it by name, and lifts it with keyagent revoke --lift"},
 		{revocation.ErrSeveral, failure.Usage, "name one of them: tpm: and nitro: are of one machine, snp: and tdx: of a processor on which others may run"},
 		{revocation.ErrSubject, failure.Usage, "name a node by its identity, as the audit log and keyagent volume show have it"},

@@ -30,6 +30,10 @@ func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.Ge
 	if n := req.GetLength(); n != 0 && (n < kms.MinLength || n > kms.MaxLength) {
 		return nil, failure.Newf(failure.Usage, "", "a key of %d bytes: allowed are %d to %d", n, kms.MinLength, kms.MaxLength)
 	}
+	seen, err := s.witness(ctx, d.entry, req.GetCheckpoints())
+	if err != nil {
+		return nil, err
+	}
 	c := d.caller.callerFor(req.GetNode(), req.GetLeaseId(), req.GetProtocol())
 	rec, err := s.recordFor(ctx, d, c, req)
 	if err != nil {
@@ -64,7 +68,10 @@ func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.Ge
 		s.log.WarnContext(ctx, "a reference value is warn_only and does not fit", "correlation_id", d.entry.CorrelationID, "mismatch", w.String())
 		s.metrics.warned(w.Field)
 	}
-	return resp, s.audit.Append(*d.entry)
+	if err := s.audit.Append(*d.entry); err != nil {
+		return nil, err
+	}
+	return resp, s.addCheckpoint(resp, seen)
 }
 
 func (s *Service) unwrap(ctx context.Context, rec *volume.Record) (*secret.Bytes, error) {

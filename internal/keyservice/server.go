@@ -491,7 +491,7 @@ func (s *Server) ready() error {
 		return errors.New("stopping")
 	}
 	// Without its log the service refuses everybody, until it starts again.
-	return s.service.audit.Err()
+	return errors.Join(s.service.audit.Err(), s.service.book.err())
 }
 
 // Close gives back everything that NewServer opened. It is for a server that

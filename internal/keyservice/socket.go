@@ -123,8 +123,9 @@ func (s *Service) adminHandler() http.Handler {
 			defer s.forget.used()
 			return s.Admin().Rewrap(ctx, nil)
 		},
-		"list": func(ctx context.Context, _ string, r adminRequest) (any, error) { return s.Volumes(ctx, r.After, 100) },
-		"show": func(ctx context.Context, _ string, r adminRequest) (any, error) { return s.Volume(ctx, r.Volume) },
+		"checkpoint": func(context.Context, string, adminRequest) (any, error) { return s.Checkpoint() },
+		"list":       func(ctx context.Context, _ string, r adminRequest) (any, error) { return s.Volumes(ctx, r.After, 100) },
+		"show":       func(ctx context.Context, _ string, r adminRequest) (any, error) { return s.Volume(ctx, r.Volume) },
 		"retire": func(ctx context.Context, who string, r adminRequest) (any, error) {
 			return s.Retire(ctx, who, r.Volume)
 		},

@@ -24,6 +24,7 @@ type history struct {
 	words     []revocation.Word
 	recovered map[string]time.Time // requests that were answered, by nonce
 	recordKey string
+	wentBack  string // what a node has shown of this log
 }
 
 // initRecords is the event after which nothing is known of the volumes before it.
@@ -42,6 +43,9 @@ func (h *history) note(e audit.Entry) {
 	}
 	if nonce, ok := strings.CutPrefix(e.Subject, recoverySubject); ok && e.Event == recoverEvent && e.Result == "allowed" {
 		h.recovered[nonce] = e.Time
+	}
+	if e.Event == wentBackEvent {
+		h.wentBack = e.Detail
 	}
 	if e.RecordKey != "" {
 		h.recordKey = e.RecordKey
@@ -111,6 +115,9 @@ func claim(st setup.Objects) (alone bool, err error) {
 // goes back; records that are gone, as those of a folder that is not mounted, would be
 // made anew in the wrong place.
 func (s *Server) checkStart(ctx context.Context, st storage.Storage, log *audit.Log, h *history) error {
+	if h.wentBack != "" {
+		return failure.New(failure.Tampered, fmt.Errorf("audit log: %w: %s", errWentBack, h.wentBack), wentBackHint)
+	}
 	records := false
 	for _, c := range macstore.Collections {
 		names, err := st.List(ctx, c.Prefix, "", 1)

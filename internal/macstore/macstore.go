@@ -11,6 +11,7 @@ package macstore
 import (
 	"bytes"
 	"context"
+	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
@@ -209,6 +210,20 @@ func keyID(key *secret.Bytes) (id string, err error) {
 	})
 	id = hex.EncodeToString(sum[:16])
 	return id, err
+}
+
+// Derive returns a secret that is the same for all who have these records, by what it is for.
+// The caller closes it.
+func (m *Store) Derive(domain string, n int) (*secret.Bytes, error) {
+	var key []byte
+	err := m.macKey.Use(func(k []byte) (err error) {
+		secret.Do(func() { key, err = hkdf.Key(sha256.New, k, nil, domain, n) })
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return secret.From(key)
 }
 
 // CheckKey compares the MAC key with the one that is known: the ID that was kept

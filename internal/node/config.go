@@ -37,7 +37,11 @@ type Config struct {
 	Callers      []Caller                `yaml:"callers,omitempty"`
 	Dynamic      []Dynamic               `yaml:"dynamic,omitempty"`
 	Retry        RetryConfig             `yaml:"retry,omitempty"`
-	Volumes      []Volume                `yaml:"volumes,omitempty"`
+	// Witness is where this node remembers the key service's audit log: tpm, a file's
+	// absolute path, or memory for this process alone. Default tpm where there is one, else
+	// a file in state_dir.
+	Witness string   `yaml:"witness,omitempty"`
+	Volumes []Volume `yaml:"volumes,omitempty"`
 	// Crypttab is a file of crypttab(5), whose lines with the option keyagent are
 	// volumes too. Empty: none.
 	Crypttab string `yaml:"crypttab,omitempty"`
@@ -148,6 +152,9 @@ func (c *Config) check(doc *config.Document, dir string) error {
 		if err := c.Dynamic[i].check(); err != nil {
 			return doc.Errorf(place("dynamic", i, err), "%w", bare(err))
 		}
+	}
+	if err := c.checkWitness(); err != nil {
+		return doc.Errorf([]any{"witness"}, "%w", err)
 	}
 	if err := c.checkConstellation(); err != nil {
 		return doc.Errorf([]any{"constellation", "socket"}, "%w", err)

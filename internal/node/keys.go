@@ -56,7 +56,7 @@ func (c *Config) keyClient(source endorsement.Source, log *slog.Logger, progress
 	host, _ := os.Hostname() // for people's eyes; empty is fine
 	client, err := keyclient.New(keyclient.Options{
 		Servers: c.endpoints(), Retry: c.Retry.retry, Issuers: issuers, Server: server, Log: log, Progress: progress, Node: host,
-		FloorFile: filepath.Join(c.StateDir, "time-floor"),
+		FloorFile: filepath.Join(c.StateDir, "time-floor"), Witness: c.witness(log),
 	})
 	return client, failure.New(failure.Configuration, err, "")
 }

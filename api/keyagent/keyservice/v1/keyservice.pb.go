@@ -256,7 +256,10 @@ type GetKeyRequest struct {
 	Diskless  bool                   `protobuf:"varint,7,opt,name=diskless,proto3" json:"diskless,omitempty"`                 // the key opens no disk, so there is nothing to lease
 	// Of the DEK in bytes, 16 to 64. A new volume gets one of that length, and the
 	// key of an old one is refused if it has another. 0: 32 for a new one, any of an old.
-	Length        uint32 `protobuf:"varint,8,opt,name=length,proto3" json:"length,omitempty"`
+	Length uint32 `protobuf:"varint,8,opt,name=length,proto3" json:"length,omitempty"`
+	// Notes that the caller keeps of the audit logs of this service and its replicas, each
+	// the last of its log; at most 8. docs/spec/audit.md, section Witness.
+	Checkpoints   [][]byte `protobuf:"bytes,9,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -347,6 +350,13 @@ func (x *GetKeyRequest) GetLength() uint32 {
 	return 0
 }
 
+func (x *GetKeyRequest) GetCheckpoints() [][]byte {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
 type GetKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// HPKE ciphertext of the DEK; its info is the encoding of everything below,
@@ -363,6 +373,12 @@ type GetKeyResponse struct {
 	Writers       Writers     `protobuf:"varint,10,opt,name=writers,proto3,enum=keyagent.keyservice.v1.Writers" json:"writers,omitempty"`
 	Lease         *Lease      `protobuf:"bytes,11,opt,name=lease,proto3" json:"lease,omitempty"`     // unset where there is none
 	Attempt       []byte      `protobuf:"bytes,12,opt,name=attempt,proto3" json:"attempt,omitempty"` // of a volume that is formatted, else empty
+	// What the audit log is now, with the entry of this answer: a signed note, the Ed25519
+	// key that verifies it, and, if the request had a note of the same log, the proof that
+	// the log continues it. They are not sealed: the signature vouches for them.
+	Checkpoint    []byte   `protobuf:"bytes,13,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	CheckpointKey []byte   `protobuf:"bytes,14,opt,name=checkpoint_key,json=checkpointKey,proto3" json:"checkpoint_key,omitempty"`
+	Consistency   [][]byte `protobuf:"bytes,15,rep,name=consistency,proto3" json:"consistency,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -477,6 +493,27 @@ func (x *GetKeyResponse) GetLease() *Lease {
 func (x *GetKeyResponse) GetAttempt() []byte {
 	if x != nil {
 		return x.Attempt
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetCheckpointKey() []byte {
+	if x != nil {
+		return x.CheckpointKey
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetConsistency() [][]byte {
+	if x != nil {
+		return x.Consistency
 	}
 	return nil
 }
@@ -1458,7 +1495,7 @@ var File_keyagent_keyservice_v1_keyservice_proto protoreflect.FileDescriptor
 
 const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
-	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\x89\x02\n" +
+	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xab\x02\n" +
 	"\rGetKeyRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12?\n" +
 	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\x12\x1a\n" +
@@ -1467,7 +1504,8 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\x04node\x18\x05 \x01(\tR\x04node\x12\x19\n" +
 	"\blease_id\x18\x06 \x01(\fR\aleaseId\x12\x1a\n" +
 	"\bdiskless\x18\a \x01(\bR\bdiskless\x12\x16\n" +
-	"\x06length\x18\b \x01(\rR\x06length\"\xd1\x03\n" +
+	"\x06length\x18\b \x01(\rR\x06length\x12 \n" +
+	"\vcheckpoints\x18\t \x03(\fR\vcheckpoints\"\xba\x04\n" +
 	"\x0eGetKeyResponse\x12\x1d\n" +
 	"\n" +
 	"sealed_dek\x18\x01 \x01(\fR\tsealedDek\x129\n" +
@@ -1486,7 +1524,12 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\awriters\x18\n" +
 	" \x01(\x0e2\x1f.keyagent.keyservice.v1.WritersR\awriters\x123\n" +
 	"\x05lease\x18\v \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12\x18\n" +
-	"\aattempt\x18\f \x01(\fR\aattempt\"F\n" +
+	"\aattempt\x18\f \x01(\fR\aattempt\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\r \x01(\fR\n" +
+	"checkpoint\x12%\n" +
+	"\x0echeckpoint_key\x18\x0e \x01(\fR\rcheckpointKey\x12 \n" +
+	"\vconsistency\x18\x0f \x03(\fR\vconsistency\"F\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x17\n" +
 	"\aterm_ms\x18\x02 \x01(\x04R\x06termMs\x12\x14\n" +
