@@ -136,7 +136,7 @@ func wantBack(t *testing.T, err error, says ...string) {
 	}
 }
 
-// Case 66: storage and log are put back together, and the first node that comes back sees it,
+// Case 104: storage and log are put back together, and the first node that comes back sees it,
 // also as another process.
 func TestALogThatWasPutBackIsRefused(t *testing.T) {
 	w, s := newWorld(), newService(t, "a")
