@@ -45,7 +45,7 @@ lint:
 	cd test/suite/kubernetes && $(GO) vet ./...
 
 # What fills the machine by itself, and would make others' deadlines pass beside it.
-ALONE := $(addprefix ./test/suite/,apiserver disks e2e hardware luks) ./test/sim/uml
+ALONE := $(addprefix ./test/suite/,apiserver disks e2e hardware luks replicas) ./test/sim/uml
 # What takes longest to build and to run, in test-full alone.
 FULL := ./test/suite/csi
 
@@ -57,6 +57,7 @@ test: deps lint ## everything, with real kernels in guests; needs root
 test-full: test ## test, and the matrices that it samples as a whole
 	KEYAGENT_TEST_ROUNDS=50 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
 	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd|TestCrypttabOpensItsDisks|TestAKeySocketOpensALineOfCrypttab" ./test/suite/e2e
+	KEYAGENT_TEST_NODES=500 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/replicas
 	KEYAGENT_CSI_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 $(FULL)
 	KEYAGENT_MODEL_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/model ./internal/volume
 

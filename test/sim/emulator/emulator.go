@@ -18,8 +18,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/keyagent/keyagent/internal/lab/pki"
 )
@@ -119,6 +122,51 @@ func Etcd(t testing.TB) string {
 			"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "test=" + peer,
 		}}
 	})
+}
+
+// EtcdCluster starts Debian's etcd as a cluster of n members.
+func EtcdCluster(t testing.TB, n int) []*Member {
+	t.Helper()
+	program := installed(t, "etcd")
+	var err error
+	for range attempts {
+		var members []*Member
+		if members, err = etcdMembers(t, program, n); err == nil {
+			return members
+		}
+		for _, m := range members {
+			m.Kill()
+		}
+	}
+	t.Fatal(err)
+	return nil
+}
+
+func etcdMembers(t testing.TB, program string, n int) ([]*Member, error) {
+	ports, err := freePorts(2 * n)
+	if err != nil {
+		return nil, err
+	}
+	var cluster []string
+	for i := range n {
+		cluster = append(cluster, fmt.Sprintf("m%d=http://%s", i, address(ports[n+i])))
+	}
+	members := make([]*Member, n)
+	for i := range members {
+		client, peer, dir := "http://"+address(ports[i]), "http://"+address(ports[n+i]), t.TempDir()
+		members[i] = &Member{URL: client, dir: dir, command: command{path: program, health: "/health", args: []string{
+			"--name", fmt.Sprintf("m%d", i), "--data-dir", filepath.Join(dir, "data"), "--logger", "zap", "--log-level", "error",
+			"--listen-client-urls", client, "--advertise-client-urls", client,
+			"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(cluster, ","),
+		}}}
+		t.Cleanup(members[i].Kill)
+	}
+	// None is ready before most are there.
+	group := errgroup.Group{}
+	for _, m := range members {
+		group.Go(m.Start)
+	}
+	return members, group.Wait()
 }
 
 // AWSKMS starts local-kms and returns its URL. Its region is eu-west-2. Anyone who

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -65,17 +66,56 @@ func freePorts(n int) ([]int, error) {
 	return ports, nil
 }
 
+// Member is one server of several, which can be killed and started again with what it has
+// stored.
+type Member struct {
+	URL     string
+	dir     string
+	command command
+
+	mu   sync.Mutex
+	stop func() // nil while it does not run
+}
+
+// Start starts the server, and returns when it is ready.
+func (m *Member) Start() error {
+	stop, err := launch(m.command, m.dir, m.URL)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stop = stop
+	return err
+}
+
+// Kill ends the server at once.
+func (m *Member) Kill() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.stop != nil {
+		m.stop()
+		m.stop = nil
+	}
+}
+
 // run starts a server that ends with the test, and returns when it is ready.
 func run(t testing.TB, c command, dir, url string) error {
+	stop, err := launch(c, dir, url)
+	if err == nil {
+		t.Cleanup(stop)
+	}
+	return err
+}
+
+// launch starts a server, and returns when it is ready. stop kills it; it is nil after an error.
+func launch(c command, dir, url string) (stop func(), err error) {
 	for _, folder := range c.folders {
 		if err := os.MkdirAll(folder, 0o700); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	path := filepath.Join(dir, "log")
 	log, err := os.Create(path)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer log.Close()
 	cmd := exec.Command(c.path, c.args...)
@@ -96,16 +136,15 @@ func run(t testing.TB, c command, dir, url string) error {
 		}
 	}()
 	if err := <-started; err != nil {
-		return err
+		return nil, err
 	}
-	stop := func() { _ = cmd.Process.Kill(); <-exited }
+	stop = func() { _ = cmd.Process.Kill(); <-exited }
 	if err := ready(url+c.health, c.health != "", exited); err != nil {
 		stop()
 		text, _ := os.ReadFile(path)
-		return fmt.Errorf("%s: %w; its output: %s", filepath.Base(c.path), err, text)
+		return nil, fmt.Errorf("%s: %w; its output: %s", filepath.Base(c.path), err, text)
 	}
-	t.Cleanup(stop)
-	return nil
+	return stop, nil
 }
 
 // ready waits until a server answers, with 200 if that is wanted.
