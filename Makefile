@@ -39,6 +39,7 @@ lint:
 	$(GO) vet ./...
 	$(GO) vet -tags grpcnotrace,umlguest ./luks ./test/suite/hardware ./test/suite/disks ./test/suite/csi ./test/suite/e2e/crash
 	$(GO) vet -tags grpcnotrace,cloud ./kms/... ./storage/...
+	$(GO) vet -tags grpcnotrace,versions ./test/suite/disks
 	$(GO) vet -tags $(CLOUDLESS) ./cmd/... ./kms/setup ./internal/keyservice
 	$(GO) build -tags $(NODE_TAGS) -o /dev/null ./cmd/keyagent
 	$(TOOL) staticcheck ./...
@@ -56,6 +57,8 @@ test: deps lint ## everything, with real kernels in guests; needs root
 
 test-full: test ## test, and the matrices that it samples as a whole
 	KEYAGENT_TEST_ROUNDS=50 $(TOOL) gotestsum --format pkgname -- -timeout 330m -count 1 ./test/suite/disks
+	./test/suite/disks/old-program bin/keyagent-old
+	KEYAGENT_TEST_OLD_PROGRAM=$(CURDIR)/bin/keyagent-old $(TOOL) gotestsum --format pkgname -- -tags grpcnotrace,versions -timeout 20m -count 1 -run TestTwoVersions ./test/suite/disks
 	KEYAGENT_BOOTS_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 120m -count 1 -run "TestWhatABootMeasuresWasPredicted|TestARootFileSystemIsOpenedInTheInitrd|TestCrypttabOpensItsDisks|TestAKeySocketOpensALineOfCrypttab" ./test/suite/e2e
 	KEYAGENT_TEST_NODES=500 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 ./test/suite/replicas
 	KEYAGENT_CSI_FULL=1 $(TOOL) gotestsum --format pkgname -- -timeout 60m -count 1 $(FULL)

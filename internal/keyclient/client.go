@@ -177,6 +177,10 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	})
 	if err != nil {
 		release()
+		if f := failure.Of(err); f.Class == failure.Usage && rotates(req) {
+			return nil, &failure.Error{Class: failure.State, CorrelationID: f.CorrelationID, Err: err,
+				Hint: "upgrade the key service: one of before does not know that keys are changed"}
+		}
 		return nil, err
 	}
 	key.release = release

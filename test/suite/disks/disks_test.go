@@ -43,6 +43,16 @@ func boot(t *testing.T, match string, limit time.Duration) {
 		t.Fatal(err)
 	}
 	env := []string{"KEYAGENT_TEST_PROGRAM=/run/programs/keyagent", "KEYAGENT_TEST_DATA=/run/testdata"}
+	if old := os.Getenv("KEYAGENT_TEST_OLD_PROGRAM"); old != "" {
+		data, err := os.ReadFile(old)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, "keyagent-old"), data, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		env = append(env, "KEYAGENT_TEST_OLD_PROGRAM=/run/programs/keyagent-old")
+	}
 	for _, name := range []string{"KEYAGENT_TEST_SEED", "KEYAGENT_TEST_ROUNDS"} {
 		if v := os.Getenv(name); v != "" {
 			env = append(env, name+"="+v)

@@ -77,6 +77,7 @@ type world struct {
 	maker     *swtpm.Authority
 	log       *log
 	process   *exec.Cmd
+	program   string // of the key service, if it is another one
 }
 
 const policy = `version: 1
@@ -168,7 +169,7 @@ func (w *world) serve(t testing.TB) {
 	if w.process != nil {
 		return
 	}
-	w.process = exec.Command(program(), "serve", "--config", "serve.yaml", "--init-master-secret")
+	w.process = exec.Command(cmp.Or(w.program, program()), "serve", "--config", "serve.yaml", "--init-master-secret")
 	w.process.Dir, w.process.Stderr = w.dir, w.log
 	check(t, w.process.Start())
 	eventually(t, "the key service listens", func() bool {
@@ -212,6 +213,7 @@ type machine struct {
 	more      string // lines of the configuration
 	callers   string // a rule beside that of root
 	patient   bool   // with the program's own limits in place of short ones
+	program   string // if it is another one
 }
 
 // short are limits that a test need not wait long for.
@@ -262,7 +264,7 @@ func (m *machine) command(args ...string) *exec.Cmd {
 	if slices.Contains(verbs, args[0]) {
 		args = append([]string{args[0], "--config", filepath.Join(m.dir, "agent.yaml")}, args[1:]...)
 	}
-	cmd := exec.Command(program(), args...)
+	cmd := exec.Command(cmp.Or(m.program, program()), args...)
 	cmd.Dir = m.dir
 	return cmd
 }
@@ -309,7 +311,7 @@ type agent struct {
 // start starts the node's agent and waits until it serves.
 func (m *machine) start(t testing.TB) *agent {
 	t.Helper()
-	a := &agent{cmd: exec.Command(program(), "agent", "--config", "agent.yaml"), log: &log{}, end: make(chan error, 1)}
+	a := &agent{cmd: exec.Command(cmp.Or(m.program, program()), "agent", "--config", "agent.yaml"), log: &log{}, end: make(chan error, 1)}
 	a.cmd.Dir, a.cmd.Stderr = m.dir, a.log
 	check(t, a.cmd.Start())
 	go func() { a.end <- a.cmd.Wait() }()
