@@ -27,7 +27,8 @@ var nvAttributes = tpm2.TPMANV{
 	NoDA:      true,
 }
 
-// ErrNV: the NV index cannot be used.
+// ErrNV means that the NV index cannot be used: the TPM has no room, it is somebody else's, or
+// the owner hierarchy has a password.
 var ErrNV = errors.New("TPM NV index cannot be used")
 
 // Load reads the index. One that is not there, or was never written, gives nil. A machine
