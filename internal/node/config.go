@@ -350,8 +350,12 @@ func (c *Config) Files() ([]string, error) {
 // configuration, and opens no volume.
 func (c *Config) Reach() (confine.Paths, error) {
 	files, err := c.Files()
+	write := []string{c.StateDir, c.Endorsements.Cache}
+	if filepath.IsAbs(c.Witness) {
+		write = append(write, filepath.Dir(c.Witness))
+	}
 	return confine.Paths{
-		Read: append(files, c.TPM.EventLog), Write: []string{c.StateDir, c.Endorsements.Cache},
+		Read: append(files, c.TPM.EventLog), Write: write,
 		Devices: []string{c.TPM.Device}, Evidence: true,
 	}, err
 }
