@@ -224,6 +224,65 @@ func TestKillARotationIsCutOffAtEachSystemCall(t *testing.T) {
 	}
 }
 
+// A message of a change of the key is lost on its way, or its answer is, and the connection
+// with it. The agent goes on by itself, or when it is asked again: nothing that writes is
+// disturbed, the volume opens, and exactly one key opens it.
+func TestKillAMessageOfARotationIsLost(t *testing.T) {
+	w, nodes := lab()
+	r := seed.Rand(t)
+	relay := newRelay(t, "127.0.0.1:"+w.port)
+	n := *nodes[0] // the same machine, by that way
+	n.world = &world{dir: w.dir, port: relay.port, log: w.log, process: w.process}
+	volumes := 0
+	life := func(at int, answer bool) (messages int) {
+		volumes++
+		id := fmt.Sprintf("v-lost-%d", volumes)
+		point, file := mountPoint(t, "data"), image(t, diskSize)
+		removed(t, id)
+		device := loop(t, file)
+		n.configure(t, fmt.Sprintf("{id: %s, device: %s, format: true, filesystem: ext4, no_mmp: true, mount: %s}", id, device, point))
+		a := n.start(t)
+		a.waitFor(t, "msg=ready")
+		old := peek(t, device, 32768, 4096)
+		stop := writer(t, filepath.Join(point, "log"))
+		relay.count(at, answer)
+		out, code := n.run(t, "rotate", id)
+		messages = relay.counted()
+		relay.count(0, false)
+		if code != 0 {
+			t.Logf("message %d, its answer %v: exit code %d: %s", at, answer, code, out)
+		}
+		version, state := w.keyVersion(t, id)
+		if code != 0 || state != "active" {
+			n.must(t, "rotate", id)
+			eventually(t, "the change comes to its end", func() bool { version, state = w.keyVersion(t, id); return state == "active" })
+		}
+		if version < 2 || bytes.Equal(peek(t, device, 32768, 4096), old) {
+			t.Errorf("message %d, its answer %v: the volume has key version %d", at, answer, version)
+		}
+		written := stop()
+		n.must(t, "close", id)
+		n.must(t, "unlock", id)
+		holds(t, filepath.Join(point, "log"), string(written))
+		n.must(t, "close", id)
+		if strings.Contains(a.log.String(), "ALARM") {
+			t.Errorf("the agent is alarmed by its own header:\n%s", tail(a.log.String()))
+		}
+		a.kill()
+		tool(t, "losetup", "-d", device)
+		check(t, os.Remove(file))
+		return messages
+	}
+	all := life(0, false)
+	t.Logf("a change of the key has %d messages of the node", all)
+	if all < 3 {
+		t.Fatal("too few of them")
+	}
+	for _, at := range r.Perm(2 * all)[:min(2*all, rounds(t, 1)*4)] {
+		life(at/2+1, at%2 == 1)
+	}
+}
+
 // A node that was frozen while another one had the volume and changed its key puts nothing
 // back: the header that it knows opens nothing any more.
 func TestDiskAFrozenNodePutsNoOldHeaderBack(t *testing.T) {
