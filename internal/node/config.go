@@ -1,15 +1,10 @@
 package node
 
 import (
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/keyagent/keyagent/attestation/kinds"
@@ -24,9 +19,9 @@ import (
 // field. A node without volumes is a good node: a control plane that only wants a
 // KEK has none, and so has one whose volumes all come from a CSI driver.
 type Config struct {
-	Servers      []ServerConfig  `yaml:"servers"`
-	ServerPolicy string          `yaml:"server_policy,omitempty"`
-	TPM          kinds.TPMConfig `yaml:"tpm,omitempty"`
+	Servers      []keyclient.ServerConfig `yaml:"servers"`
+	ServerPolicy string                   `yaml:"server_policy,omitempty"`
+	TPM          kinds.TPMConfig          `yaml:"tpm,omitempty"`
 	// Evidence names the kinds to give, such as snp and tpm. Empty: the strongest
 	// that the machine has.
 	Evidence     []string                `yaml:"evidence,omitempty"`
@@ -60,18 +55,6 @@ type Config struct {
 
 	watch, deviceTimeout time.Duration
 	lines                []string // IDs of the volumes that are lines of crypttab
-}
-
-// ServerConfig is one endpoint of the key service.
-type ServerConfig struct {
-	Address string   `yaml:"address"`
-	Name    string   `yaml:"name,omitempty"` // in the certificate; default the host of address
-	CA      string   `yaml:"ca,omitempty"`   // PEM file
-	Pins    []string `yaml:"pins,omitempty"` // sha256:HEX of the public key
-
-	path  string // of ca
-	roots *x509.CertPool
-	pins  [][32]byte
 }
 
 // AzureConfig names what a confidential VM of Azure talks to.
@@ -127,8 +110,11 @@ func (c *Config) check(doc *config.Document, dir string) error {
 		return doc.Errorf([]any{"servers"}, "empty: there is no key service to ask")
 	}
 	for i := range c.Servers {
-		if err := c.Servers[i].check(doc, dir, i); err != nil {
+		if err := c.Servers[i].Check(doc, dir, "servers", i); err != nil {
 			return err
+		}
+		if s := &c.Servers[i]; s.CA == "" && len(s.Pins) == 0 {
+			return doc.Errorf([]any{"servers", i}, "neither ca nor pins: the server could not be told from another")
 		}
 	}
 	if _, err := kinds.All().Parse(c.Evidence); err != nil {
@@ -209,44 +195,6 @@ func bare(err error) error {
 		return f.Err
 	}
 	return err
-}
-
-func (s *ServerConfig) check(doc *config.Document, dir string, i int) error {
-	at := func(field string) []any { return []any{"servers", i, field} }
-	host, port, err := net.SplitHostPort(s.Address)
-	if err != nil || host == "" || port == "" {
-		return doc.Errorf(at("address"), "must be HOST:PORT")
-	}
-	if s.Name == "" {
-		s.Name = host
-	}
-	if s.CA == "" && len(s.Pins) == 0 {
-		return doc.Errorf([]any{"servers", i}, "neither ca nor pins: the server could not be told from another")
-	}
-	if s.CA != "" {
-		path := s.CA
-		if !filepath.IsAbs(path) {
-			path = filepath.Join(dir, path)
-		}
-		s.path = path
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return doc.Errorf(at("ca"), "%w", err)
-		}
-		s.roots = x509.NewCertPool()
-		if !s.roots.AppendCertsFromPEM(text) {
-			return doc.Errorf(at("ca"), "%s holds no certificate in PEM form", path)
-		}
-	}
-	for n, p := range s.Pins {
-		text, ok := strings.CutPrefix(p, "sha256:")
-		b, err := hex.DecodeString(text)
-		if !ok || err != nil || len(b) != sha256.Size {
-			return doc.Errorf([]any{"servers", i, "pins", n}, "must be sha256: and 64 hex digits")
-		}
-		s.pins = append(s.pins, [32]byte(b))
-	}
-	return nil
 }
 
 // durations parses what is a time.
@@ -330,8 +278,8 @@ func UnknownVolume(id string) error {
 func (c *Config) Files() ([]string, error) {
 	var out []string
 	for _, s := range c.Servers {
-		if s.path != "" {
-			out = append(out, s.path)
+		if s.CA != "" {
+			out = append(out, s.CA)
 		}
 	}
 	out = append(out, c.TPM.EKIntermediates...)

@@ -64,7 +64,7 @@ func (c *Config) keyClient(source endorsement.Source, log *slog.Logger, progress
 func (c *Config) endpoints() []keyclient.Server {
 	out := make([]keyclient.Server, len(c.Servers))
 	for i, s := range c.Servers {
-		out[i] = keyclient.Server{Address: s.Address, Name: s.Name, Roots: s.roots, Pins: s.pins}
+		out[i] = s.Server()
 	}
 	return out
 }
