@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -26,6 +27,13 @@ func (p *Policy) Advice() []string {
 		}
 		if t := pr.TDX(); t != nil && t.MinSVN != nil && t.MinSVN.none() {
 			say("profile %q accepts every version of the TDX module: its min_svn is zeros", pr.Name)
+		}
+	}
+	for i := range p.grants {
+		for _, name := range p.grants[i].Profiles {
+			if slices.Contains(p.replicas, name) {
+				say("profile %q is in replicas and in grant %q: each machine that gets volumes by it may have the master secret, and with it every volume", name, p.grants[i].Name)
+			}
 		}
 	}
 	return out

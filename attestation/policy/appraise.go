@@ -271,4 +271,19 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 	return Decision{}, fmt.Errorf("%w: %s", ErrDenied, why)
 }
 
+// AuthorizeReplica allows that a machine is a key service beside this one. No difference is
+// small enough for that, also not one that is warn_only. The error wraps [ErrDenied].
+func (p *Policy) AuthorizeReplica(a *Appraisal) error {
+	if a == nil || a.policy != p {
+		return fmt.Errorf("%w: the appraisal is of another policy", ErrDenied)
+	}
+	if !slices.Contains(p.replicas, a.Profile) {
+		return fmt.Errorf("%w: profile %q is not listed in replicas", ErrDenied, a.Profile)
+	}
+	if len(a.Warnings) > 0 {
+		return fmt.Errorf("%w: warn_only is not enough for a replica: %s", ErrDenied, a.Warnings[0])
+	}
+	return nil
+}
+
 func cut(s string, n int) string { return s[:min(n, len(s))] }

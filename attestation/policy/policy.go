@@ -72,7 +72,14 @@ type file struct {
 		ShowMismatch bool              `yaml:"show_mismatch,omitempty"`
 		Sections     map[string]*later `yaml:",inline"`
 	} `yaml:"profiles"`
-	Grants []Grant `yaml:"grants"`
+	Grants   []Grant   `yaml:"grants"`
+	Replicas *replicas `yaml:"replicas,omitempty"`
+}
+
+// replicas are machines that are key services over the same storage. They give each other the
+// master secret.
+type replicas struct {
+	Profiles []string `yaml:"profiles"`
 }
 
 // Profile is a set of reference values for one kind of machine. It demands each
@@ -115,6 +122,7 @@ type Policy struct {
 	trust    Trusts
 	profiles []Profile
 	grants   []Grant
+	replicas []string // names of profiles
 	hash     string
 	lifetime time.Duration
 	pcrs     []uint32
@@ -145,6 +153,9 @@ func Parse(kinds []Kind, name string, data []byte) (*Policy, error) {
 		return nil, err
 	}
 	p := &Policy{version: f.Version, kinds: kinds, grants: f.Grants}
+	if f.Replicas != nil {
+		p.replicas = f.Replicas.Profiles
+	}
 	if err := p.decode(&f, doc); err != nil {
 		return nil, err
 	}
@@ -245,6 +256,10 @@ func (p *Policy) Profiles() []Profile { return p.profiles }
 // Grants returns the grants, for people.
 func (p *Policy) Grants() []Grant { return p.grants }
 
+// Replicas returns the profiles of the machines that may be key services beside this one.
+// Without any nobody may.
+func (p *Policy) Replicas() []string { return p.replicas }
+
 // Checker collects the first error, so that the checks read as a list.
 type Checker struct {
 	doc   *config.Document
@@ -306,6 +321,17 @@ func (c *Checker) check(p *Policy, f *file) {
 		c.name(p.grants[i].Name, seen, "grants", i, "name")
 		c.grant(p, &p.grants[i], i)
 	}
+	if f.Replicas != nil {
+		c.Demand(len(p.replicas) > 0, "empty: no machine could be a replica; leave the section out if none is to be", "replicas", "profiles")
+	}
+	for i, name := range p.replicas {
+		c.isProfile(p, name, "replicas", "profiles", i)
+	}
+}
+
+func (c *Checker) isProfile(p *Policy, name string, path ...any) {
+	known := slices.ContainsFunc(p.profiles, func(pr Profile) bool { return pr.Name == name })
+	c.Demand(known, fmt.Sprintf("%q is not a profile", name), path...)
 }
 
 func (c *Checker) name(name string, seen map[string]bool, path ...any) {
@@ -323,8 +349,7 @@ func isHex(s string, size int) bool {
 func (c *Checker) grant(p *Policy, g *Grant, i int) {
 	c.Demand(len(g.Profiles) > 0, "empty: the grant is for nobody", "grants", i, "profiles")
 	for n, name := range g.Profiles {
-		known := slices.ContainsFunc(p.profiles, func(pr Profile) bool { return pr.Name == name })
-		c.Demand(known, fmt.Sprintf("%q is not a profile", name), "grants", i, "profiles", n)
+		c.isProfile(p, name, "grants", i, "profiles", n)
 	}
 	c.Demand(len(g.Volumes) > 0, "empty: the grant is for no volume", "grants", i, "volumes")
 	for n, v := range g.Volumes {

@@ -57,10 +57,11 @@ type policySummary struct {
 	AnyTPM   []string       `json:"any_tpm,omitempty"` // profiles that a whole root vouches for
 	Advice   []string       `json:"advice,omitempty"`
 	Grants   []policy.Grant `json:"grants"`
+	Replicas []string       `json:"replicas,omitempty"` // profiles that may receive the master secret
 }
 
 func summarize(p *policy.Policy) policySummary {
-	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants(), Advice: p.Advice()}
+	s := policySummary{SHA256: p.Hash(), Lifetime: p.Lifetime().String(), PCRs: p.PCRs(), Grants: p.Grants(), Replicas: p.Replicas(), Advice: p.Advice()}
 	for _, pr := range p.Profiles() {
 		s.Profiles = append(s.Profiles, pr.Name)
 		s.WarnOnly = append(s.WarnOnly, pr.WarnOnly()...)
@@ -89,6 +90,9 @@ func (s policySummary) print(w io.Writer) {
 			fmt.Fprintf(w, " when %s", g.When)
 		}
 		fmt.Fprintln(w)
+	}
+	if len(s.Replicas) > 0 {
+		fmt.Fprintf(w, "replicas: profiles %s may be key services, and receive the master secret\n", strings.Join(s.Replicas, ", "))
 	}
 	for _, p := range s.AnyTPM {
 		fmt.Fprintf(w, "NOTE: profile %q believes every TPM under its root; anyone with such a TPM of their own can imitate a machine (docs/LIMITATIONS.md)\n", p)

@@ -53,6 +53,30 @@ func (s *Source) Appraise(_ context.Context, v *attestation.Verified) (time.Dura
 	return lifetime(p.Lifetime(), v)
 }
 
+// Replica refuses a machine that is no key service beside this one, by the policy in force.
+func (s *Source) Replica(v *attestation.Verified) error {
+	p := s.Current()
+	a, err := p.Appraise(v)
+	if err != nil {
+		return err
+	}
+	if err := p.AuthorizeReplica(a); err != nil {
+		return fmt.Errorf("%w: %w", attestation.ErrRefused, err)
+	}
+	return nil
+}
+
+// replicas appraises who must be a replica.
+type replicas struct{ *Source }
+
+// Appraise implements atls.Appraiser.
+func (r replicas) Appraise(ctx context.Context, v *attestation.Verified) (time.Duration, error) {
+	if err := r.Replica(v); err != nil {
+		return 0, err
+	}
+	return r.Source.Appraise(ctx, v)
+}
+
 // lifetime of a verdict: the policy's, but not longer than what the evidence rests on.
 func lifetime(most time.Duration, v *attestation.Verified) (time.Duration, error) {
 	until := v.Until()
@@ -76,4 +100,13 @@ func (s *Source) Peers(source endorsement.Source, memory *endorsement.Memory) (*
 	}
 	demand := func(offered []attestation.Kind) ([]attestation.Kind, error) { return s.Current().Demand(offered) }
 	return &atls.Peers{Verifiers: verifiers, Demand: demand, Appraiser: s}, nil
+}
+
+// Replicas is what Peers is for who must be a key service beside this one.
+func (s *Source) Replicas(source endorsement.Source, memory *endorsement.Memory) (*atls.Peers, error) {
+	peers, err := s.Peers(source, memory)
+	if err == nil {
+		peers.Appraiser = replicas{s}
+	}
+	return peers, err
 }
