@@ -17,75 +17,123 @@ import (
 	"github.com/keyagent/keyagent/kms/command"
 )
 
-// clusterKMS opens the cluster KMS. given is the master secret of one that is sealed, else nil.
+// clusterKMS opens the cluster KMS. given is its master secret, or nil if the URI itself leads
+// to it.
 func clusterKMS(ctx context.Context, u *kms.URI, given *kms.Secret) (*cluster.KMS, error) {
-	sources := map[string]string{}
-	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile", "wrappedFile", "sealedFile"} {
-		if v := u.Optional(name); v != "" {
-			sources[name] = v
-		}
-	}
-	saltText, saltFile, noSalt := u.Optional("salt"), u.Optional("saltFile"), u.Optional("noSalt")
-	wrappedBy := u.Optional("wrappedBy")
-	derivation := cluster.Derivation(u.Optional("derivation"))
-	known := []cluster.Derivation{cluster.Own, cluster.Constellation, cluster.ConstellationLibrary}
-	if err := u.Done(); err != nil {
+	c, err := clusterOf(u)
+	if err != nil {
 		return nil, err
 	}
-	switch {
-	case len(sources) != 1:
-		return nil, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"wrappedFile\", \"sealedFile\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
-	case sources["sealedFile"] != "" && given == nil:
-		return nil, ErrSealed
-	case (sources["wrappedFile"] == "") != (wrappedBy == ""):
-		return nil, fmt.Errorf("%w: \"wrappedFile\" and \"wrappedBy\" go together", kms.ErrURI)
-	case !slices.Contains(known, derivation):
-		return nil, fmt.Errorf("%w: the parameter \"derivation\" is constellation, constellation-library, or left out", kms.ErrURI)
-	case noSalt != "" && (noSalt != "true" || saltText+saltFile != ""):
-		return nil, fmt.Errorf("%w: the parameter \"noSalt\" is true, and there is no salt beside it", kms.ErrURI)
-	case saltText != "" && saltFile != "", sources["constellationFile"] != "" && saltText+saltFile != "":
-		return nil, fmt.Errorf("%w: kms://cluster-kms takes its salt from one place", kms.ErrURI)
+	opts := cluster.Options{Derivation: c.derivation}
+	if opts.Salt, err = c.salt(); err != nil {
+		return nil, err
 	}
-	opts := cluster.Options{Derivation: derivation}
-	var err error
-	if saltText != "" {
-		if opts.Salt, err = unbase64([]byte(saltText)); err != nil {
-			return nil, fmt.Errorf("%w: the parameter \"salt\" is base64", kms.ErrURI)
-		}
-	}
-	if saltFile != "" {
-		if opts.Salt, err = config.ReadPublicFile(saltFile, cluster.MaxMasterSecret); err != nil {
-			return nil, fmt.Errorf("salt: %w", err)
-		}
-	}
-	switch {
-	case sources["file"] != "":
-		opts.MasterSecret, err = cluster.LoadMasterSecret(sources["file"])
-	case sources["credential"] != "":
-		opts.MasterSecret, err = cluster.LoadCredential(sources["credential"])
-	case sources["sealedFile"] != "":
-		opts.MasterSecret, err = copyOf(given)
-	case wrappedBy != "":
-		opts.MasterSecret, err = unwrapMaster(ctx, sources["wrappedFile"], wrappedBy)
-	case sources["key"] != "":
-		opts.MasterSecret, err = masterFromText(sources["key"])
-	case sources["keyFile"] != "":
-		opts.MasterSecret, err = masterInBase64(config.ReadSecretFile(sources["keyFile"], maxBase64))
-	case sources["keyCredential"] != "":
-		opts.MasterSecret, err = masterInBase64(config.ReadCredential(sources["keyCredential"], maxBase64))
-	default:
-		opts.MasterSecret, opts.Salt, err = masterOfConstellation(sources["constellationFile"])
+	if given != nil {
+		opts.MasterSecret, err = given.Clone()
+	} else {
+		opts.MasterSecret, err = c.load(ctx)
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer opts.MasterSecret.Close()
-	if derivation != cluster.Own {
-		if err := fitsConstellation(opts, noSalt != "", sources["file"]+sources["credential"] != ""); err != nil {
+	if c.derivation != cluster.Own {
+		if err := fitsConstellation(opts, c.noSalt, c.sources["file"]+c.sources["credential"] != ""); err != nil {
 			return nil, err
 		}
 	}
 	return cluster.New(opts)
+}
+
+// clusterURI is what a URI says of a cluster KMS.
+type clusterURI struct {
+	sources            map[string]string // one, of where the master secret is
+	wrappedBy          string
+	saltText, saltFile string
+	noSalt             bool
+	derivation         cluster.Derivation
+}
+
+// clusterOf takes the parameters.
+func clusterOf(u *kms.URI) (c clusterURI, err error) {
+	c.sources = map[string]string{}
+	for _, name := range []string{"file", "credential", "key", "keyFile", "keyCredential", "constellationFile", "wrappedFile", "sealedFile", "joined"} {
+		if v := u.Optional(name); v != "" {
+			c.sources[name] = v
+		}
+	}
+	c.saltText, c.saltFile = u.Optional("salt"), u.Optional("saltFile")
+	noSalt := u.Optional("noSalt")
+	c.noSalt = noSalt != ""
+	c.wrappedBy = u.Optional("wrappedBy")
+	c.derivation = cluster.Derivation(u.Optional("derivation"))
+	known := []cluster.Derivation{cluster.Own, cluster.Constellation, cluster.ConstellationLibrary}
+	if err := u.Done(); err != nil {
+		return c, err
+	}
+	switch joined := c.sources["joined"]; {
+	case len(c.sources) != 1:
+		return c, fmt.Errorf("%w: kms://cluster-kms needs one of the parameters \"file\", \"credential\", \"constellationFile\", \"wrappedFile\", \"sealedFile\", \"joined\", \"keyFile\", \"keyCredential\" and \"key\"", kms.ErrURI)
+	case joined != "" && joined != "true":
+		return c, fmt.Errorf("%w: the parameter \"joined\" is true, or left out", kms.ErrURI)
+	case (c.sources["wrappedFile"] == "") != (c.wrappedBy == ""):
+		return c, fmt.Errorf("%w: \"wrappedFile\" and \"wrappedBy\" go together", kms.ErrURI)
+	case !slices.Contains(known, c.derivation):
+		return c, fmt.Errorf("%w: the parameter \"derivation\" is constellation, constellation-library, or left out", kms.ErrURI)
+	case c.noSalt && (noSalt != "true" || c.saltText+c.saltFile != ""):
+		return c, fmt.Errorf("%w: the parameter \"noSalt\" is true, and there is no salt beside it", kms.ErrURI)
+	case c.saltText != "" && c.saltFile != "", c.sources["constellationFile"] != "" && c.saltText+c.saltFile != "":
+		return c, fmt.Errorf("%w: kms://cluster-kms takes its salt from one place", kms.ErrURI)
+	}
+	return c, nil
+}
+
+// load reads the master secret.
+func (c *clusterURI) load(ctx context.Context) (*kms.Secret, error) {
+	for source, value := range c.sources {
+		switch source {
+		case "file":
+			return cluster.LoadMasterSecret(value)
+		case "credential":
+			return cluster.LoadCredential(value)
+		case "sealedFile":
+			return nil, ErrSealed
+		case "joined":
+			return nil, ErrJoined
+		case "wrappedFile":
+			return unwrapMaster(ctx, value, c.wrappedBy)
+		case "key":
+			return masterFromText(value)
+		case "keyFile":
+			return masterInBase64(config.ReadSecretFile(value, maxBase64))
+		case "keyCredential":
+			return masterInBase64(config.ReadCredential(value, maxBase64))
+		case "constellationFile":
+			master, _, err := masterOfConstellation(value)
+			return master, err
+		}
+	}
+	return nil, kms.ErrURI // clusterOf found one
+}
+
+// salt reads the salt, if there is one.
+func (c *clusterURI) salt() (salt []byte, err error) {
+	switch path := c.sources["constellationFile"]; {
+	case c.saltText != "":
+		if salt, err = unbase64([]byte(c.saltText)); err != nil {
+			return nil, fmt.Errorf("%w: the parameter \"salt\" is base64", kms.ErrURI)
+		}
+	case c.saltFile != "":
+		if salt, err = config.ReadPublicFile(c.saltFile, cluster.MaxMasterSecret); err != nil {
+			return nil, fmt.Errorf("salt: %w", err)
+		}
+	case path != "":
+		var master *kms.Secret
+		if master, salt, err = masterOfConstellation(path); err == nil {
+			err = master.Close()
+		}
+	}
+	return salt, err
 }
 
 // fitsConstellation refuses what Constellation could not have had, and what would
