@@ -56,39 +56,14 @@ type Store struct {
 	turns   turns
 
 	mu    sync.Mutex
-	seen  map[string]uint64    // highest revision by volume, from the audit log and since
+	seen  seen
 	lives map[string]time.Time // end of a lease by its ID, as this process granted it
 }
 
 // NewStore returns the volumes of a storage.
 func NewStore(opts Options) *Store {
 	return &Store{kms: opts.KMS, records: opts.Records, now: opts.Now, alone: opts.Alone, started: opts.Now(),
-		seen: map[string]uint64{}, lives: map[string]time.Time{}}
-}
-
-// NoteRevision remembers what was seen of a volume.
-func (s *Store) NoteRevision(volume string, revision uint64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.seen[volume] = max(s.seen[volume], revision)
-}
-
-// Seen returns the highest revision of a volume that was seen.
-func (s *Store) Seen(volume string) uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.seen[volume]
-}
-
-// Volumes returns the volumes that were seen.
-func (s *Store) Volumes() []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var all []string
-	for v := range s.seen {
-		all = append(all, v)
-	}
-	return all
+		seen: newSeen(), lives: map[string]time.Time{}}
 }
 
 // Ends returns when the lease of a record ends, as far as this key service can tell.
