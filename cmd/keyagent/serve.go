@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/keyservice"
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/kms"
@@ -29,6 +30,7 @@ func newServe() *cobra.Command {
 	var path string
 	var check, initMaster, initAudit, initRecords, sealed bool
 	var override keyservice.Config
+	var join []string
 	var logs logFlags
 	cmd := &cobra.Command{
 		Use:   "serve",
@@ -36,9 +38,16 @@ func newServe() *cobra.Command {
 		Long: `Run the key service: verify evidence, apply the policy, release volume keys.
 
 SIGHUP reads the policy and the TLS certificate again; what does not load leaves
-what is in force as it is. SIGTERM lets requests under way finish.`,
+what is in force as it is. SIGTERM lets requests under way finish.
+
+With --join the service asks others over the same storage for the master secret of
+kms://cluster-kms, if it does not have it itself: joined=true leaves it to them, sealedFile
+and wrappedFile are for when none of them runs. Each proves to the other, by its evidence,
+that its profile is in replicas, in the policy. A peer of --join has this service's own TLS
+certificate; join in the configuration file names another authority.`,
 		Example: `  keyagent serve --config /etc/keyagent/serve.yaml
   keyagent serve --config serve.yaml --init-master-secret   # the first time
+  keyagent serve --config serve.yaml --join keys-1:8443     # beside another one
   keyagent serve --config serve.yaml --check`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -48,6 +57,9 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 			}
 			if err := refuseSecrets(override.KMS, override.Storage); err != nil {
 				return err
+			}
+			for _, address := range join {
+				override.Join = append(override.Join, keyclient.ServerConfig{Address: address})
 			}
 			cfg, err := keyservice.LoadConfig(path, override)
 			if err != nil {
@@ -99,19 +111,20 @@ what is in force as it is. SIGTERM lets requests under way finish.`,
 	f.BoolVar(&sealed, "sealed", false, "insist that operators unseal it: fail if kms: has the master secret in another way")
 	f.BoolVar(&initAudit, "init-audit", false, "begin an audit log beside records that are there: for one start, when it was lost or on a new replica")
 	f.BoolVar(&initRecords, "init-records", false, "begin records anew although the audit log knows volumes: for one start, when they are lost for good")
+	f.StringArrayVar(&join, "join", nil, "HOST:PORT of another key service over the same storage, besides those of the file; may be repeated")
 	overrideFlags(f, &override)
 	logs.add(cmd)
 	return cmd
 }
 
-// unsealedServer opens the key service, which waits for its operators' shares if its master secret
-// is sealed. With check it does not wait: nil.
+// unsealedServer opens the key service, which waits for its operators' shares, or for another key
+// service, if its master secret is with them. With check it does not wait: nil.
 func unsealedServer(ctx context.Context, cfg *keyservice.Config, log *slog.Logger, notify *systemd.Notifier, reload *reloader, check bool) (*keyservice.Server, error) {
 	sealed, err := keyservice.OpenSealed(cfg, log)
 	switch {
 	case err != nil:
 		return nil, err
-	case sealed == nil:
+	case sealed == nil, check && !sealed.Waits():
 		return keyservice.NewServer(ctx, cfg, log)
 	case check:
 		return nil, errors.Join(sealed.Check(ctx, true), sealed.Close())

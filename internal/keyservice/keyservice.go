@@ -58,6 +58,14 @@ type Options struct {
 	RecordKeyPinned bool
 	// Alone says that no other key service has the storage.
 	Alone bool
+	// Master is the master secret, for replicas that the policy has. It stays the caller's.
+	// Nil: there is none to give.
+	Master *kms.Secret
+	// Joined is who gave this key service its master secret, if another one did. Then
+	// there are records.
+	Joined string
+	// Epoch is how often operators gave up all records.
+	Epoch uint64
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -82,6 +90,7 @@ type Service struct {
 	now      func() time.Time
 	slots    chan struct{} // bounds the requests under way
 	forget   forgetting
+	master   *kms.Secret
 	renewal  time.Duration // bounds one renewal of a verdict
 }
 
@@ -93,11 +102,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	if opts.Now == nil {
 		opts.Now = time.Now
 	}
-	records, err := macstore.Open(ctx, opts.KMS, opts.Storage, func(id string) error {
-		// Before it is stored: a crash in between leaves an ID of nothing, and never
-		// a key that is not known.
-		return opts.Audit.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
-	})
+	records, err := openRecords(ctx, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -109,6 +114,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 		return nil, errors.Join(err, records.Close())
 	}
 	volumes := volume.NewStore(volume.Options{KMS: opts.KMS, Records: records, Now: opts.Now, Alone: opts.Alone})
+	volumes.BeginEpoch(opts.Epoch)
 	for id, revision := range opts.Seen {
 		volumes.NoteRevision(id, revision)
 	}
@@ -127,8 +133,29 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 	return &Service{
 		book: book, recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
-		renewal: atls.DefaultTimeout,
+		master: opts.Master, renewal: atls.DefaultTimeout,
 	}, nil
+}
+
+// openRecords makes the record MAC key in a storage that is empty, unless another key service
+// gave the master secret: that one has records, and this storage is another one.
+func openRecords(ctx context.Context, opts Options) (*macstore.Store, error) {
+	if opts.Joined == "" {
+		return macstore.Open(ctx, opts.KMS, opts.Storage, func(id string) error {
+			// Before it is stored: a crash in between leaves an ID of nothing, and never
+			// a key that is not known.
+			return opts.Audit.Append(audit.Entry{Event: "record-key", RecordKey: id, Result: "allowed"})
+		})
+	}
+	records, err := macstore.OpenExisting(ctx, opts.KMS, opts.Storage)
+	switch {
+	case errors.Is(err, storage.ErrNotFound):
+		return nil, failure.Newf(failure.Tampered, "storage: has to be the one of the other key services",
+			"%s gave the master secret, and the storage has no records: %w", opts.Joined, err)
+	case errors.Is(err, kms.ErrWrongKey), errors.Is(err, kms.ErrKEKVersion), errors.Is(err, macstore.ErrRefused):
+		return nil, failure.New(failure.WrongKey, fmt.Errorf("the master secret that %s gave is not that of the storage's records: %w", opts.Joined, err), "storage: and kms: have to be those of the other key services, with the same salt")
+	}
+	return records, err
 }
 
 // RecordKey names the key that authenticates the records.
@@ -222,6 +249,8 @@ type ask struct {
 	readOnly bool
 	// always: also of a machine or a volume that is revoked. It gives something back.
 	always bool
+	// replica: it is another key service that asks, and for no volume.
+	replica bool
 }
 
 // decide authorises a request, runs act, and records a refusal, no matter who refused.
@@ -239,7 +268,7 @@ func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) 
 	if len(a.ops) > 0 {
 		entry.Operation = string(a.ops[0])
 	}
-	if !policy.ValidVolume(a.volume) {
+	if !a.replica && !policy.ValidVolume(a.volume) {
 		entry.Volume = fmt.Sprintf("%q", a.volume[:min(len(a.volume), 64)])
 	}
 	err := s.authorize(ctx, entry, a, act)
@@ -266,7 +295,7 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 			return err
 		}
 	}
-	if len(ask.ops) == 0 {
+	if len(ask.ops) == 0 && !ask.replica {
 		return failure.Newf(failure.Usage, "", "unknown operation")
 	}
 	// The policy in force decides, and not the one of the handshake: what was
@@ -280,6 +309,13 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 	a, err := p.Appraise(c.verified)
 	if err != nil {
 		return failure.New(failure.EvidenceRefused, err, "")
+	}
+	if ask.replica {
+		entry.Profile = a.Profile
+		if err := p.AuthorizeReplica(a); err != nil {
+			return failure.New(failure.PolicyDenied, err, "")
+		}
+		return act(&decision{caller: c, entry: entry})
 	}
 	allow := func(op policy.Operation) (policy.Decision, error) {
 		d, err := p.Authorize(a, policy.Request{Volume: ask.volume, Operation: op, Now: s.now(), ReadOnly: ask.readOnly})

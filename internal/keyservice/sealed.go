@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
@@ -20,37 +21,52 @@ import (
 	"github.com/keyagent/keyagent/internal/secret"
 	"github.com/keyagent/keyagent/internal/shares"
 	"github.com/keyagent/keyagent/internal/unseal"
+	"github.com/keyagent/keyagent/kms"
 	"github.com/keyagent/keyagent/kms/setup"
 )
 
-// Sealed is a key service whose master secret its operators have in shares. It takes those, and
-// does nothing else.
+// Sealed is a key service without its master secret, which its operators have in shares, or other
+// key services give. It takes that, and does nothing else.
 type Sealed struct {
 	cfg    *Config
 	log    *slog.Logger
-	sealed *shares.Sealed
-	gather *unseal.Gatherer
+	sealed *shares.Sealed       // nil: no operator has shares
+	gather *unseal.Gatherer     // of those
+	policy *policysource.Source // by which replicas are asked, nil if none are
 	cert   atomic.Pointer[tls.Certificate]
 }
 
-// OpenSealed returns the key service of a configuration that names a sealed master secret, or nil
-// if it names none.
+// OpenSealed returns the key service of a configuration that names a sealed master secret, or
+// others to ask for it; nil if it has its master secret, or none.
 func OpenSealed(cfg *Config, log *slog.Logger) (*Sealed, error) {
 	path := setup.SealedFile(cfg.KMS)
-	if path == "" {
+	asks := setup.Joined(cfg.KMS) || setup.WrappedFile(cfg.KMS) != "" && len(cfg.Join) > 0
+	if path == "" && !asks {
 		return nil, nil
 	}
-	data, err := config.ReadPublicFile(path, shares.MaxSealed)
-	if err != nil {
-		return nil, failure.New(failure.Configuration, fmt.Errorf("kms: %w", err), "keyagent kms split makes it")
+	s := &Sealed{cfg: cfg, log: log}
+	if path != "" {
+		data, err := config.ReadPublicFile(path, shares.MaxSealed)
+		if err != nil {
+			return nil, failure.New(failure.Configuration, fmt.Errorf("kms: %w", err), "keyagent kms split makes it")
+		}
+		if s.sealed, err = shares.ParseSealed(data); err != nil {
+			return nil, failure.New(failure.Configuration, fmt.Errorf("kms: %s: %w", path, err), "it is the file master.sealed of keyagent kms split")
+		}
+		s.gather = unseal.NewGatherer(s.sealed, time.Now)
 	}
-	file, err := shares.ParseSealed(data)
-	if err != nil {
-		return nil, failure.New(failure.Configuration, fmt.Errorf("kms: %s: %w", path, err), "it is the file master.sealed of keyagent kms split")
+	if len(cfg.Join) > 0 {
+		var err error
+		if s.policy, err = policysource.New(cfg.Policy, log); err != nil {
+			return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+		}
 	}
-	s := &Sealed{cfg: cfg, log: log, sealed: file, gather: unseal.NewGatherer(file, time.Now)}
 	return s, s.Reload()
 }
+
+// Waits reports that there may be nobody but people and other key services to give the master
+// secret. Otherwise a KMS does, which is asked when no replica gives it.
+func (s *Sealed) Waits() bool { return setup.WrappedFile(s.cfg.KMS) == "" }
 
 // Reload reads the certificate again. What does not load leaves the one in force.
 func (s *Sealed) Reload() error {
@@ -58,20 +74,36 @@ func (s *Sealed) Reload() error {
 	if err == nil {
 		s.cert.Store(cert)
 	}
+	if s.policy != nil {
+		err = errors.Join(err, s.policy.Reload())
+	}
 	return err
 }
 
 // String says what is waited for.
 func (s *Sealed) String() string {
+	if s.sealed == nil {
+		return "sealed: no replica gives the master secret"
+	}
 	p := s.gather.Progress()
-	return fmt.Sprintf("sealed: %d of %d shares", p.Have, p.Threshold)
+	text := fmt.Sprintf("sealed: %d of %d shares", p.Have, p.Threshold)
+	if len(s.cfg.Join) > 0 {
+		text += ", and no replica gives the master secret"
+	}
+	return text
 }
 
 // Check looks at what can be looked at without the master secret, so that operators are not asked
 // for their shares in vain. With all it opens the storage and the other KMSs as well.
 func (s *Sealed) Check(ctx context.Context, all bool) error {
-	if _, err := policysource.New(s.cfg.Policy, slog.New(slog.DiscardHandler)); err != nil {
+	policy, err := policysource.New(s.cfg.Policy, slog.New(slog.DiscardHandler))
+	if err != nil {
 		return failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
+	}
+	if len(s.cfg.Join) > 0 {
+		if err := mayJoin(policy); err != nil {
+			return err
+		}
 	}
 	for i, uri := range s.cfg.OldKMS {
 		if setup.SealedFile(uri) != "" {
@@ -109,15 +141,12 @@ func (s *Sealed) Check(ctx context.Context, all bool) error {
 // againAfter is the pause between two attempts to start with a master secret that is there.
 const againAfter = 5 * time.Second
 
-// Unseal serves until operators have given enough shares, and returns the key service then, as
-// NewServer does. listening is called once, when it takes shares.
-func (s *Sealed) Unseal(ctx context.Context, listening func()) (*Server, error) {
-	defer s.gather.Close()
+// Unseal waits until operators have given enough shares, or a replica the master secret, and
+// returns the key service then, as NewServer does. waiting is called once, when it is all that is
+// done.
+func (s *Sealed) Unseal(ctx context.Context, waiting func()) (*Server, error) {
+	defer s.Close()
 	if err := s.Check(ctx, false); err != nil {
-		return nil, err
-	}
-	timeout, err := s.cfg.timeout()
-	if err != nil {
 		return nil, err
 	}
 	source, err := s.cfg.Endorsements.Open("none")
@@ -125,7 +154,79 @@ func (s *Sealed) Unseal(ctx context.Context, listening func()) (*Server, error) 
 		return nil, failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
 	}
 	defer source.Close()
+	memory, err := s.cfg.Endorsements.Memory()
+	if err != nil {
+		return nil, failure.New(failure.Configuration, fmt.Errorf("endorsements: %w", err), "")
+	}
+	defer memory.Close()
 	issuers, err := s.cfg.issuers(ctx, source, s.log)
+	if err != nil {
+		return nil, err
+	}
+	peers, err := s.cfg.newPeers(s.policy, source, memory, issuers, s.cert.Load, s.log)
+	if err != nil {
+		return nil, err
+	}
+	if !s.Waits() {
+		asking, cancel := context.WithTimeout(ctx, askTimeout)
+		defer cancel()
+		master, who := peers.ask(asking)
+		return s.start(ctx, master, who)
+	}
+	master, who, err := s.obtain(ctx, peers, issuers, waiting)
+	if err != nil {
+		return nil, err
+	}
+	return s.start(ctx, master, who)
+}
+
+// obtain waits for the master secret. who is the replica that gave it, if one did.
+func (s *Sealed) obtain(ctx context.Context, peers *peers, issuers []attestation.Issuer, waiting func()) (master *kms.Secret, who string, err error) {
+	if s.cfg.Metrics != "" {
+		l, listenErr := localweb.Listen(s.cfg.Metrics, s.cfg.MetricsRemote)
+		if listenErr != nil {
+			return nil, "", listenErr
+		}
+		webCtx, stop := context.WithCancel(ctx)
+		done := make(chan error, 1)
+		go func() { done <- localweb.Serve(webCtx, l, s.web()) }()
+		defer func() {
+			stop()
+			if webErr := errors.Join(<-done, ignoreClosed{l}.Close()); webErr != nil && master != nil {
+				err = errors.Join(webErr, master.Close())
+				master = nil
+			}
+		}()
+	}
+	if s.sealed == nil {
+		s.log.Warn("sealed: nobody gets a key before a replica has given the master secret")
+		waiting()
+		if master, who = peers.askUntil(ctx); master == nil {
+			return nil, "", ctx.Err()
+		}
+		return master, who, nil
+	}
+	asking, stop := context.WithCancel(ctx)
+	given := make(chan string, 1)
+	go func() {
+		defer close(given)
+		if peers == nil {
+			return
+		}
+		if master, who := peers.askUntil(asking); master != nil {
+			if first, err := s.gather.Take(master); first && err == nil {
+				given <- who
+			}
+		}
+	}()
+	master, err = s.takeShares(ctx, issuers, waiting)
+	stop()
+	return master, <-given, err
+}
+
+// takeShares serves until the master secret is there.
+func (s *Sealed) takeShares(ctx context.Context, issuers []attestation.Issuer, waiting func()) (*kms.Secret, error) {
+	timeout, err := s.cfg.timeout()
 	if err != nil {
 		return nil, err
 	}
@@ -135,30 +236,22 @@ func (s *Sealed) Unseal(ctx context.Context, listening func()) (*Server, error) 
 	}
 	gate := atls.NewGate(listener, atls.GateLimits{Waiting: s.cfg.MaxUnattested, Attested: s.cfg.MaxAttested, Each: s.cfg.MaxConnectionsEach})
 	defer gate.Close()
-	webDone := func() error { return nil }
-	if s.cfg.Metrics != "" {
-		l, err := localweb.Listen(s.cfg.Metrics, s.cfg.MetricsRemote)
-		if err != nil {
-			return nil, err
-		}
-		webCtx, stop := context.WithCancel(ctx)
-		done := make(chan error, 1)
-		go func() { done <- localweb.Serve(webCtx, l, s.web()) }()
-		webDone = func() error { stop(); return errors.Join(<-done, ignoreClosed{l}.Close()) }
-	}
 	s.log.Warn("sealed: nobody gets a key before its operators have given their shares", "address", gate.Addr().String(), "split", s.sealed.ID(), "needed", s.sealed.Threshold)
-	listening()
+	waiting()
 	strangers := newStrangers(time.Now)
-	master, err := unseal.NewServer(s.gather, len(issuers) > 0, s.log, strangers.allow).Serve(ctx, gate, &atls.ServerConfig{
+	return unseal.NewServer(s.gather, len(issuers) > 0, s.log, strangers.allow).Serve(ctx, gate, &atls.ServerConfig{
 		Certificate: func() (*tls.Certificate, error) { return s.cert.Load(), nil }, Anyone: true, Issuers: issuers, Timeout: timeout,
 	})
-	if master != nil {
-		defer master.Close()
+}
+
+// start opens the key service with its master secret, which it closes. Without one it is where the
+// configuration says.
+func (s *Sealed) start(ctx context.Context, master *kms.Secret, who string) (*Server, error) {
+	if master == nil {
+		return newServer(ctx, s.cfg, s.log, nil, "")
 	}
-	if err := errors.Join(err, webDone()); err != nil {
-		return nil, err
-	}
-	server, err := newServer(ctx, s.cfg, s.log, master)
+	defer master.Close()
+	server, err := newServer(ctx, s.cfg, s.log, master, who)
 	for failure.Of(err).Class == failure.Unreachable && err != nil {
 		// Nobody is asked for a share again because a storage is not there at the moment.
 		s.log.Error("unsealed, and a service that is needed does not answer; trying again", "error", err)
@@ -167,14 +260,16 @@ func (s *Sealed) Unseal(ctx context.Context, listening func()) (*Server, error) 
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
-		server, err = newServer(ctx, s.cfg, s.log, master)
+		server, err = newServer(ctx, s.cfg, s.log, master, who)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := server.service.audit.Append(audit.Entry{
-		Event: "unseal", CorrelationID: newID(), Result: "allowed", Detail: fmt.Sprintf("split %s, shares %s", s.sealed.ID(), s.gather.Used()),
-	}); err != nil {
+	entry := audit.Entry{Event: "unseal", CorrelationID: newID(), Result: "allowed", Detail: "the master secret came from " + who}
+	if who == "" {
+		entry.Detail = fmt.Sprintf("split %s, shares %s", s.sealed.ID(), s.gather.Used())
+	}
+	if err := server.service.audit.Append(entry); err != nil {
 		return nil, errors.Join(auditError(err), server.close())
 	}
 	return server, nil
@@ -191,4 +286,9 @@ func (s *Sealed) web() http.Handler {
 }
 
 // Close wipes what was given. It is for one that does not serve.
-func (s *Sealed) Close() error { return s.gather.Close() }
+func (s *Sealed) Close() error {
+	if s.gather == nil {
+		return nil
+	}
+	return s.gather.Close()
+}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
+	replicav1 "github.com/keyagent/keyagent/api/keyagent/replica/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/endorsement"
@@ -26,6 +28,7 @@ import (
 	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
+	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/localweb"
 	"github.com/keyagent/keyagent/internal/policysource"
 	"github.com/keyagent/keyagent/internal/wire"
@@ -74,6 +77,9 @@ type Config struct {
 	// Admin is the path of the socket for keyagent volume and keyagent kms. Unset: there
 	// is none.
 	Admin string `yaml:"admin,omitempty"`
+	// Join are other key services over the same storage: they give the master secret, and
+	// say what they have seen of volumes.
+	Join []keyclient.ServerConfig `yaml:"join,omitempty"`
 	// Recovery, if set, lets a person have a volume's key once enough operators approve.
 	Recovery *RecoveryConfig `yaml:"recovery,omitempty"`
 	// InitRecords and InitAudit are an operator's word that what is empty may be so.
@@ -146,6 +152,7 @@ func LoadConfig(path string, override Config) (*Config, error) {
 			*o.to = *o.from
 		}
 	}
+	c.Join = append(c.Join, override.Join...)
 	for _, d := range []struct {
 		field *int
 		value int
@@ -188,7 +195,31 @@ func LoadConfig(path string, override Config) (*Config, error) {
 	if err := c.checkSecrets(path, doc); err != nil {
 		return nil, err
 	}
+	if err := c.checkJoin(doc, filepath.Dir(path)); err != nil {
+		return nil, err
+	}
 	return c, nil
+}
+
+// checkJoin refuses to ask others where there is nothing to ask them for.
+func (c *Config) checkJoin(doc *config.Document, dir string) error {
+	for i := range c.Join {
+		if err := c.Join[i].Check(doc, dir, "join", i); err != nil {
+			return failure.New(failure.Configuration, err, "")
+		}
+	}
+	at := []any{"join"}
+	switch {
+	case len(c.Join) == 0 && setup.Joined(c.KMS):
+		return failure.New(failure.Configuration, doc.Errorf(at, "empty, and kms: leaves the master secret to other key services"), "name one with join or --join")
+	case len(c.Join) == 0:
+		return nil
+	case c.TPM == nil && len(c.Evidence) == 0:
+		return failure.New(failure.Configuration, doc.Errorf(at, "key services prove themselves to each other, and this one has no evidence"), "set evidence, for example to [auto]")
+	case strings.HasPrefix(c.Storage, "storage://file"):
+		return failure.New(failure.Configuration, doc.Errorf(at, "a storage of the kind file is for one key service"), "replicas share a bucket, a container or etcd: docs/replicas.md")
+	}
+	return nil
 }
 
 // checkSecrets refuses a file that others can read if a URI in it holds a secret.
@@ -242,7 +273,9 @@ func (c *Config) timeout() (time.Duration, error) {
 // Server is a key service on its listeners.
 type Server struct {
 	cfg       *Config
-	master    *kms.Secret // of a cluster KMS that was sealed
+	master    *kms.Secret // of the cluster KMS, if it was given, or may be given to replicas
+	joined    string      // who gave it, if that was a replica
+	peers     *peers      // nil: none are asked
 	log       *slog.Logger
 	policy    *policysource.Source
 	service   *Service
@@ -261,11 +294,11 @@ type Server struct {
 // NewServer opens everything that the configuration names and starts to listen,
 // but accepts nothing before Run.
 func NewServer(ctx context.Context, cfg *Config, log *slog.Logger) (_ *Server, err error) {
-	return newServer(ctx, cfg, log, nil)
+	return newServer(ctx, cfg, log, nil, "")
 }
 
-func newServer(ctx context.Context, cfg *Config, log *slog.Logger, master *kms.Secret) (_ *Server, err error) {
-	s := &Server{cfg: cfg, master: master, log: log, strangers: newStrangers(time.Now)}
+func newServer(ctx context.Context, cfg *Config, log *slog.Logger, master *kms.Secret, joined string) (_ *Server, err error) {
+	s := &Server{cfg: cfg, master: master, joined: joined, log: log, strangers: newStrangers(time.Now)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -348,6 +381,23 @@ func (s *Server) openKMS(ctx context.Context) (kms.KMS, error) {
 	return kms.WithOld(all[0], all[1:]...), nil
 }
 
+// keepMaster keeps the master secret for replicas, if the policy has any. Otherwise nothing of
+// it stays but what the KMS made of it.
+func (s *Server) keepMaster(ctx context.Context) (err error) {
+	if len(s.policy.Current().Replicas()) == 0 {
+		return nil
+	}
+	if s.master != nil {
+		s.master, err = s.master.Clone() // whose it was closes it
+	} else if s.master, err = setup.MasterSecret(ctx, s.cfg.KMS); err != nil {
+		err = BackendError(fmt.Errorf("kms: %w", err))
+	}
+	if s.master != nil {
+		s.closers = append(s.closers, s.master)
+	}
+	return err
+}
+
 func (s *Server) wire(ctx context.Context) error {
 	source, err := s.cfg.Endorsements.Open("none")
 	if err != nil {
@@ -387,7 +437,16 @@ func (s *Server) wire(ctx context.Context) error {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 30 * time.Second}),
 	)
 	keyservicev1.RegisterKeyServiceServer(s.grpc, s.service)
-	return nil
+	if len(s.policy.Current().Replicas()) > 0 {
+		if len(cfg.Issuers) == 0 {
+			s.log.Warn("the policy has replicas, and this key service proves nothing: no replica will take anything from it", "hint", "evidence: in the configuration")
+		}
+		replicav1.RegisterReplicaServer(s.grpc, &replicas{Service: s.service})
+	}
+	if s.peers, err = s.cfg.newPeers(s.policy, source, memory, cfg.Issuers, s.cert.Load, s.log); s.peers != nil {
+		s.closers = append(s.closers, s.peers)
+	}
+	return err
 }
 
 // observe records the outcome of each attestation: the full difference here,
@@ -460,6 +519,13 @@ const stopTimeout = 10 * time.Second
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
+		if s.peers != nil {
+			// A storage that went back before this start is known to others alone.
+			first, cancel := context.WithTimeout(ctx, beforeServing)
+			s.peers.exchange(first, s.service)
+			cancel()
+			group.Go(func() error { s.peers.loop(ctx, s.service); return nil })
+		}
 		if err := s.grpc.Serve(s.gate); !errors.Is(err, grpc.ErrServerStopped) {
 			return err
 		}

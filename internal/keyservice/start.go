@@ -1,6 +1,7 @@
 package keyservice
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ type history struct {
 	recovered map[string]time.Time // requests that were answered, by nonce
 	recordKey string
 	wentBack  string // what a node has shown of this log
+	epoch     uint64 // how often all records were given up
 }
 
 // initRecords is the event after which nothing is known of the volumes before it.
@@ -35,6 +37,7 @@ func (h *history) note(e audit.Entry) {
 	case e.Result != "allowed":
 	case e.Event == initRecords:
 		h.seen = map[string]uint64{}
+		h.epoch = cmp.Or(e.Revision, h.epoch+1) // an entry of before has no number
 	case e.Volume != "":
 		h.seen[e.Volume] = max(h.seen[e.Volume], e.Revision)
 	}
@@ -53,6 +56,9 @@ func (h *history) note(e audit.Entry) {
 }
 
 func (s *Server) openService(ctx context.Context) error {
+	if err := s.keepMaster(ctx); err != nil {
+		return err
+	}
 	k, err := s.openKMS(ctx)
 	if err != nil {
 		return err
@@ -85,6 +91,7 @@ func (s *Server) openService(ctx context.Context) error {
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
 		Seen: h.seen, Words: h.words, Recovery: s.cfg.Recovery, Recovered: h.recovered, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
+		Master: s.master, Joined: s.joined, Epoch: h.epoch,
 	})
 	if err != nil {
 		return forOperator(err)
@@ -148,6 +155,9 @@ func (s *Server) checkStart(ctx context.Context, st storage.Storage, log *audit.
 		}
 		s.log.Warn("beginning anew by an operator's word", "event", init.event, "volumes", len(h.seen))
 		entry := audit.Entry{Event: init.event, Result: "allowed", Detail: fmt.Sprintf("%d volumes were known", len(h.seen))}
+		if init.event == initRecords {
+			entry.Revision = h.epoch + 1
+		}
 		if err := log.Append(entry); err != nil {
 			return auditError(err)
 		}

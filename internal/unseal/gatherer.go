@@ -1,5 +1,5 @@
 // Package unseal is a key service without its master secret: it takes shares of it from
-// operators until there are enough, and gives nothing to anybody.
+// operators until there are enough, or it comes in another way, and gives nothing to anybody.
 package unseal
 
 import (
@@ -105,6 +105,19 @@ func (g *Gatherer) Close() error {
 	default:
 	}
 	return err
+}
+
+// Take takes the master secret itself, which came in another way, and reports whether it is the
+// first that came. It closes one that is not.
+func (g *Gatherer) Take(master *secret.Bytes) (bool, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.done {
+		return false, master.Close()
+	}
+	g.done = true
+	g.opened <- master
+	return true, g.wipe()
 }
 
 // Give takes a share, which it closes in any case: [shares.ErrForeign], [shares.ErrForged]. One
