@@ -298,3 +298,36 @@ func TestReferenceValuesOfARegisterThatNoLogExplains(t *testing.T) {
 		t.Errorf("the machine does not fit its own values: %v", hard)
 	}
 }
+
+// Who is a key service beside this one is said by name, of this policy, and fits without a doubt.
+func TestAReplicaIsOneByName(t *testing.T) {
+	listed := strings.Replace(whole, "grants:", "replicas: {profiles: [guest]}\ngrants:", 1)
+	p := parse(t, listed)
+	a, err := appraise(t, p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AuthorizeReplica(a); err != nil {
+		t.Error(err)
+	}
+	other := parse(t, whole)
+	mine, err := appraise(t, other, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	warned := parse(t, strings.Replace(listed, good7+"]", good7+"]\n          warn_only: true", 1))
+	almost, err := appraise(t, warned, func(c *attestation.Claims) { c.Measurements["pcr7"].Value[0] ^= 1 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, err := range map[string]error{
+		"a policy without replicas":   other.AuthorizeReplica(mine),
+		"an appraisal of another one": other.AuthorizeReplica(a),
+		"no appraisal":                p.AuthorizeReplica(nil),
+		"one with a warning":          warned.AuthorizeReplica(almost),
+	} {
+		if !errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -33,6 +33,7 @@ func TestWhatIsSeldomMeantIsPointedAt(t *testing.T) {
 	for name, tt := range map[string]struct{ old, new, want string }{
 		"PCR 16":               {"pcr: 4", "pcr: 16", "PCR 16, which any software"},
 		"PCR 23":               {"pcr: 4", "pcr: 23", "PCR 23, which any software"},
+		"a replica's profile":  {"grants:", "replicas: {profiles: [guest]}\ngrants:", `in replicas and in grant "data"`},
 		"nothing that matters": {"", "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {

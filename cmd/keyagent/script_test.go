@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -35,6 +36,7 @@ import (
 	"github.com/keyagent/keyagent/internal/lab/pki"
 	"github.com/keyagent/keyagent/internal/recovery"
 	"github.com/keyagent/keyagent/test/sim/amd"
+	"github.com/keyagent/keyagent/test/sim/emulator"
 	"github.com/keyagent/keyagent/test/sim/intel"
 	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
@@ -66,6 +68,7 @@ func TestScripts(t *testing.T) {
 			"sumof":    sumOf,
 			"kmscall":  kmsCall,
 			"mkmaster": mkMaster,
+			"etcd":     lab.etcd,
 			"datakey":  dataKey,
 		},
 	})
@@ -153,7 +156,7 @@ volumes: [{id: data, device: %s/disk.img, name: keyagent-script}]
 `, port, l.tpm.Device, env.WorkDir, env.WorkDir, env.WorkDir),
 	} {
 		for variant, change := range variants[name] {
-			changed := strings.ReplaceAll(strings.NewReplacer(change...).Replace(text), "$WORK", env.WorkDir)
+			changed := strings.NewReplacer("$WORK", env.WorkDir, "$TPM", l.tpm.Device).Replace(strings.NewReplacer(change...).Replace(text))
 			if err := os.WriteFile(filepath.Join(env.WorkDir, variant), []byte(changed), 0o644); err != nil {
 				return err
 			}
@@ -177,8 +180,11 @@ var variants = map[string]map[string][]string{
 	"good-policy.yaml": {
 		"strict-policy.yaml": {`accept: ["`, `accept: ["` + strings.Repeat("ab", 32) + `"]}, {pcr: 7, warn_only: true, allow_unextended: true, accept: ["`},
 		"other-root.yaml":    {"maker.pem", "ca.pem"},
+		"replicas.yaml":      {"grants:", "replicas: {profiles: [guest]}\ngrants:"},
 	},
 	"good.yaml": {
+		"first.yaml":  {"audit: audit.log", "audit: audit.log\nadmin: admin.sock\ntpm: {device: $TPM, event_log: /nonexistent}"},
+		"second.yaml": {"audit: audit.log", "audit: audit2.log\nadmin: admin2.sock\ntpm: {device: $TPM, event_log: /nonexistent}", "file=master.secret", "joined=true"},
 		"constellation-service.yaml": {"?file=master.secret", "?file=master&salt=c29tZSBzYWx0&derivation=constellation"},
 	},
 	"agent.yaml": {
@@ -266,6 +272,15 @@ func waitPort(ts *testscript.TestScript, _ bool, sockets []string) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+// etcd: starts one, and sets STORAGE to a storage in it and PORT2 to a free port: what two key
+// services need.
+func (l *laboratory) etcd(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Setenv("STORAGE", "storage://etcd?prefix=records&endpoints="+url.QueryEscape(emulator.Etcd(l.t)))
+	port, err := freePort()
+	ts.Check(err)
+	ts.Setenv("PORT2", port)
 }
 
 // zeros FILE MIB: makes a blank disk image.

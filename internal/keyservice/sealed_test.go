@@ -47,14 +47,7 @@ func newSealedWorld(t *testing.T, evidence bool) *sealedWorld {
 	t.Helper()
 	w := &sealedWorld{world: newWorld(t)}
 	w.stop()
-	master, err := cluster.LoadMasterSecret(filepath.Join(w.dir, "master"))
-	must(t, err)
-	defer master.Close()
-	w.split, w.all, err = shares.Split(master, 3, 5)
-	must(t, err)
-	data, err := w.split.Encode()
-	must(t, err)
-	must(t, os.WriteFile(filepath.Join(w.dir, "master.sealed"), data, 0o600))
+	w.divide()
 	w.cfg.KMS = "kms://cluster-kms?sealedFile=" + filepath.Join(w.dir, "master.sealed")
 	w.cfg.Listen, w.cfg.Metrics = freePort(t), freePort(t)
 	if evidence {
@@ -63,6 +56,19 @@ func newSealedWorld(t *testing.T, evidence bool) *sealedWorld {
 	w.seal()
 	t.Cleanup(func() { w.cancel(); <-w.result })
 	return w
+}
+
+// divide puts the world's master secret into five shares, of which three are needed.
+func (w *sealedWorld) divide() {
+	w.t.Helper()
+	master, err := cluster.LoadMasterSecret(filepath.Join(w.dir, "master"))
+	must(w.t, err)
+	defer master.Close()
+	w.split, w.all, err = shares.Split(master, 3, 5)
+	must(w.t, err)
+	data, err := w.split.Encode()
+	must(w.t, err)
+	must(w.t, os.WriteFile(filepath.Join(w.dir, "master.sealed"), data, 0o600))
 }
 
 // seal starts the service, sealed.

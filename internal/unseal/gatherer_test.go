@@ -130,3 +130,30 @@ func TestASealedFileThatWasChanged(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 }
+
+// The master secret may come in another way: the shares that there are go, and it comes once.
+func TestTheSecretComesInAnotherWay(t *testing.T) {
+	s, share, master := split(t, 2, 3)
+	g := NewGatherer(s, time.Now)
+	defer g.Close()
+	_, err := g.Give(share(1))
+	must(t, err)
+	for _, first := range []bool{true, false} {
+		c, err := master.Clone()
+		must(t, err)
+		if ok, err := g.Take(c); ok != first || err != nil {
+			t.Errorf("%v, %v", ok, err)
+		}
+	}
+	if p := g.Progress(); !p.Unsealed || p.Have != 0 || g.Used() != "" {
+		t.Errorf("%+v", p)
+	}
+	if _, err := g.Give(share(2)); !errors.Is(err, ErrDone) {
+		t.Error(err)
+	}
+	got := <-g.Opened()
+	defer got.Close()
+	if !got.Equal(master) {
+		t.Error("another secret came out")
+	}
+}

@@ -67,3 +67,52 @@ func TestASealedKMSWantsItsSecret(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A URI may leave the master secret to other key services; and of one that does not, it is had by
+// itself, for them.
+func TestTheMasterSecretOfAURI(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "master")
+	if err := cluster.InitMasterSecret(path); err != nil {
+		t.Fatal(err)
+	}
+	master, err := MasterSecret(t.Context(), "kms://cluster-kms?file="+path+"&salt=c29tZSBzYWx0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	k, err := Unsealed(t.Context(), "kms://cluster-kms?joined=true&salt=c29tZSBzYWx0", master)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	same, err := KMS(t.Context(), "kms://cluster-kms?file="+path+"&salt=c29tZSBzYWx0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer same.Close()
+	mine, err := k.Current(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if its, err := same.Current(t.Context()); err != nil || its != mine {
+		t.Errorf("two KEKs, %s and %s, %v", mine, its, err)
+	}
+	for uri, want := range map[string]error{
+		"kms://cluster-kms?joined=true":                ErrJoined,
+		"kms://cluster-kms?sealedFile=x":               ErrSealed,
+		"kms://cluster-kms?joined=false":               kms.ErrURI,
+		"kms://cluster-kms?joined=true&file=x":         kms.ErrURI,
+		"kms://cluster-kms?joined=true&more=x":         kms.ErrURI,
+		"kms://command?command=false":                  nil,
+		"kms://cluster-kms?wrappedFile=x&joined=true":  kms.ErrURI,
+		"kms://cluster-kms?joined=true&wrappedBy=kms:": kms.ErrURI,
+	} {
+		s, err := MasterSecret(t.Context(), uri)
+		if s != nil || !errors.Is(err, want) {
+			t.Errorf("%s: %v, %v", uri, s, err)
+		}
+	}
+	if !Joined("kms://cluster-kms?joined=true") || Joined("kms://cluster-kms?file=x") || Joined("kms://aws?joined=true") || WrappedFile("kms://cluster-kms?wrappedFile=x") != "x" {
+		t.Error("what a URI leaves to others is not told")
+	}
+}
