@@ -183,8 +183,8 @@ var variants = map[string]map[string][]string{
 		"replicas.yaml":      {"grants:", "replicas: {profiles: [guest]}\ngrants:"},
 	},
 	"good.yaml": {
-		"first.yaml":  {"audit: audit.log", "audit: audit.log\nadmin: admin.sock\ntpm: {device: $TPM, event_log: /nonexistent}"},
-		"second.yaml": {"audit: audit.log", "audit: audit2.log\nadmin: admin2.sock\ntpm: {device: $TPM, event_log: /nonexistent}", "file=master.secret", "joined=true"},
+		"first.yaml":                 {"audit: audit.log", "audit: audit.log\nadmin: admin.sock\ntpm: {device: $TPM, event_log: /nonexistent}"},
+		"second.yaml":                {"audit: audit.log", "audit: audit2.log\nadmin: admin2.sock\ntpm: {device: $TPM, event_log: /nonexistent}", "file=master.secret", "joined=true"},
 		"constellation-service.yaml": {"?file=master.secret", "?file=master&salt=c29tZSBzYWx0&derivation=constellation"},
 	},
 	"agent.yaml": {

@@ -142,6 +142,9 @@ func jitter(d time.Duration) time.Duration { return d*3/4 + rand.N(d/2) }
 // say logs what went wrong with a peer, when that is news.
 func (p *peers) say(to *endpoint, what string, err error) {
 	if err == nil {
+		if to.said != "" {
+			p.log.Info("a replica answers again", "replica", to.Address)
+		}
 		to.said = ""
 		return
 	}

@@ -91,7 +91,10 @@ type Service struct {
 	slots    chan struct{} // bounds the requests under way
 	forget   forgetting
 	master   *kms.Secret
-	renewal  time.Duration // bounds one renewal of a verdict
+	// heard is closed once replicas were asked what they have seen: a storage that went back
+	// before this start is known to them alone. Nil: there are none.
+	heard   <-chan struct{}
+	renewal time.Duration // bounds one renewal of a verdict
 }
 
 // maxUnderWay bounds how many requests are worked on at once; more wait.
@@ -256,6 +259,13 @@ type ask struct {
 // decide authorises a request, runs act, and records a refusal, no matter who refused.
 // act itself appends the entry of what it allows, at the moment that it chooses.
 func (s *Service) decide(ctx context.Context, a ask, act func(*decision) error) error {
+	if s.heard != nil && !a.replica { // replicas that start together answer each other
+		select {
+		case <-s.heard:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	select {
 	case s.slots <- struct{}{}:
 		defer func() { <-s.slots }()

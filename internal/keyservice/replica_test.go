@@ -21,8 +21,10 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
+	"github.com/keyagent/keyagent/internal/lab/pki"
 	"github.com/keyagent/keyagent/internal/policysource"
 	"github.com/keyagent/keyagent/internal/replica"
 	"github.com/keyagent/keyagent/internal/revocation"
@@ -85,7 +87,7 @@ grants:
 	must(w.t, os.WriteFile(cfg.Policy, []byte(text), 0o644))
 }
 
-// another is a configuration of a key service beside the first, on a machine of its own.
+// replica is a configuration of a key service beside the first, on a machine of its own.
 func (w *replicaWorld) replica() *Config {
 	w.t.Helper()
 	w.count++
@@ -505,8 +507,27 @@ func (w *replicaWorld) snapshot() (back func()) {
 func TestARollbackIsNoticedByAll(t *testing.T) {
 	w := newReplicaWorld(t)
 	w.provision(w.machine(), "data-1")
-	joined := w.joined(w.replica())
-	other := w.joined(w.replica())
+	// Two that start at once, and name each other and themselves, ask each other before they serve.
+	first, second := w.replica(), w.replica()
+	first.Listen, second.Listen = freePort(t), freePort(t)
+	for _, cfg := range []*Config{first, second} {
+		cfg.Join = []keyclient.ServerConfig{{Address: w.at()}, {Address: first.Listen}, {Address: second.Listen}}
+	}
+	var wait sync.WaitGroup
+	servers := make([]*Server, 2)
+	for i, cfg := range []*Config{first, second} {
+		wait.Go(func() {
+			var err error
+			if servers[i], err = w.opened(cfg); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wait.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	joined, other := w.run(servers[0], first), w.run(servers[1], second)
 	back := w.snapshot()
 	_, _, err := w.get(w.another(), "data-1", openOp) // held: writes nothing
 	wantClass(t, err, failure.Held)
@@ -597,6 +618,71 @@ func TestWhatWasGivenUpDoesNotComeBack(t *testing.T) {
 type otherRecords struct{ *Service }
 
 func (otherRecords) RecordKey() (string, error) { return strings.Repeat("0", 32), nil }
+
+// With an external KMS there is nothing to give, and what was seen is exchanged all the same.
+func TestAnExternalKMSHasNothingToGive(t *testing.T) {
+	w := newReplicaWorld(t)
+	w.stop()
+	w.cfg.KMS = "kms://command?command=printf%200123456789abcdef0123456789abcdef"
+	w.cfg.Storage, w.cfg.Audit = w.storage("external"), filepath.Join(w.dir, "external.log")
+	w.start()
+	w.provision(w.machine(), "data-1")
+	cfg := w.replica()
+	cfg.KMS = w.cfg.KMS
+	if s, err := OpenSealed(cfg, slog.New(slog.DiscardHandler)); s != nil || err != nil {
+		t.Fatalf("it waits for what nobody has: %v", err)
+	}
+	server, err := NewServer(t.Context(), cfg, slog.New(slog.DiscardHandler))
+	must(t, err)
+	other := w.run(server, cfg)
+	if other.server.service.volumes.Seen("data-1") == 0 {
+		t.Error("it was told nothing")
+	}
+	wantClass(t, w.join(cfg.TPM, cfg.Policy), failure.State)
+	if n := entries(t, w.cfg.Audit, "replica-join", `"refused"`); n != 1 {
+		t.Errorf("the audit log has it %d times", n)
+	}
+}
+
+// A peer has this service's own certificate, unless the configuration says who signed it.
+func TestWhoseCertificateAPeerHas(t *testing.T) {
+	w := newReplicaWorld(t)
+	cfg := w.replica()
+	dir := filepath.Dir(cfg.Audit)
+	authority := pki.New(t)
+	cert, err := authority.Server("127.0.0.1")
+	must(t, err)
+	must(t, authority.Write(dir, cert))
+	cfg.TLS = TLSConfig{filepath.Join(dir, "server.pem"), filepath.Join(dir, "server.key")}
+	_, err = w.once(cfg)
+	if err == nil || !strings.Contains(w.logged.String(), `class="server not trusted"`) {
+		t.Fatalf("another certificate: %v", err)
+	}
+	doc, err := config.Decode("serve.yaml", []byte("join: []"), &struct {
+		Join []keyclient.ServerConfig `yaml:"join"`
+	}{})
+	must(t, err)
+	for ca, good := range map[string]bool{"ca.pem": false, filepath.Join(w.dir, "ca.pem"): true} {
+		cfg.Join = []keyclient.ServerConfig{{Address: w.at(), CA: ca}}
+		must(t, cfg.Join[0].Check(doc, dir, "join", 0))
+		if !good {
+			if _, err := w.once(cfg); err == nil {
+				t.Error("by another authority it is trusted")
+			}
+			continue
+		}
+		server, err := w.opened(cfg)
+		must(t, err)
+		must(t, server.Close())
+	}
+	for name, bad := range map[string]keyclient.ServerConfig{
+		"no port": {Address: "keys-1"}, "no CA there": {Address: w.at(), CA: "none.pem"}, "a key as a CA": {Address: w.at(), CA: "server.key"}, "a short pin": {Address: w.at(), Pins: []string{"sha256:00"}},
+	} {
+		if err := bad.Check(doc, dir, "join", 0); err == nil || !strings.Contains(err.Error(), "join[0]") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
 
 // A peer that hangs or talks nonsense costs its time, and the next one is asked.
 func TestAPeerThatHangsIsLeft(t *testing.T) {

@@ -55,13 +55,12 @@ func OpenSealed(cfg *Config, log *slog.Logger) (*Sealed, error) {
 		}
 		s.gather = unseal.NewGatherer(s.sealed, time.Now)
 	}
-	if len(cfg.Join) > 0 {
-		var err error
-		if s.policy, err = policysource.New(cfg.Policy, log); err != nil {
-			return nil, failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
-		}
+	err := s.Reload()
+	if err == nil && len(cfg.Join) > 0 {
+		s.policy, err = policysource.New(cfg.Policy, log)
+		err = failure.New(failure.Configuration, err, "keyagent policy check says what is wrong")
 	}
-	return s, s.Reload()
+	return s, err
 }
 
 // Waits reports that there may be nobody but people and other key services to give the master

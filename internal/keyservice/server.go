@@ -276,6 +276,7 @@ type Server struct {
 	master    *kms.Secret // of the cluster KMS, if it was given, or may be given to replicas
 	joined    string      // who gave it, if that was a replica
 	peers     *peers      // nil: none are asked
+	heard     chan struct{}
 	log       *slog.Logger
 	policy    *policysource.Source
 	service   *Service
@@ -445,6 +446,8 @@ func (s *Server) wire(ctx context.Context) error {
 	}
 	if s.peers, err = s.cfg.newPeers(s.policy, source, memory, cfg.Issuers, s.cert.Load, s.log); s.peers != nil {
 		s.closers = append(s.closers, s.peers)
+		s.heard = make(chan struct{})
+		s.service.heard = s.heard
 	}
 	return err
 }
@@ -519,18 +522,21 @@ const stopTimeout = 10 * time.Second
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
-		if s.peers != nil {
-			// A storage that went back before this start is known to others alone.
-			first, cancel := context.WithTimeout(ctx, beforeServing)
-			s.peers.exchange(first, s.service)
-			cancel()
-			group.Go(func() error { s.peers.loop(ctx, s.service); return nil })
-		}
 		if err := s.grpc.Serve(s.gate); !errors.Is(err, grpc.ErrServerStopped) {
 			return err
 		}
 		return nil
 	})
+	if s.peers != nil {
+		group.Go(func() error {
+			first, cancel := context.WithTimeout(ctx, beforeServing)
+			s.peers.exchange(first, s.service)
+			cancel()
+			close(s.heard)
+			s.peers.loop(ctx, s.service)
+			return nil
+		})
+	}
 	if s.web != nil {
 		group.Go(func() error { return localweb.Serve(ctx, s.web, s.metrics.handler(s.ready)) })
 	}
@@ -555,6 +561,13 @@ func (s *Server) Run(ctx context.Context) error {
 func (s *Server) ready() error {
 	if s.stopping.Load() {
 		return errors.New("stopping")
+	}
+	select {
+	case <-s.heard:
+	default:
+		if s.peers != nil {
+			return errors.New("asking replicas what they have seen")
+		}
 	}
 	// Without its log the service refuses everybody, until it starts again.
 	return errors.Join(s.service.audit.Err(), s.service.book.err())
