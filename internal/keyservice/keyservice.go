@@ -64,7 +64,7 @@ type Options struct {
 	// Joined is who gave this key service its master secret, if another one did. Then
 	// there are records.
 	Joined string
-	// Epoch is how often operators gave up all records.
+	// Epoch is when an operator gave up all records the last time, see [volume.Seen].
 	Epoch uint64
 	// Now is the clock. Default time.Now.
 	Now func() time.Time

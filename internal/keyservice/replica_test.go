@@ -563,6 +563,12 @@ func TestARollbackIsNoticedByAll(t *testing.T) {
 func TestWhatWasGivenUpDoesNotComeBack(t *testing.T) {
 	w := newReplicaWorld(t)
 	w.provision(w.machine(), "data-1")
+	for range 3 { // the new record is behind the one that was given up
+		_, err := w.server.service.Takeover(t.Context(), "uid:0", "data-1")
+		must(t, err)
+		_, _, err = w.get(w.machine(), "data-1", openOp)
+		must(t, err)
+	}
 	one := w.joined(w.replica())
 	if one.server.service.volumes.Seen("data-1") == 0 {
 		t.Fatal("it was told nothing")
@@ -580,6 +586,7 @@ func TestWhatWasGivenUpDoesNotComeBack(t *testing.T) {
 	must(t, st.Close())
 	_, _, err = one.get(one.machine(), "data-1", openOp)
 	wantClass(t, err, failure.Tampered)
+	before := one.server.service.volumes.Seen("data-1")
 	w.cfg.InitRecords, w.cfg.Listen = true, w.at()
 	w.start()
 	w.cfg.InitRecords = false
@@ -587,24 +594,27 @@ func TestWhatWasGivenUpDoesNotComeBack(t *testing.T) {
 	// The one that knows too much asks, and is told that it does not count.
 	one.server.peers.exchange(t.Context(), one.server.service)
 	for name, service := range map[string]*Service{"who asked": one.server.service, "who was asked": w.server.service} {
-		if seen, epoch := service.volumes.Seen("data-1"), service.volumes.Epoch(); seen == 0 || seen > 6 || epoch != 1 {
+		if seen, epoch := service.volumes.Seen("data-1"), service.volumes.Epoch(); seen != w.server.service.volumes.Seen("data-1") || epoch == 0 || epoch != w.server.service.volumes.Epoch() {
 			t.Errorf("%s has seen revision %d in epoch %d", name, seen, epoch)
 		}
 	}
+	if now := one.server.service.volumes.Seen("data-1"); now >= before {
+		t.Errorf("revision %d was given up, and %d is what it knows", before, now)
+	}
 	_, _, err = one.get(one.machine(), "data-1", openOp)
 	must(t, err)
-	if n := entries(t, one.cfg.Audit, "init-records", "by the word of a replica", `"revision":1`); n != 1 {
+	if n := entries(t, one.cfg.Audit, "init-records", "by the word of a replica", fmt.Sprintf(`"revision":%d`, w.server.service.volumes.Epoch())); n != 1 {
 		t.Errorf("its audit log has it %d times", n)
 	}
 	// And it is so after a restart, whose first page is of the epoch.
 	one.stop()
 	one.cfg.InitAudit = false
 	again := w.joined(one.cfg)
-	if again.server.service.volumes.Epoch() != 1 {
+	if again.server.service.volumes.Epoch() != w.server.service.volumes.Epoch() {
 		t.Error("after its restart it does not know of it")
 	}
 	// Another record MAC key: nothing is believed.
-	err = again.server.service.Note(t.Context(), "x", 1, []volume.Sighting{{Volume: "data-9", Revision: 1}})
+	err = again.server.service.Note(t.Context(), "x", again.server.service.volumes.Epoch(), []volume.Sighting{{Volume: "data-9", Revision: 1}})
 	must(t, err)
 	s, err := w.ask(again.cfg.TPM, again.cfg.Policy)
 	must(t, err)
@@ -618,6 +628,43 @@ func TestWhatWasGivenUpDoesNotComeBack(t *testing.T) {
 type otherRecords struct{ *Service }
 
 func (otherRecords) RecordKey() (string, error) { return strings.Repeat("0", 32), nil }
+
+// bad is what no key service has seen.
+type bad struct {
+	*Service
+	seen volume.Seen
+}
+
+func (b bad) Since(uint64) volume.Seen { return b.seen }
+
+// What a replica says is bounded, however well it proved itself.
+func TestAReplicaThatTellsNonsenseIsRefused(t *testing.T) {
+	w := newReplicaWorld(t)
+	cfg := w.replica()
+	s, err := w.ask(cfg.TPM, cfg.Policy)
+	must(t, err)
+	many := make([]volume.Sighting, replica.PageSize+1)
+	for i := range many {
+		many[i] = volume.Sighting{Volume: fmt.Sprintf("data-%d", i), Revision: 1}
+	}
+	for name, seen := range map[string]volume.Seen{
+		"no volume":     {Volumes: []volume.Sighting{{Volume: "../data-1", Revision: 1}}},
+		"no revision":   {Volumes: []volume.Sighting{{Volume: "data-1"}}},
+		"one too large": {Volumes: []volume.Sighting{{Volume: "data-1", Revision: replica.MaxRevision + 1}}},
+		"too many":      {Volumes: many},
+		"the far end":   {Epoch: replica.MaxEpoch + 1},
+	} {
+		if err := s.Exchange(t.Context(), bad{w.server.service, seen}); failure.Of(err).Class != failure.Usage {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if n := entries(t, w.cfg.Audit, "replica-seen", `"refused"`); n != 5 {
+		t.Errorf("the audit log has %d of 5", n)
+	}
+	if len(w.server.service.volumes.Volumes()) != 0 || w.server.service.volumes.Epoch() != 0 {
+		t.Error("it was believed")
+	}
+}
 
 // With an external KMS there is nothing to give, and what was seen is exchanged all the same.
 func TestAnExternalKMSHasNothingToGive(t *testing.T) {

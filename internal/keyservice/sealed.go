@@ -167,7 +167,7 @@ func (s *Sealed) Unseal(ctx context.Context, waiting func()) (*Server, error) {
 		return nil, err
 	}
 	if !s.Waits() {
-		asking, cancel := context.WithTimeout(ctx, askTimeout)
+		asking, cancel := context.WithTimeout(ctx, roundTimeout)
 		defer cancel()
 		master, who := peers.ask(asking)
 		return s.start(ctx, master, who)

@@ -26,7 +26,7 @@ type history struct {
 	recovered map[string]time.Time // requests that were answered, by nonce
 	recordKey string
 	wentBack  string // what a node has shown of this log
-	epoch     uint64 // how often all records were given up
+	epoch     uint64 // when all records were given up the last time
 }
 
 // initRecords is the event after which nothing is known of the volumes before it.
@@ -37,7 +37,7 @@ func (h *history) note(e audit.Entry) {
 	case e.Result != "allowed":
 	case e.Event == initRecords:
 		h.seen = map[string]uint64{}
-		h.epoch = cmp.Or(e.Revision, h.epoch+1) // an entry of before has no number
+		h.epoch = cmp.Or(e.Revision, uint64(max(0, e.Time.Unix()))) // an entry of before has no number
 	case e.Volume != "":
 		h.seen[e.Volume] = max(h.seen[e.Volume], e.Revision)
 	}
@@ -156,7 +156,8 @@ func (s *Server) checkStart(ctx context.Context, st storage.Storage, log *audit.
 		s.log.Warn("beginning anew by an operator's word", "event", init.event, "volumes", len(h.seen))
 		entry := audit.Entry{Event: init.event, Result: "allowed", Detail: fmt.Sprintf("%d volumes were known", len(h.seen))}
 		if init.event == initRecords {
-			entry.Revision = h.epoch + 1
+			// By the clock: it is later than that of a replica which this log knows nothing of.
+			entry.Revision = max(h.epoch+1, uint64(max(0, time.Now().Unix())))
 		}
 		if err := log.Append(entry); err != nil {
 			return auditError(err)

@@ -14,7 +14,7 @@ import (
 const (
 	PageSize    = 1000    // volumes of a page
 	MaxRevision = 1 << 48 // of a volume
-	MaxEpoch    = 1 << 20
+	MaxEpoch    = 1 << 40
 )
 
 // ErrPage means that a page cannot be read.

@@ -13,8 +13,8 @@ type Sighting struct {
 
 // Seen is a part of what a key service has seen of volumes.
 type Seen struct {
-	// Epoch is how often operators gave up all records. What was seen in another one is
-	// of other records.
+	// Epoch began when an operator gave up all records, and is the second of that, or some
+	// later number. What was seen in another one is of other records.
 	Epoch   uint64
 	Volumes []Sighting
 	Next    uint64 // position behind the part
@@ -105,7 +105,7 @@ func (s *Store) SeenSince(position uint64, limit int) Seen {
 	return out
 }
 
-// Epoch is how often operators gave up all records.
+// Epoch is the present one, 0 if no operator ever gave up all records.
 func (s *Store) Epoch() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -114,7 +114,7 @@ func (x *JoinResponse) GetCorrelationId() string {
 type SeenRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RecordKey     string                 `protobuf:"bytes,1,opt,name=record_key,json=recordKey,proto3" json:"record_key,omitempty"` // ID of the caller's record MAC key
-	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`                         // how often its operators gave up all records
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`                         // when its operators gave up all records the last time
 	Page          []byte                 `protobuf:"bytes,3,opt,name=page,proto3" json:"page,omitempty"`                            // what the caller has seen: a line for each volume
 	After         uint64                 `protobuf:"varint,4,opt,name=after,proto3" json:"after,omitempty"`                         // position of the last answer on this connection, 0 for the first
 	unknownFields protoimpl.UnknownFields
