@@ -23,9 +23,9 @@ import (
 
 const (
 	// askTimeout bounds what one peer may take to prove itself and to answer, and roundTimeout
-	// all of them where a KMS has the secret too: systemd waits for 90 seconds.
+	// all of them where a KMS has the secret too: the unit gives a start one minute.
 	askTimeout   = 20 * time.Second
-	roundTimeout = time.Minute
+	roundTimeout = 40 * time.Second
 	// Between two rounds in which no peer gave the master secret.
 	firstPause, lastPause = time.Second, 15 * time.Second
 	// exchangeEvery is between two exchanges of what was seen, and beforeServing bounds the

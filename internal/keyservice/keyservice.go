@@ -62,8 +62,9 @@ type Options struct {
 	// Nil: there is none to give.
 	Master *kms.Secret
 	// Joined is who gave this key service its master secret, if another one did. Then
-	// there are records.
-	Joined string
+	// there are records, unless InitRecords is an operator's word that there are none.
+	Joined      string
+	InitRecords bool
 	// Epoch is when an operator gave up all records the last time, see [volume.Seen].
 	Epoch uint64
 	// Now is the clock. Default time.Now.
@@ -143,7 +144,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 // openRecords makes the record MAC key in a storage that is empty, unless another key service
 // gave the master secret: that one has records, and this storage is another one.
 func openRecords(ctx context.Context, opts Options) (*macstore.Store, error) {
-	if opts.Joined == "" {
+	if opts.Joined == "" || opts.InitRecords {
 		return macstore.Open(ctx, opts.KMS, opts.Storage, func(id string) error {
 			// Before it is stored: a crash in between leaves an ID of nothing, and never
 			// a key that is not known.
@@ -153,7 +154,7 @@ func openRecords(ctx context.Context, opts Options) (*macstore.Store, error) {
 	records, err := macstore.OpenExisting(ctx, opts.KMS, opts.Storage)
 	switch {
 	case errors.Is(err, storage.ErrNotFound):
-		return nil, failure.Newf(failure.Tampered, "storage: has to be the one of the other key services",
+		return nil, failure.Newf(failure.Tampered, "storage: has to be the one of the other key services; if its records are lost for good, start once with --init-records",
 			"%s gave the master secret, and the storage has no records: %w", opts.Joined, err)
 	case errors.Is(err, kms.ErrWrongKey), errors.Is(err, kms.ErrKEKVersion), errors.Is(err, macstore.ErrRefused):
 		return nil, failure.New(failure.WrongKey, fmt.Errorf("the master secret that %s gave is not that of the storage's records: %w", opts.Joined, err), "storage: and kms: have to be those of the other key services, with the same salt")

@@ -369,6 +369,10 @@ func TestAWrongSecretOfAReplicaIsNamed(t *testing.T) {
 	if names, err := st.List(t.Context(), "", "", 10); err != nil || len(names) != 0 {
 		t.Errorf("the empty storage has %q, %v", names, err)
 	}
+	empty.InitRecords = true // by an operator's word
+	server, err = w.opened(empty)
+	must(t, err)
+	must(t, server.Close())
 }
 
 // A sealed replica opens by a peer, in place of its shares; and two that are sealed have nothing

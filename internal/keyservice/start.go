@@ -91,7 +91,7 @@ func (s *Server) openService(ctx context.Context) error {
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
 		Seen: h.seen, Words: h.words, Recovery: s.cfg.Recovery, Recovered: h.recovered, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
-		Master: s.master, Joined: s.joined, Epoch: h.epoch,
+		Master: s.master, Joined: s.joined, InitRecords: s.cfg.InitRecords, Epoch: h.epoch,
 	})
 	if err != nil {
 		return forOperator(err)
