@@ -75,7 +75,8 @@ func TestOfEightNodesThatBeginAtOnceOneWrites(t *testing.T) {
 	for _, n := range nodes {
 		wg.Go(func() {
 			if err := n.begin(); err != nil {
-				if failure.Of(err).Class != failure.Held {
+				// One that comes when the writer is done already hears that instead.
+				if class := failure.Of(err).Class; class != failure.Held && class != failure.State {
 					t.Error(err)
 				}
 				return
