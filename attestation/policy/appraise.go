@@ -226,6 +226,7 @@ type Decision struct {
 	Writers    Writers       // who may write the volume at the same time
 	Expiry     bool          // a writer whose lease has ended may be replaced
 	Lease      time.Duration // of a writer
+	Offline    OfflineLimits // of openings without the key service; zero: none
 }
 
 // Authorize finds the first grant that allows the request. The error wraps
@@ -266,7 +267,7 @@ func (p *Policy) Authorize(a *Appraisal, r Request) (Decision, error) {
 			}
 		}
 		return Decision{Grant: g.Name, Owners: append([]string{g.Name}, g.Adopts...), Profile: a.Profile,
-			PolicyHash: p.hash, Warnings: a.Warnings, Writers: g.Writers, Expiry: g.Takeover == takeoverExpiry, Lease: g.lease}, nil
+			PolicyHash: p.hash, Warnings: a.Warnings, Writers: g.Writers, Expiry: g.Takeover == takeoverExpiry, Lease: g.lease, Offline: g.offline}, nil
 	}
 	return Decision{}, fmt.Errorf("%w: %s", ErrDenied, why)
 }

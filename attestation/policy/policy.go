@@ -105,9 +105,13 @@ type Grant struct {
 	Takeover string `yaml:"takeover,omitempty"`
 	// Lease is how long a writer's lease lasts without renewal. Default 2m.
 	Lease string `yaml:"lease,omitempty"`
+	// Offline bounds how a machine may open its volume while no key service answers.
+	// Nil: it may not.
+	Offline *Offline `yaml:"offline,omitempty"`
 
-	when  condition
-	lease time.Duration
+	when    condition
+	lease   time.Duration
+	offline OfflineLimits
 }
 
 // condition is a compiled expression.
@@ -363,6 +367,7 @@ func (c *Checker) grant(p *Policy, g *Grant, i int) {
 		c.Demand(namePattern.MatchString(name), "must be the name of a grant", "grants", i, "adopts", n)
 	}
 	c.writers(g, i)
+	c.offline(g, i)
 	if g.When != "" {
 		var err error
 		if g.when, err = compile(p.kinds, g.When); err != nil {

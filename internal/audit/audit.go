@@ -58,6 +58,7 @@ type Entry struct {
 	Holder        string    `json:"holder,omitempty"`     // of the attempt or the lease
 	Subject       string    `json:"subject,omitempty"`    // whom a word of revocation is of
 	Word          uint64    `json:"word,omitempty"`       // its number
+	Offline       string    `json:"offline,omitempty"`    // of openings without the key service
 	Result        string    `json:"result"`               // allowed, refused
 	Class         string    `json:"class,omitempty"`
 	Detail        string    `json:"detail,omitempty"`

@@ -38,6 +38,8 @@ type Client struct {
 
 	keys   *link
 	leases *link
+
+	reports reports
 }
 
 // Options configure [New].
@@ -137,6 +139,9 @@ type Request struct {
 	Left time.Duration
 	// Length of the key in bytes. 0 is the key service's choice.
 	Length int
+	// Offline is what this machine would keep the key for, while no key service answers.
+	// Zero: nothing.
+	Offline OfflineLimits
 }
 
 // GetKey returns the key of a volume. The caller closes it.
@@ -144,6 +149,9 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 	req := &keyservicev1.GetKeyRequest{
 		VolumeId: r.Volume, Operation: keyservicev1.Operation_OPERATION_OPEN, Protocol: protocol,
 		ReadOnly: r.ReadOnly, Node: c.node, LeaseId: r.LeaseID, Diskless: r.Diskless, Length: uint32(r.Length),
+	}
+	if r.Offline != (OfflineLimits{}) {
+		req.Offline = r.Offline.proto()
 	}
 	switch {
 	case r.Format:
@@ -164,9 +172,16 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 			seen := c.witness.Ask()
 			req.Checkpoints = seen.Notes()
 			sent := bootTime()
+			var said func(error)
+			req.OpenedOffline, said = c.reports.of(r.Volume)
 			resp, err := s.service.GetKey(ctx, req)
+			err = fromStatus(err)
+			said(err)
 			if err != nil {
-				return failure.FromStatus(err)
+				return err
+			}
+			if why := resp.GetOfflineRefused(); why != "" {
+				c.log.Warn("no key is kept for an outage of the key service", "volume", r.Volume, "why", printable(why), "correlation_id", resp.GetCorrelationId())
 			}
 			if err := seen.Hear(witness.Answer{Key: resp.GetCheckpointKey(), Note: resp.GetCheckpoint(), Consistency: resp.GetConsistency()}); err != nil {
 				return err
@@ -252,9 +267,12 @@ func (c *Client) Renew(ctx context.Context, volume string, id []byte) (*Lease, e
 	var lease *Lease
 	err := c.leases.call(ctx, func(ctx context.Context, s *session) error {
 		sent := bootTime()
-		resp, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, LeaseId: id, Node: c.node})
+		report, said := c.reports.of(volume)
+		resp, err := s.service.RenewLease(ctx, &keyservicev1.RenewLeaseRequest{VolumeId: volume, LeaseId: id, Node: c.node, OpenedOffline: report})
+		err = fromStatus(err)
+		said(err)
 		if err != nil {
-			return failure.FromStatus(err)
+			return err
 		}
 		if lease, err = leaseOf(resp.GetLease(), sent); lease != nil {
 			lease.Rotate = resp.GetRotate()

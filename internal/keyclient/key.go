@@ -68,8 +68,9 @@ type Key struct {
 	KeyVersion    uint32
 	MACs          MACs // zero while pending
 	Writers       Writers
-	Lease         *Lease // nil where there is none
-	Attempt       []byte // of a volume that is being created
+	Lease         *Lease   // nil where there is none
+	Attempt       []byte   // of a volume that is being created
+	Offline       *Offline // what it may be kept for; nil: it may not
 	CorrelationID string
 	Expires       time.Time // of the verdict under which it was released
 
@@ -115,6 +116,9 @@ func openKey(s *session, req *keyservicev1.GetKeyRequest, resp *keyservicev1.Get
 	var err error
 	if err = k.read(req, resp); err == nil {
 		k.Lease, err = leaseOf(resp.GetLease(), sent)
+	}
+	if err == nil {
+		k.Offline, err = offlineOf(resp)
 	}
 	if err != nil {
 		return nil, failure.New(failure.State, fmt.Errorf("the key service's answer makes no sense: %w", err), "are node and key service of the same release?")

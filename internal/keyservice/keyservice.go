@@ -243,6 +243,8 @@ type decision struct {
 	entry  *audit.Entry
 	// also authorises another operation of the same caller on the volume.
 	also func(policy.Operation) (policy.Decision, error)
+	// appraisal is what the policy makes of the caller.
+	appraisal *policy.Appraisal
 }
 
 // ask is what a caller wants: any one of the operations is enough.
@@ -255,6 +257,8 @@ type ask struct {
 	always bool
 	// replica: it is another key service that asks, and for no volume.
 	replica bool
+	// offline is what the caller did without the key service. Nil: nothing.
+	offline *keyservicev1.OfflineReport
 }
 
 // decide authorises a request, runs act, and records a refusal, no matter who refused.
@@ -298,6 +302,12 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return err
 	}
 	entry.Identity, entry.Evidence = c.verified.Identity(), evidenceDigest(c.verified)
+	if ask.offline != nil {
+		// Whether or not it may have the volume now.
+		if err := s.openedOffline(ctx, *entry, ask.offline); err != nil {
+			return err
+		}
+	}
 	if !ask.always {
 		if err := s.book.err(); err != nil {
 			return err
@@ -343,7 +353,7 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return err
 	}
 	entry.Grant, entry.Profile = d.Grant, d.Profile
-	return act(&decision{Decision: d, caller: c, entry: entry, also: allow})
+	return act(&decision{Decision: d, caller: c, entry: entry, also: allow, appraisal: a})
 }
 
 // refuse logs, audits and answers. The caller learns no more than the class,

@@ -25,7 +25,7 @@ func (s *Service) RenewLease(ctx context.Context, req *keyservicev1.RenewLeaseRe
 			return nil, err
 		}
 	}
-	wants := ask{event: "renew-lease", volume: req.GetVolumeId(), ops: toHold, readOnly: req.GetVerdict() && req.GetReadOnly()}
+	wants := ask{event: "renew-lease", volume: req.GetVolumeId(), ops: toHold, readOnly: req.GetVerdict() && req.GetReadOnly(), offline: req.GetOpenedOffline()}
 	err := s.decide(ctx, wants, func(d *decision) error {
 		c := d.caller.callerFor(req.GetNode(), req.GetLeaseId(), keyservicev1.Protocol)
 		d.entry.Lease, d.entry.Holder = hexed(req.GetLeaseId()), c.Holder.String()

@@ -16,7 +16,7 @@ import (
 // GetKey implements the service.
 func (s *Service) GetKey(ctx context.Context, req *keyservicev1.GetKeyRequest) (*keyservicev1.GetKeyResponse, error) {
 	var resp *keyservicev1.GetKeyResponse
-	wants := ask{event: "get-key", volume: req.GetVolumeId(), ops: operations[req.GetOperation()], readOnly: req.GetReadOnly()}
+	wants := ask{event: "get-key", volume: req.GetVolumeId(), ops: operations[req.GetOperation()], readOnly: req.GetReadOnly(), offline: req.GetOpenedOffline()}
 	err := s.decide(ctx, wants, func(d *decision) (err error) {
 		resp, err = s.release(ctx, d, req)
 		return err
@@ -56,6 +56,7 @@ func (s *Service) release(ctx context.Context, d *decision, req *keyservicev1.Ge
 			}
 		}
 	}
+	s.keepOffline(ctx, d, req, rec, resp)
 	dek, err := s.unwrap(ctx, rec)
 	if err != nil {
 		return nil, err

@@ -259,7 +259,11 @@ type GetKeyRequest struct {
 	Length uint32 `protobuf:"varint,8,opt,name=length,proto3" json:"length,omitempty"`
 	// Notes that the caller keeps of the audit logs of this service and its replicas, each
 	// the last of its log; at most 8. docs/spec/audit.md, section Witness.
-	Checkpoints   [][]byte `protobuf:"bytes,9,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	Checkpoints [][]byte `protobuf:"bytes,9,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	// The caller would keep the key of an active volume for openings without the key
+	// service, see docs/spec/offline.md. Unset: it keeps none.
+	Offline       *OfflineLimits `protobuf:"bytes,20,opt,name=offline,proto3" json:"offline,omitempty"`
+	OpenedOffline *OfflineReport `protobuf:"bytes,21,opt,name=opened_offline,json=openedOffline,proto3" json:"opened_offline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -357,6 +361,20 @@ func (x *GetKeyRequest) GetCheckpoints() [][]byte {
 	return nil
 }
 
+func (x *GetKeyRequest) GetOffline() *OfflineLimits {
+	if x != nil {
+		return x.Offline
+	}
+	return nil
+}
+
+func (x *GetKeyRequest) GetOpenedOffline() *OfflineReport {
+	if x != nil {
+		return x.OpenedOffline
+	}
+	return nil
+}
+
 type GetKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// HPKE ciphertext of the DEK; its info is the encoding of everything below,
@@ -379,8 +397,12 @@ type GetKeyResponse struct {
 	Checkpoint    []byte   `protobuf:"bytes,13,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	CheckpointKey []byte   `protobuf:"bytes,14,opt,name=checkpoint_key,json=checkpointKey,proto3" json:"checkpoint_key,omitempty"`
 	Consistency   [][]byte `protobuf:"bytes,15,rep,name=consistency,proto3" json:"consistency,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Unset: the caller keeps no key for openings without the key service, and destroys
+	// one that it has.
+	Offline        *OfflineGrant `protobuf:"bytes,20,opt,name=offline,proto3" json:"offline,omitempty"`
+	OfflineRefused string        `protobuf:"bytes,21,opt,name=offline_refused,json=offlineRefused,proto3" json:"offline_refused,omitempty"` // why there is none, if it was asked for; not sealed over
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *GetKeyResponse) Reset() {
@@ -518,6 +540,188 @@ func (x *GetKeyResponse) GetConsistency() [][]byte {
 	return nil
 }
 
+func (x *GetKeyResponse) GetOffline() *OfflineGrant {
+	if x != nil {
+		return x.Offline
+	}
+	return nil
+}
+
+func (x *GetKeyResponse) GetOfflineRefused() string {
+	if x != nil {
+		return x.OfflineRefused
+	}
+	return ""
+}
+
+// OfflineLimits bound openings without the key service.
+type OfflineLimits struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ForMs         uint64                 `protobuf:"varint,1,opt,name=for_ms,json=forMs,proto3" json:"for_ms,omitempty"` // of the TPM's clock, from the moment at which the key is sealed
+	Boots         uint32                 `protobuf:"varint,2,opt,name=boots,proto3" json:"boots,omitempty"`              // TPM resets from then on
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfflineLimits) Reset() {
+	*x = OfflineLimits{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfflineLimits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfflineLimits) ProtoMessage() {}
+
+func (x *OfflineLimits) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfflineLimits.ProtoReflect.Descriptor instead.
+func (*OfflineLimits) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *OfflineLimits) GetForMs() uint64 {
+	if x != nil {
+		return x.ForMs
+	}
+	return 0
+}
+
+func (x *OfflineLimits) GetBoots() uint32 {
+	if x != nil {
+		return x.Boots
+	}
+	return 0
+}
+
+// OfflineGrant allows the caller to keep the key, sealed to its TPM.
+type OfflineGrant struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Limits        *OfflineLimits         `protobuf:"bytes,1,opt,name=limits,proto3" json:"limits,omitempty"`                        // no more than was asked for
+	Pcrs          []uint32               `protobuf:"varint,2,rep,packed,name=pcrs,proto3" json:"pcrs,omitempty"`                    // that the caller's profile enforces, of the bank SHA-256, ascending
+	PcrDigest     []byte                 `protobuf:"bytes,3,opt,name=pcr_digest,json=pcrDigest,proto3" json:"pcr_digest,omitempty"` // SHA-256 of their values in the quote that was verified
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfflineGrant) Reset() {
+	*x = OfflineGrant{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfflineGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfflineGrant) ProtoMessage() {}
+
+func (x *OfflineGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfflineGrant.ProtoReflect.Descriptor instead.
+func (*OfflineGrant) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OfflineGrant) GetLimits() *OfflineLimits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *OfflineGrant) GetPcrs() []uint32 {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+func (x *OfflineGrant) GetPcrDigest() []byte {
+	if x != nil {
+		return x.PcrDigest
+	}
+	return nil
+}
+
+// OfflineReport says that the caller opened the volume without the key service since it
+// last had an answer.
+type OfflineReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Boots         uint32                 `protobuf:"varint,1,opt,name=boots,proto3" json:"boots,omitempty"`                    // in so many boots
+	SinceMs       uint64                 `protobuf:"varint,2,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"` // since the first time, by the TPM's clock
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OfflineReport) Reset() {
+	*x = OfflineReport{}
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OfflineReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OfflineReport) ProtoMessage() {}
+
+func (x *OfflineReport) ProtoReflect() protoreflect.Message {
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OfflineReport.ProtoReflect.Descriptor instead.
+func (*OfflineReport) Descriptor() ([]byte, []int) {
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *OfflineReport) GetBoots() uint32 {
+	if x != nil {
+		return x.Boots
+	}
+	return 0
+}
+
+func (x *OfflineReport) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
 // Lease is the right to write a volume.
 type Lease struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -530,7 +734,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -542,7 +746,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[2]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -555,7 +759,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{2}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Lease) GetId() []byte {
@@ -595,7 +799,7 @@ type BeginFormatRequest struct {
 
 func (x *BeginFormatRequest) Reset() {
 	*x = BeginFormatRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -607,7 +811,7 @@ func (x *BeginFormatRequest) String() string {
 func (*BeginFormatRequest) ProtoMessage() {}
 
 func (x *BeginFormatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[3]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -620,7 +824,7 @@ func (x *BeginFormatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginFormatRequest.ProtoReflect.Descriptor instead.
 func (*BeginFormatRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{3}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BeginFormatRequest) GetVolumeId() string {
@@ -689,7 +893,7 @@ type BeginFormatResponse struct {
 
 func (x *BeginFormatResponse) Reset() {
 	*x = BeginFormatResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +905,7 @@ func (x *BeginFormatResponse) String() string {
 func (*BeginFormatResponse) ProtoMessage() {}
 
 func (x *BeginFormatResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[4]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +918,7 @@ func (x *BeginFormatResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginFormatResponse.ProtoReflect.Descriptor instead.
 func (*BeginFormatResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{4}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *BeginFormatResponse) GetTermMs() uint64 {
@@ -742,7 +946,7 @@ type HeaderStandsRequest struct {
 
 func (x *HeaderStandsRequest) Reset() {
 	*x = HeaderStandsRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -754,7 +958,7 @@ func (x *HeaderStandsRequest) String() string {
 func (*HeaderStandsRequest) ProtoMessage() {}
 
 func (x *HeaderStandsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[5]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -767,7 +971,7 @@ func (x *HeaderStandsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeaderStandsRequest.ProtoReflect.Descriptor instead.
 func (*HeaderStandsRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{5}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HeaderStandsRequest) GetVolumeId() string {
@@ -803,7 +1007,7 @@ type HeaderStandsResponse struct {
 
 func (x *HeaderStandsResponse) Reset() {
 	*x = HeaderStandsResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -815,7 +1019,7 @@ func (x *HeaderStandsResponse) String() string {
 func (*HeaderStandsResponse) ProtoMessage() {}
 
 func (x *HeaderStandsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[6]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -828,7 +1032,7 @@ func (x *HeaderStandsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeaderStandsResponse.ProtoReflect.Descriptor instead.
 func (*HeaderStandsResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{6}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HeaderStandsResponse) GetState() VolumeState {
@@ -872,7 +1076,7 @@ type ConfirmVolumeRequest struct {
 
 func (x *ConfirmVolumeRequest) Reset() {
 	*x = ConfirmVolumeRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -884,7 +1088,7 @@ func (x *ConfirmVolumeRequest) String() string {
 func (*ConfirmVolumeRequest) ProtoMessage() {}
 
 func (x *ConfirmVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[7]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -897,7 +1101,7 @@ func (x *ConfirmVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{7}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ConfirmVolumeRequest) GetVolumeId() string {
@@ -946,7 +1150,7 @@ type ConfirmVolumeResponse struct {
 
 func (x *ConfirmVolumeResponse) Reset() {
 	*x = ConfirmVolumeResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -958,7 +1162,7 @@ func (x *ConfirmVolumeResponse) String() string {
 func (*ConfirmVolumeResponse) ProtoMessage() {}
 
 func (x *ConfirmVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[8]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -971,7 +1175,7 @@ func (x *ConfirmVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmVolumeResponse.ProtoReflect.Descriptor instead.
 func (*ConfirmVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{8}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ConfirmVolumeResponse) GetState() VolumeState {
@@ -1002,13 +1206,14 @@ type RenewLeaseRequest struct {
 	Node          string                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
 	Verdict       bool                   `protobuf:"varint,4,opt,name=verdict,proto3" json:"verdict,omitempty"`                   // the caller has no lease, and asks whether it may still have the volume open
 	ReadOnly      bool                   `protobuf:"varint,5,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"` // that is for reading
+	OpenedOffline *OfflineReport         `protobuf:"bytes,20,opt,name=opened_offline,json=openedOffline,proto3" json:"opened_offline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RenewLeaseRequest) Reset() {
 	*x = RenewLeaseRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1020,7 +1225,7 @@ func (x *RenewLeaseRequest) String() string {
 func (*RenewLeaseRequest) ProtoMessage() {}
 
 func (x *RenewLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[9]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1033,7 +1238,7 @@ func (x *RenewLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewLeaseRequest.ProtoReflect.Descriptor instead.
 func (*RenewLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{9}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RenewLeaseRequest) GetVolumeId() string {
@@ -1071,6 +1276,13 @@ func (x *RenewLeaseRequest) GetReadOnly() bool {
 	return false
 }
 
+func (x *RenewLeaseRequest) GetOpenedOffline() *OfflineReport {
+	if x != nil {
+		return x.OpenedOffline
+	}
+	return nil
+}
+
 type RenewLeaseResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
@@ -1082,7 +1294,7 @@ type RenewLeaseResponse struct {
 
 func (x *RenewLeaseResponse) Reset() {
 	*x = RenewLeaseResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1094,7 +1306,7 @@ func (x *RenewLeaseResponse) String() string {
 func (*RenewLeaseResponse) ProtoMessage() {}
 
 func (x *RenewLeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[10]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1107,7 +1319,7 @@ func (x *RenewLeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewLeaseResponse.ProtoReflect.Descriptor instead.
 func (*RenewLeaseResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{10}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RenewLeaseResponse) GetLease() *Lease {
@@ -1147,7 +1359,7 @@ type RotateKeyRequest struct {
 
 func (x *RotateKeyRequest) Reset() {
 	*x = RotateKeyRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1371,7 @@ func (x *RotateKeyRequest) String() string {
 func (*RotateKeyRequest) ProtoMessage() {}
 
 func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[11]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1384,7 @@ func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyRequest.ProtoReflect.Descriptor instead.
 func (*RotateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{11}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RotateKeyRequest) GetVolumeId() string {
@@ -1241,7 +1453,7 @@ type RotateKeyResponse struct {
 
 func (x *RotateKeyResponse) Reset() {
 	*x = RotateKeyResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1253,7 +1465,7 @@ func (x *RotateKeyResponse) String() string {
 func (*RotateKeyResponse) ProtoMessage() {}
 
 func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[12]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1266,7 +1478,7 @@ func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyResponse.ProtoReflect.Descriptor instead.
 func (*RotateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{12}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RotateKeyResponse) GetKeyVersion() uint32 {
@@ -1293,7 +1505,7 @@ type RetireVolumeRequest struct {
 
 func (x *RetireVolumeRequest) Reset() {
 	*x = RetireVolumeRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1517,7 @@ func (x *RetireVolumeRequest) String() string {
 func (*RetireVolumeRequest) ProtoMessage() {}
 
 func (x *RetireVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[13]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1530,7 @@ func (x *RetireVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireVolumeRequest.ProtoReflect.Descriptor instead.
 func (*RetireVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{13}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RetireVolumeRequest) GetVolumeId() string {
@@ -1346,7 +1558,7 @@ type RetireVolumeResponse struct {
 
 func (x *RetireVolumeResponse) Reset() {
 	*x = RetireVolumeResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1570,7 @@ func (x *RetireVolumeResponse) String() string {
 func (*RetireVolumeResponse) ProtoMessage() {}
 
 func (x *RetireVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[14]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1583,7 @@ func (x *RetireVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireVolumeResponse.ProtoReflect.Descriptor instead.
 func (*RetireVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{14}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RetireVolumeResponse) GetLuksUuid() string {
@@ -1405,7 +1617,7 @@ type ReleaseLeaseRequest struct {
 
 func (x *ReleaseLeaseRequest) Reset() {
 	*x = ReleaseLeaseRequest{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1629,7 @@ func (x *ReleaseLeaseRequest) String() string {
 func (*ReleaseLeaseRequest) ProtoMessage() {}
 
 func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[15]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1642,7 @@ func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{15}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReleaseLeaseRequest) GetVolumeId() string {
@@ -1456,7 +1668,7 @@ type ReleaseLeaseResponse struct {
 
 func (x *ReleaseLeaseResponse) Reset() {
 	*x = ReleaseLeaseResponse{}
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1680,7 @@ func (x *ReleaseLeaseResponse) String() string {
 func (*ReleaseLeaseResponse) ProtoMessage() {}
 
 func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[16]
+	mi := &file_keyagent_keyservice_v1_keyservice_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1693,7 @@ func (x *ReleaseLeaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseResponse) Descriptor() ([]byte, []int) {
-	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{16}
+	return file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReleaseLeaseResponse) GetCorrelationId() string {
@@ -1495,7 +1707,7 @@ var File_keyagent_keyservice_v1_keyservice_proto protoreflect.FileDescriptor
 
 const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
-	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xab\x02\n" +
+	"'keyagent/keyservice/v1/keyservice.proto\x12\x16keyagent.keyservice.v1\x1a\x1fkeyagent/attest/v1/attest.proto\"\xba\x03\n" +
 	"\rGetKeyRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12?\n" +
 	"\toperation\x18\x02 \x01(\x0e2!.keyagent.keyservice.v1.OperationR\toperation\x12\x1a\n" +
@@ -1505,7 +1717,9 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\blease_id\x18\x06 \x01(\fR\aleaseId\x12\x1a\n" +
 	"\bdiskless\x18\a \x01(\bR\bdiskless\x12\x16\n" +
 	"\x06length\x18\b \x01(\rR\x06length\x12 \n" +
-	"\vcheckpoints\x18\t \x03(\fR\vcheckpoints\"\xba\x04\n" +
+	"\vcheckpoints\x18\t \x03(\fR\vcheckpoints\x12?\n" +
+	"\aoffline\x18\x14 \x01(\v2%.keyagent.keyservice.v1.OfflineLimitsR\aoffline\x12L\n" +
+	"\x0eopened_offline\x18\x15 \x01(\v2%.keyagent.keyservice.v1.OfflineReportR\ropenedOffline\"\xa3\x05\n" +
 	"\x0eGetKeyResponse\x12\x1d\n" +
 	"\n" +
 	"sealed_dek\x18\x01 \x01(\fR\tsealedDek\x129\n" +
@@ -1529,7 +1743,20 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"checkpoint\x18\r \x01(\fR\n" +
 	"checkpoint\x12%\n" +
 	"\x0echeckpoint_key\x18\x0e \x01(\fR\rcheckpointKey\x12 \n" +
-	"\vconsistency\x18\x0f \x03(\fR\vconsistency\"F\n" +
+	"\vconsistency\x18\x0f \x03(\fR\vconsistency\x12>\n" +
+	"\aoffline\x18\x14 \x01(\v2$.keyagent.keyservice.v1.OfflineGrantR\aoffline\x12'\n" +
+	"\x0foffline_refused\x18\x15 \x01(\tR\x0eofflineRefused\"<\n" +
+	"\rOfflineLimits\x12\x15\n" +
+	"\x06for_ms\x18\x01 \x01(\x04R\x05forMs\x12\x14\n" +
+	"\x05boots\x18\x02 \x01(\rR\x05boots\"\x80\x01\n" +
+	"\fOfflineGrant\x12=\n" +
+	"\x06limits\x18\x01 \x01(\v2%.keyagent.keyservice.v1.OfflineLimitsR\x06limits\x12\x12\n" +
+	"\x04pcrs\x18\x02 \x03(\rR\x04pcrs\x12\x1d\n" +
+	"\n" +
+	"pcr_digest\x18\x03 \x01(\fR\tpcrDigest\"@\n" +
+	"\rOfflineReport\x12\x14\n" +
+	"\x05boots\x18\x01 \x01(\rR\x05boots\x12\x19\n" +
+	"\bsince_ms\x18\x02 \x01(\x04R\asinceMs\"F\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\fR\x02id\x12\x17\n" +
 	"\aterm_ms\x18\x02 \x01(\x04R\x06termMs\x12\x14\n" +
@@ -1574,13 +1801,14 @@ const file_keyagent_keyservice_v1_keyservice_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
 	"generation\x12%\n" +
-	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\"\x96\x01\n" +
+	"\x0ecorrelation_id\x18\x03 \x01(\tR\rcorrelationId\"\xe4\x01\n" +
 	"\x11RenewLeaseRequest\x12\x1b\n" +
 	"\tvolume_id\x18\x01 \x01(\tR\bvolumeId\x12\x19\n" +
 	"\blease_id\x18\x02 \x01(\fR\aleaseId\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\tR\x04node\x12\x18\n" +
 	"\averdict\x18\x04 \x01(\bR\averdict\x12\x1b\n" +
-	"\tread_only\x18\x05 \x01(\bR\breadOnly\"\x88\x01\n" +
+	"\tread_only\x18\x05 \x01(\bR\breadOnly\x12L\n" +
+	"\x0eopened_offline\x18\x14 \x01(\v2%.keyagent.keyservice.v1.OfflineReportR\ropenedOffline\"\x88\x01\n" +
 	"\x12RenewLeaseResponse\x123\n" +
 	"\x05lease\x18\x01 \x01(\v2\x1d.keyagent.keyservice.v1.LeaseR\x05lease\x12%\n" +
 	"\x0ecorrelation_id\x18\x02 \x01(\tR\rcorrelationId\x12\x16\n" +
@@ -1663,7 +1891,7 @@ func file_keyagent_keyservice_v1_keyservice_proto_rawDescGZIP() []byte {
 }
 
 var file_keyagent_keyservice_v1_keyservice_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_keyagent_keyservice_v1_keyservice_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(Operation)(0),                // 0: keyagent.keyservice.v1.Operation
 	(VolumeState)(0),              // 1: keyagent.keyservice.v1.VolumeState
@@ -1671,57 +1899,65 @@ var file_keyagent_keyservice_v1_keyservice_proto_goTypes = []any{
 	(RotationStep)(0),             // 3: keyagent.keyservice.v1.RotationStep
 	(*GetKeyRequest)(nil),         // 4: keyagent.keyservice.v1.GetKeyRequest
 	(*GetKeyResponse)(nil),        // 5: keyagent.keyservice.v1.GetKeyResponse
-	(*Lease)(nil),                 // 6: keyagent.keyservice.v1.Lease
-	(*BeginFormatRequest)(nil),    // 7: keyagent.keyservice.v1.BeginFormatRequest
-	(*BeginFormatResponse)(nil),   // 8: keyagent.keyservice.v1.BeginFormatResponse
-	(*HeaderStandsRequest)(nil),   // 9: keyagent.keyservice.v1.HeaderStandsRequest
-	(*HeaderStandsResponse)(nil),  // 10: keyagent.keyservice.v1.HeaderStandsResponse
-	(*ConfirmVolumeRequest)(nil),  // 11: keyagent.keyservice.v1.ConfirmVolumeRequest
-	(*ConfirmVolumeResponse)(nil), // 12: keyagent.keyservice.v1.ConfirmVolumeResponse
-	(*RenewLeaseRequest)(nil),     // 13: keyagent.keyservice.v1.RenewLeaseRequest
-	(*RenewLeaseResponse)(nil),    // 14: keyagent.keyservice.v1.RenewLeaseResponse
-	(*RotateKeyRequest)(nil),      // 15: keyagent.keyservice.v1.RotateKeyRequest
-	(*RotateKeyResponse)(nil),     // 16: keyagent.keyservice.v1.RotateKeyResponse
-	(*RetireVolumeRequest)(nil),   // 17: keyagent.keyservice.v1.RetireVolumeRequest
-	(*RetireVolumeResponse)(nil),  // 18: keyagent.keyservice.v1.RetireVolumeResponse
-	(*ReleaseLeaseRequest)(nil),   // 19: keyagent.keyservice.v1.ReleaseLeaseRequest
-	(*ReleaseLeaseResponse)(nil),  // 20: keyagent.keyservice.v1.ReleaseLeaseResponse
-	(*v1.Frame)(nil),              // 21: keyagent.attest.v1.Frame
+	(*OfflineLimits)(nil),         // 6: keyagent.keyservice.v1.OfflineLimits
+	(*OfflineGrant)(nil),          // 7: keyagent.keyservice.v1.OfflineGrant
+	(*OfflineReport)(nil),         // 8: keyagent.keyservice.v1.OfflineReport
+	(*Lease)(nil),                 // 9: keyagent.keyservice.v1.Lease
+	(*BeginFormatRequest)(nil),    // 10: keyagent.keyservice.v1.BeginFormatRequest
+	(*BeginFormatResponse)(nil),   // 11: keyagent.keyservice.v1.BeginFormatResponse
+	(*HeaderStandsRequest)(nil),   // 12: keyagent.keyservice.v1.HeaderStandsRequest
+	(*HeaderStandsResponse)(nil),  // 13: keyagent.keyservice.v1.HeaderStandsResponse
+	(*ConfirmVolumeRequest)(nil),  // 14: keyagent.keyservice.v1.ConfirmVolumeRequest
+	(*ConfirmVolumeResponse)(nil), // 15: keyagent.keyservice.v1.ConfirmVolumeResponse
+	(*RenewLeaseRequest)(nil),     // 16: keyagent.keyservice.v1.RenewLeaseRequest
+	(*RenewLeaseResponse)(nil),    // 17: keyagent.keyservice.v1.RenewLeaseResponse
+	(*RotateKeyRequest)(nil),      // 18: keyagent.keyservice.v1.RotateKeyRequest
+	(*RotateKeyResponse)(nil),     // 19: keyagent.keyservice.v1.RotateKeyResponse
+	(*RetireVolumeRequest)(nil),   // 20: keyagent.keyservice.v1.RetireVolumeRequest
+	(*RetireVolumeResponse)(nil),  // 21: keyagent.keyservice.v1.RetireVolumeResponse
+	(*ReleaseLeaseRequest)(nil),   // 22: keyagent.keyservice.v1.ReleaseLeaseRequest
+	(*ReleaseLeaseResponse)(nil),  // 23: keyagent.keyservice.v1.ReleaseLeaseResponse
+	(*v1.Frame)(nil),              // 24: keyagent.attest.v1.Frame
 }
 var file_keyagent_keyservice_v1_keyservice_proto_depIdxs = []int32{
 	0,  // 0: keyagent.keyservice.v1.GetKeyRequest.operation:type_name -> keyagent.keyservice.v1.Operation
-	1,  // 1: keyagent.keyservice.v1.GetKeyResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	2,  // 2: keyagent.keyservice.v1.GetKeyResponse.writers:type_name -> keyagent.keyservice.v1.Writers
-	6,  // 3: keyagent.keyservice.v1.GetKeyResponse.lease:type_name -> keyagent.keyservice.v1.Lease
-	1,  // 4: keyagent.keyservice.v1.HeaderStandsResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	2,  // 5: keyagent.keyservice.v1.HeaderStandsResponse.writers:type_name -> keyagent.keyservice.v1.Writers
-	6,  // 6: keyagent.keyservice.v1.HeaderStandsResponse.lease:type_name -> keyagent.keyservice.v1.Lease
-	1,  // 7: keyagent.keyservice.v1.ConfirmVolumeResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
-	6,  // 8: keyagent.keyservice.v1.RenewLeaseResponse.lease:type_name -> keyagent.keyservice.v1.Lease
-	3,  // 9: keyagent.keyservice.v1.RotateKeyRequest.step:type_name -> keyagent.keyservice.v1.RotationStep
-	4,  // 10: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
-	7,  // 11: keyagent.keyservice.v1.KeyService.BeginFormat:input_type -> keyagent.keyservice.v1.BeginFormatRequest
-	9,  // 12: keyagent.keyservice.v1.KeyService.HeaderStands:input_type -> keyagent.keyservice.v1.HeaderStandsRequest
-	11, // 13: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
-	13, // 14: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
-	15, // 15: keyagent.keyservice.v1.KeyService.RotateKey:input_type -> keyagent.keyservice.v1.RotateKeyRequest
-	17, // 16: keyagent.keyservice.v1.KeyService.RetireVolume:input_type -> keyagent.keyservice.v1.RetireVolumeRequest
-	19, // 17: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
-	21, // 18: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
-	5,  // 19: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
-	8,  // 20: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
-	10, // 21: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
-	12, // 22: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
-	14, // 23: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
-	16, // 24: keyagent.keyservice.v1.KeyService.RotateKey:output_type -> keyagent.keyservice.v1.RotateKeyResponse
-	18, // 25: keyagent.keyservice.v1.KeyService.RetireVolume:output_type -> keyagent.keyservice.v1.RetireVolumeResponse
-	20, // 26: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
-	21, // 27: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
-	19, // [19:28] is the sub-list for method output_type
-	10, // [10:19] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	6,  // 1: keyagent.keyservice.v1.GetKeyRequest.offline:type_name -> keyagent.keyservice.v1.OfflineLimits
+	8,  // 2: keyagent.keyservice.v1.GetKeyRequest.opened_offline:type_name -> keyagent.keyservice.v1.OfflineReport
+	1,  // 3: keyagent.keyservice.v1.GetKeyResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	2,  // 4: keyagent.keyservice.v1.GetKeyResponse.writers:type_name -> keyagent.keyservice.v1.Writers
+	9,  // 5: keyagent.keyservice.v1.GetKeyResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	7,  // 6: keyagent.keyservice.v1.GetKeyResponse.offline:type_name -> keyagent.keyservice.v1.OfflineGrant
+	6,  // 7: keyagent.keyservice.v1.OfflineGrant.limits:type_name -> keyagent.keyservice.v1.OfflineLimits
+	1,  // 8: keyagent.keyservice.v1.HeaderStandsResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	2,  // 9: keyagent.keyservice.v1.HeaderStandsResponse.writers:type_name -> keyagent.keyservice.v1.Writers
+	9,  // 10: keyagent.keyservice.v1.HeaderStandsResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	1,  // 11: keyagent.keyservice.v1.ConfirmVolumeResponse.state:type_name -> keyagent.keyservice.v1.VolumeState
+	8,  // 12: keyagent.keyservice.v1.RenewLeaseRequest.opened_offline:type_name -> keyagent.keyservice.v1.OfflineReport
+	9,  // 13: keyagent.keyservice.v1.RenewLeaseResponse.lease:type_name -> keyagent.keyservice.v1.Lease
+	3,  // 14: keyagent.keyservice.v1.RotateKeyRequest.step:type_name -> keyagent.keyservice.v1.RotationStep
+	4,  // 15: keyagent.keyservice.v1.KeyService.GetKey:input_type -> keyagent.keyservice.v1.GetKeyRequest
+	10, // 16: keyagent.keyservice.v1.KeyService.BeginFormat:input_type -> keyagent.keyservice.v1.BeginFormatRequest
+	12, // 17: keyagent.keyservice.v1.KeyService.HeaderStands:input_type -> keyagent.keyservice.v1.HeaderStandsRequest
+	14, // 18: keyagent.keyservice.v1.KeyService.ConfirmVolume:input_type -> keyagent.keyservice.v1.ConfirmVolumeRequest
+	16, // 19: keyagent.keyservice.v1.KeyService.RenewLease:input_type -> keyagent.keyservice.v1.RenewLeaseRequest
+	18, // 20: keyagent.keyservice.v1.KeyService.RotateKey:input_type -> keyagent.keyservice.v1.RotateKeyRequest
+	20, // 21: keyagent.keyservice.v1.KeyService.RetireVolume:input_type -> keyagent.keyservice.v1.RetireVolumeRequest
+	22, // 22: keyagent.keyservice.v1.KeyService.ReleaseLease:input_type -> keyagent.keyservice.v1.ReleaseLeaseRequest
+	24, // 23: keyagent.keyservice.v1.KeyService.Reattest:input_type -> keyagent.attest.v1.Frame
+	5,  // 24: keyagent.keyservice.v1.KeyService.GetKey:output_type -> keyagent.keyservice.v1.GetKeyResponse
+	11, // 25: keyagent.keyservice.v1.KeyService.BeginFormat:output_type -> keyagent.keyservice.v1.BeginFormatResponse
+	13, // 26: keyagent.keyservice.v1.KeyService.HeaderStands:output_type -> keyagent.keyservice.v1.HeaderStandsResponse
+	15, // 27: keyagent.keyservice.v1.KeyService.ConfirmVolume:output_type -> keyagent.keyservice.v1.ConfirmVolumeResponse
+	17, // 28: keyagent.keyservice.v1.KeyService.RenewLease:output_type -> keyagent.keyservice.v1.RenewLeaseResponse
+	19, // 29: keyagent.keyservice.v1.KeyService.RotateKey:output_type -> keyagent.keyservice.v1.RotateKeyResponse
+	21, // 30: keyagent.keyservice.v1.KeyService.RetireVolume:output_type -> keyagent.keyservice.v1.RetireVolumeResponse
+	23, // 31: keyagent.keyservice.v1.KeyService.ReleaseLease:output_type -> keyagent.keyservice.v1.ReleaseLeaseResponse
+	24, // 32: keyagent.keyservice.v1.KeyService.Reattest:output_type -> keyagent.attest.v1.Frame
+	24, // [24:33] is the sub-list for method output_type
+	15, // [15:24] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_keyagent_keyservice_v1_keyservice_proto_init() }
@@ -1735,7 +1971,7 @@ func file_keyagent_keyservice_v1_keyservice_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_keyagent_keyservice_v1_keyservice_proto_rawDesc), len(file_keyagent_keyservice_v1_keyservice_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   17,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

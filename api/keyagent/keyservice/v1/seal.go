@@ -40,13 +40,22 @@ func SealInfo(volumeID string, op Operation, r *GetKeyResponse) []byte {
 		}
 		lease = sealField(nil, l.GetId(), u64(l.GetTermMs()), u64(bound))
 	}
-	return sealField(out,
+	out = sealField(out,
 		u64(uint64(r.GetProtocol())),
 		sealField(nil, r.GetCopyMacs()...),
 		u64(uint64(r.GetWriters())),
 		lease,
 		r.GetAttempt(),
 	)
+	if o := r.GetOffline(); o != nil {
+		var pcrs []byte
+		for _, n := range o.GetPcrs() {
+			pcrs = append(pcrs, u64(uint64(n))...)
+		}
+		out = sealField(out, []byte("offline"),
+			sealField(nil, u64(o.GetLimits().GetForMs()), u64(uint64(o.GetLimits().GetBoots())), pcrs, o.GetPcrDigest()))
+	}
+	return out
 }
 
 func u64(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }

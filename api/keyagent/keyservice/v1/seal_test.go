@@ -17,6 +17,10 @@ func response() *GetKeyResponse {
 	}
 }
 
+func grant() *OfflineGrant {
+	return &OfflineGrant{Limits: &OfflineLimits{ForMs: 86_400_000, Boots: 3}, Pcrs: []uint32{4, 11}, PcrDigest: fill(0xcc, 32)}
+}
+
 // The digests were computed a second time, from the specification, by another
 // program.
 func TestWhatIsSealedHasItsVectors(t *testing.T) {
@@ -25,6 +29,7 @@ func TestWhatIsSealedHasItsVectors(t *testing.T) {
 		want   string
 	}{
 		"with a lease": {func(*GetKeyResponse) {}, "5754edfa496bd856e7a84a1800f0b480287b6f5238b78dfa631188a9a6251b24"},
+		"offline":      {func(r *GetKeyResponse) { r.Offline = grant() }, "313428d8a9aba87bf4b32ee7fe49f46e8cba488ebb5b0878020cf57e7690db3c"},
 		"without one":  {func(r *GetKeyResponse) { r.Lease = nil }, "b28b0db19afbd045b967ff629134c5fe55af8acf9e418881c869eb13876cb4da"},
 	} {
 		r := response()
@@ -61,6 +66,12 @@ func TestEveryFieldOfAnAnswerIsSealed(t *testing.T) {
 		"lease term":       func(r *GetKeyResponse) { r.Lease.TermMs++ },
 		"lease unbound":    func(r *GetKeyResponse) { r.Lease.Bound = false },
 		"attempt":          func(r *GetKeyResponse) { r.Attempt = nil },
+		"offline":          func(r *GetKeyResponse) { r.Offline = grant() },
+		"offline, empty":   func(r *GetKeyResponse) { r.Offline = &OfflineGrant{} },
+		"offline for":      func(r *GetKeyResponse) { r.Offline = grant(); r.Offline.Limits.ForMs++ },
+		"offline boots":    func(r *GetKeyResponse) { r.Offline = grant(); r.Offline.Limits.Boots++ },
+		"offline pcrs":     func(r *GetKeyResponse) { r.Offline = grant(); r.Offline.Pcrs = r.Offline.Pcrs[1:] },
+		"offline digest":   func(r *GetKeyResponse) { r.Offline = grant(); r.Offline.PcrDigest = nil },
 	} {
 		r := response()
 		change(r)
@@ -71,13 +82,13 @@ func TestEveryFieldOfAnAnswerIsSealed(t *testing.T) {
 	}
 	// What is not of the answer's meaning is not in it.
 	r := response()
-	r.CorrelationId, r.SealedDek = "x", []byte("y")
+	r.CorrelationId, r.SealedDek, r.OfflineRefused = "x", []byte("y"), "z"
 	if info(r) != info(response()) {
 		t.Error("the correlation ID is sealed")
 	}
 	// A field that is added later must be sealed, or be named here.
 	// The checkpoint has a signature of its own, by a key that the node keeps.
-	if n := (&GetKeyResponse{}).ProtoReflect().Descriptor().Fields().Len(); n != 12+3 {
+	if n := (&GetKeyResponse{}).ProtoReflect().Descriptor().Fields().Len(); n != 14+3 {
 		t.Errorf("the answer has %d fields: seal the new one", n)
 	}
 	if n := (&Lease{}).ProtoReflect().Descriptor().Fields().Len(); n != 3 {

@@ -452,8 +452,11 @@ func (x *OpenEvent) GetVolume() *Volume {
 }
 
 type CloseRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Also destroy the key that is kept for openings without the key service, with which
+	// the volume's lease stays here.
+	GiveBack      bool `protobuf:"varint,2,opt,name=give_back,json=giveBack,proto3" json:"give_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -493,6 +496,13 @@ func (x *CloseRequest) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *CloseRequest) GetGiveBack() bool {
+	if x != nil {
+		return x.GiveBack
+	}
+	return false
 }
 
 type CloseResponse struct {
@@ -1505,9 +1515,10 @@ const file_keyagent_node_v1_node_proto_rawDesc = "" +
 	"\tOpenEvent\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x17\n" +
 	"\atook_ms\x18\x02 \x01(\x04R\x06tookMs\x120\n" +
-	"\x06volume\x18\x03 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1e\n" +
+	"\x06volume\x18\x03 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\";\n" +
 	"\fCloseRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"A\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
+	"\tgive_back\x18\x02 \x01(\bR\bgiveBack\"A\n" +
 	"\rCloseResponse\x120\n" +
 	"\x06volume\x18\x01 \x01(\v2\x18.keyagent.node.v1.VolumeR\x06volume\"\x1f\n" +
 	"\rStatusRequest\x12\x0e\n" +
