@@ -165,6 +165,27 @@ func (p *TPM) Restart(t testing.TB) {
 	p.start(t)
 }
 
+// Snapshot keeps the TPM's state as it is now, for [TPM.RollBack].
+func (p *TPM) Snapshot(t testing.TB) (snapshot string) {
+	t.Helper()
+	snapshot = filepath.Join(t.TempDir(), "state")
+	if err := os.CopyFS(snapshot, os.DirFS(p.State)); err != nil {
+		t.Fatal(err)
+	}
+	return snapshot
+}
+
+// RollBack is a power cycle in which somebody puts an earlier state back.
+func (p *TPM) RollBack(t testing.TB, snapshot string) {
+	t.Helper()
+	p.stop()
+	_ = os.Remove(p.Device[len("unix:"):])
+	if err := errors.Join(os.RemoveAll(p.State), os.CopyFS(p.State, os.DirFS(snapshot))); err != nil {
+		t.Fatal(err)
+	}
+	p.start(t)
+}
+
 // Dial opens a raw connection, for commands that the issuer never sends.
 func (p *TPM) Dial(t testing.TB) net.Conn {
 	t.Helper()
