@@ -19,7 +19,7 @@ import (
 type volumes interface {
 	open(ctx context.Context, r *nodev1.OpenRequest) (*nodev1.Volume, error)
 	openAll(ctx context.Context) ([]opened, error)
-	close(ctx context.Context, id string) (*nodev1.Volume, error)
+	close(ctx context.Context, id string, giveBack bool) (*nodev1.Volume, error)
 	closeAll(ctx context.Context) error
 	status(ctx context.Context, id string) (*nodev1.Volume, error)
 	list(ctx context.Context) ([]*nodev1.Volume, error)
@@ -121,7 +121,10 @@ func (l *local) openAll(ctx context.Context) ([]opened, error) {
 
 func (l *local) closeAll(ctx context.Context) error { return l.v.CloseAll(ctx) }
 
-func (l *local) close(ctx context.Context, id string) (*nodev1.Volume, error) {
+func (l *local) close(ctx context.Context, id string, giveBack bool) (*nodev1.Volume, error) {
+	if giveBack {
+		return message(l.v.GiveBack(ctx, id))
+	}
 	return message(l.v.Close(ctx, id))
 }
 
@@ -213,8 +216,8 @@ func (r remote) openAll(ctx context.Context) ([]opened, error) {
 	return out, nil
 }
 
-func (r remote) close(ctx context.Context, id string) (*nodev1.Volume, error) {
-	resp, err := r.c.Close(ctx, &nodev1.CloseRequest{Id: id})
+func (r remote) close(ctx context.Context, id string, giveBack bool) (*nodev1.Volume, error) {
+	resp, err := r.c.Close(ctx, &nodev1.CloseRequest{Id: id, GiveBack: giveBack})
 	return resp.GetVolume(), fromAgent(err)
 }
 
@@ -231,7 +234,7 @@ func (r remote) closeAll(ctx context.Context) error {
 		if v.GetState() == string(agent.Absent) {
 			continue
 		}
-		if _, err := r.close(ctx, v.GetId()); err != nil && first == nil {
+		if _, err := r.close(ctx, v.GetId(), false); err != nil && first == nil {
 			f := failure.Of(err)
 			first = &failure.Error{Class: f.Class, Hint: f.Hint, Err: fmt.Errorf("volume %q: %w", v.GetId(), err)}
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/node"
+	"github.com/keyagent/keyagent/internal/offline"
 )
 
 // volumeVerb is a one-shot verb: it asks the running agent, or does the work
@@ -43,7 +44,10 @@ func (v *volumeVerb) flags(cmd *cobra.Command) {
 
 // newCore wires the node's core.
 func newCore(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keyclient.Progress) *agent.Volumes {
-	return agent.NewVolumes(coreOptions(cfg, keys, log, progress))
+	options := coreOptions(cfg, keys, log, progress)
+	// Not in the initrd, which has no folder that outlives a boot.
+	options.Offline = offline.New(offline.Options{Device: cfg.TPM.Device, Dir: cfg.OfflineDir, RunDir: cfg.StateDir})
+	return agent.NewVolumes(options)
 }
 
 func coreOptions(cfg *node.Config, keys agent.Keys, log *slog.Logger, progress keyclient.Progress) agent.Options {
@@ -332,18 +336,25 @@ interrupted. It works without the agent, which renews the volume's lease afterwa
 
 func newClose() *cobra.Command {
 	v := &volumeVerb{}
-	var all bool
+	var all, giveBack bool
 	cmd := &cobra.Command{
 		Use:   "close VOLUME | --all",
 		Short: "Unmount and close a volume",
 		Long: `Unmount and close a volume, also one that is not configured any more.
 
-If something uses it, everything stays as it was, and the message names who.`,
+If something uses it, everything stays as it was, and the message names who.
+
+A volume whose key is kept for an outage of the key service keeps its lease as well, so
+that no other machine writes it meanwhile. With --give-back that key is destroyed and the
+lease goes back; it works on a closed volume, too.`,
 		Example: `  keyagent close data
+  keyagent close --give-back data   # for another machine to open it
   keyagent close --all`,
 		Args: cobra.MaximumNArgs(1),
 	}
-	one := v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) { return vs.close(ctx, id) })
+	one := v.onOne(func(ctx context.Context, vs volumes, id string) (*nodev1.Volume, error) {
+		return vs.close(ctx, id, giveBack)
+	})
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if all == (len(ids) == 1) {
 			return failure.Newf(failure.Usage, "keyagent close VOLUME, or keyagent close --all", "name one volume, or --all")
@@ -359,6 +370,8 @@ If something uses it, everything stays as it was, and the message names who.`,
 		return vs.closeAll(cmd.Context())
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "close every volume, those mounted inside others first")
+	cmd.Flags().BoolVar(&giveBack, "give-back", false, "also destroy the key that is kept for an outage, and give the lease back")
+	cmd.MarkFlagsMutuallyExclusive("all", "give-back")
 	v.flags(cmd)
 	return cmd
 }

@@ -172,7 +172,11 @@ func (a *api) goOn(do func(context.Context, string) (Volume, error)) func(contex
 
 // Close implements the API.
 func (a *api) Close(ctx context.Context, r *nodev1.CloseRequest) (*nodev1.CloseResponse, error) {
-	v, err := a.act(ctx, "close", r.GetId(), a.goOn(a.volumes.Close))
+	f := a.volumes.Close
+	if r.GetGiveBack() {
+		f = a.volumes.GiveBack
+	}
+	v, err := a.act(ctx, "close", r.GetId(), a.goOn(f))
 	return &nodev1.CloseResponse{Volume: v}, err
 }
 

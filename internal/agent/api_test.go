@@ -54,6 +54,7 @@ func (k *noKeys) Retire(context.Context, string, []byte) (string, bool, error) {
 }
 func (k *noKeys) Release(context.Context, string, []byte) error    { return errNoKeys }
 func (k *noKeys) KeepSession(context.Context, time.Duration) error { return errNoKeys }
+func (k *noKeys) Report(string, keyclient.OfflineReport)           {}
 
 func uid(n uint32) *uint32 { return &n }
 

@@ -63,7 +63,11 @@ func (c *Volumes) closeTaken(ctx context.Context, id string, e *entry) error {
 	if err := c.forget(id); err != nil {
 		return err
 	}
-	c.release(ctx, id, leaseID)
+	if c.keepsLease(id, e) {
+		c.Log.Info("the volume's lease stays here, with the key that is kept for an outage", "volume", id, "hint", "keyagent close --give-back "+id+" lets another machine have it")
+	} else {
+		c.release(ctx, id, leaseID)
+	}
 	c.Log.Info("volume is closed", "volume", id)
 	return nil
 }

@@ -41,6 +41,9 @@ type Leaser interface {
 	Release(ctx context.Context, volume string, lease []byte) error
 	// KeepSession has a session for both, whose verdict holds for that much longer.
 	KeepSession(ctx context.Context, left time.Duration) error
+	// Report has it told with the next question about the volume that it was opened without
+	// an answer.
+	Report(volume string, r keyclient.OfflineReport)
 }
 
 // Keys is all that a node asks the key service for.
@@ -70,6 +73,8 @@ type Options struct {
 	// Register is where volumes are measured. Nil: nowhere, and a volume that has to be
 	// is not opened.
 	Register measured.Register
+	// Offline keeps keys for an outage of the key service. Nil: nothing is kept.
+	Offline Keeper
 }
 
 // Volumes is the core of the node: it opens, keeps and closes volumes, whatever
@@ -123,6 +128,11 @@ type entry struct {
 	anew      func()       // somebody asks for the key again
 	rotating  bool         // a change of its key is under way that the key service asked for
 	tidy      bool         // nothing is left on the disk of an earlier change
+
+	keptNext       time.Duration // when the leave to keep its key is asked for again
+	keptGeneration int           // how often what is kept was to be destroyed
+	keptNothing    bool          // and nothing was kept since
+	givesBack      bool          // it is closed for another machine to have it
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].
@@ -139,7 +149,11 @@ func NewVolumes(o Options) *Volumes {
 	if o.AppearWait == 0 {
 		o.AppearWait = time.Minute
 	}
-	return &Volumes{Options: o, entries: map[string]*entry{}, formats: make(chan struct{}, maxFormats)}
+	c := &Volumes{Options: o, entries: map[string]*entry{}, formats: make(chan struct{}, maxFormats)}
+	if o.Offline != nil {
+		c.Keys = &listening{o.Keys, c}
+	}
+	return c
 }
 
 // entryOf returns the entry of a volume, which it makes if there is none.

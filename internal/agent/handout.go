@@ -114,6 +114,7 @@ func (o *opening) handOut(ctx context.Context, to Recipient) error {
 		return err
 	}
 	defer o.Keys.Hold()()
+	o.unheard = true
 	err := o.withKeyOf(ctx, func(key *keyclient.Key) error {
 		if key.State == keyclient.Active {
 			return o.give(ctx, key, to)

@@ -72,6 +72,9 @@ func (c *Volumes) resumeLease(e *entry, r remembered) {
 	c.set(func() {
 		e.lease = &lease{id: r.LeaseID, term: r.LeaseTerm, until: r.LeaseUntil, bound: r.Bound, next: keyclient.Boottime()}
 	})
+	if r.Offline != nil {
+		c.offlineNow(r.Spec.ID, e, *r.Offline, 0)
+	}
 }
 
 // sameLease refuses a new lease for a volume of which this process had another one: in
@@ -135,6 +138,9 @@ func (c *Volumes) reserve(ctx context.Context, e *entry) {
 func (c *Volumes) release(ctx context.Context, id string, leaseID []byte) {
 	if len(leaseID) == 0 {
 		return
+	}
+	if err := c.forgetKept(ctx, id); err != nil {
+		return // the lease stays with the key: it may still open the volume here
 	}
 	ctx, cancel := context.WithTimeout(ctx, releaseWait)
 	defer cancel()
@@ -212,6 +218,9 @@ func (c *Volumes) KeepLeases(ctx context.Context) {
 		}
 		for _, d := range c.dueVerdicts(keyclient.Boottime()) {
 			go c.askVerdict(ctx, d)
+		}
+		for _, d := range c.dueKept(keyclient.Boottime()) {
+			go c.renewKept(ctx, d)
 		}
 	}
 }

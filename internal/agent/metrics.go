@@ -35,7 +35,7 @@ func (c *Volumes) writeMetrics(out *bytes.Buffer) {
 			fmt.Fprintf(out, "keyagent_volume_state{state=%q,volume=%q} %d\n", s, id, value)
 		}
 	}
-	fmt.Fprintln(out, "# HELP keyagent_volume_warning 1 for each thing that an administrator has to look at: header, filesystem, lease, fence or reservation.")
+	fmt.Fprintln(out, "# HELP keyagent_volume_warning 1 for each thing that an administrator has to look at: header, filesystem, lease, fence or reservation; offline: it was opened without the key service.")
 	fmt.Fprintln(out, "# TYPE keyagent_volume_warning gauge")
 	for _, id := range ids {
 		for _, kind := range slices.Sorted(maps.Keys(c.entries[id].warnings)) {

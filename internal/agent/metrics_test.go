@@ -19,7 +19,7 @@ func TestVolumesAreShownAsMetrics(t *testing.T) {
 		`# HELP keyagent_header_alarms_total How often the header of an open volume was found overwritten on its disk.
 # TYPE keyagent_header_alarms_total counter
 keyagent_header_alarms_total{volume="data"} 2
-`, `# HELP keyagent_volume_warning 1 for each thing that an administrator has to look at: header, filesystem, lease, fence or reservation.
+`, `# HELP keyagent_volume_warning 1 for each thing that an administrator has to look at: header, filesystem, lease, fence or reservation; offline: it was opened without the key service.
 # TYPE keyagent_volume_warning gauge
 keyagent_volume_warning{kind="header",volume="data"} 1
 `, `

@@ -119,6 +119,9 @@ type opening struct {
 	fresh   bool                 // its tags are laid out
 	cloned  bool                 // a volume that is made here has its source's data
 	initrd  bool                 // it came from the initrd
+	unheard bool                 // the key that is kept will do, if no key service answers
+	kept    *keptUse             // it was used
+	before  time.Duration        // the last verdict before that, as verdict.heard has it
 	stays   bool                 // it is suspended, and stays so
 	measure measuring
 }
@@ -299,6 +302,7 @@ func (o *opening) unlock(ctx context.Context) error {
 		return err
 	}
 	defer o.Keys.Hold()()
+	o.unheard = true
 	key, err := o.key(ctx)
 	if err != nil {
 		return err
@@ -321,18 +325,36 @@ func (o *opening) unlock(ctx context.Context) error {
 	if err := o.keep(ctx, key); err != nil {
 		return err
 	}
+	if o.created && key.Lease != nil && o.wants(&o.v) != (keyclient.OfflineLimits{}) {
+		o.askKept(ctx, o.v.ID, o.e, key.Lease.ID) // at the moment of the boot at which the next one opens it
+	}
 	return o.measureOrClose(ctx)
 }
 
 // key asks for the key of an existing volume. If there is none and the intent is
 // to create it, it asks the key service to begin that.
 func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
-	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly}
+	r := keyclient.Request{Volume: o.v.ID, ReadOnly: o.v.ReadOnly, Offline: o.wants(&o.v)}
 	if known, ok := o.recall(o.v.ID); ok {
 		r.LeaseID = known.LeaseID
 	}
+	if o.Offline != nil && o.v.Offline != nil {
+		if use, ok := o.Offline.Used(ctx, o.v.ID); ok {
+			o.Keys.Report(o.v.ID, use.Report()) // of boots that ended before the key service answered
+		}
+	}
+	since := o.generation(o.e)
 	err = o.step(ctx, "key", func() error {
 		key, err = o.Keys.GetKey(ctx, r)
+		if o.unheard && r.Offline != (keyclient.OfflineLimits{}) && failure.Of(err).Class == failure.Unreachable {
+			kept, keptErr := o.openKept(ctx)
+			if keptErr == nil {
+				key, err = kept, nil
+				return nil
+			}
+			o.Log.Error("no key service answers, and no key that was kept opens the volume", "volume", o.v.ID, "error", keptErr)
+			err = &failure.Error{Class: failure.Unreachable, Hint: failure.Of(err).Hint, Err: fmt.Errorf("%w; without it: %w", err, keptErr)}
+		}
 		if class := failure.Of(err).Class; err != nil && o.intent.Format && (class == failure.NotFound || class == failure.State) {
 			// Before the key service is told of an attempt to write to it.
 			if err = luks.Fits(ctx, o.v.DevicePath()); err == nil {
@@ -346,6 +368,10 @@ func (o *opening) key(ctx context.Context) (key *keyclient.Key, err error) {
 		}
 		return err
 	})
+	if err == nil && o.kept == nil {
+		// Before anything is mapped: the lease of what was kept before may have ended.
+		o.keepKey(ctx, o.v.ID, o.e, key, since)
+	}
 	if err == nil && o.v.Measure {
 		// Now: a first format wipes the DEK long before it is done.
 		if o.measure.event, err = measured.Of(key.DEK, o.v.Name, key.UUID); err != nil {
@@ -411,6 +437,7 @@ func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
 		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, FromInitrd: o.Initrd || o.initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
 		Device: o.mapping.DataDevice, Disk: diskSequence(o.mapping.DataDevice), Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
+		Offline: o.kept,
 	}
 	if l := key.Lease; l != nil {
 		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until
@@ -423,6 +450,10 @@ func (o *opening) keep(ctx context.Context, key *keyclient.Key) error {
 	r := o.state(key)
 	o.set(func() { o.e.known, o.e.tidy = r, false })
 	o.hold(o.e, key.Lease)
+	o.warn(o.e, "offline", "")
+	if o.kept != nil {
+		o.offlineNow(o.v.ID, o.e, *o.kept, o.before)
+	}
 	o.reserve(ctx, o.e)
 	return o.rememberKnown(o.e)
 }
@@ -442,7 +473,9 @@ func (o *opening) giveBack(ctx context.Context, key *keyclient.Key, why error) {
 			return
 		}
 	}
-	o.release(context.WithoutCancel(ctx), o.v.ID, key.Lease.ID)
+	if o.kept == nil { // else the lease stays here, with the key that is kept
+		o.release(context.WithoutCancel(ctx), o.v.ID, key.Lease.ID)
+	}
 	if err := o.forget(o.v.ID); err != nil {
 		o.Log.Warn("could not forget the state of a volume", "volume", o.v.ID, "error", err)
 	}

@@ -58,6 +58,8 @@ type remembered struct {
 	// keyclient.Boottime, which goes on over a restart of this process.
 	LeaseTerm  time.Duration `json:"lease_term,omitempty"`
 	LeaseUntil time.Duration `json:"lease_until,omitempty"`
+	// Offline says that it was opened without the key service, which does not know that yet.
+	Offline *keptUse `json:"offline,omitempty"`
 }
 
 // maxRemembered bounds a file in bytes.

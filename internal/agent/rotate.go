@@ -104,6 +104,7 @@ func (r *rotation) run(ctx context.Context) error {
 	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationDone, macs); err != nil {
 		return err
 	}
+	r.set(func() { r.e.keptNext = 0 }) // what is kept for an outage opens nothing any more
 	r.Log.Info("the volume has another key", "volume", r.e.spec.ID, "key_version", r.next.KeyVersion, "correlation_id", r.next.CorrelationID,
 		"hint", "make a new backup of its header: an older one opens nothing")
 	if err := luks.ForgetNext(ctx, device, r.until()); err != nil { // it is a copy of the one in front now

@@ -75,6 +75,7 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 		*v = verdict{heard: now, next: now + soon(verdictEvery), asking: v.asking, going: v.going || withheld}
 		delete(d.e.warnings, "verdict")
 		c.mu.Unlock()
+		c.contacted(d.id, d.e)
 		if withheld {
 			c.goOn(ctx, d)
 		}

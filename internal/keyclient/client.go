@@ -180,9 +180,6 @@ func (c *Client) GetKey(ctx context.Context, r Request) (*Key, error) {
 			if err != nil {
 				return err
 			}
-			if why := resp.GetOfflineRefused(); why != "" {
-				c.log.Warn("no key is kept for an outage of the key service", "volume", r.Volume, "why", printable(why), "correlation_id", resp.GetCorrelationId())
-			}
 			if err := seen.Hear(witness.Answer{Key: resp.GetCheckpointKey(), Note: resp.GetCheckpoint(), Consistency: resp.GetConsistency()}); err != nil {
 				return err
 			}

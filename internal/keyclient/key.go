@@ -71,6 +71,7 @@ type Key struct {
 	Lease         *Lease   // nil where there is none
 	Attempt       []byte   // of a volume that is being created
 	Offline       *Offline // what it may be kept for; nil: it may not
+	OfflineWhy    string   // why not, if it was asked for
 	CorrelationID string
 	Expires       time.Time // of the verdict under which it was released
 
@@ -118,7 +119,8 @@ func openKey(s *session, req *keyservicev1.GetKeyRequest, resp *keyservicev1.Get
 		k.Lease, err = leaseOf(resp.GetLease(), sent)
 	}
 	if err == nil {
-		k.Offline, err = offlineOf(resp)
+		k.Offline, err = offlineOf(req, resp)
+		k.OfflineWhy = printable(resp.GetOfflineRefused())
 	}
 	if err != nil {
 		return nil, failure.New(failure.State, fmt.Errorf("the key service's answer makes no sense: %w", err), "are node and key service of the same release?")

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
-	"github.com/keyagent/keyagent/internal/failure"
 )
 
 // OfflineLimits bound openings without the key service: a time of the TPM's clock, and
@@ -36,14 +35,10 @@ type OfflineReport struct {
 	Since time.Duration // since the first time, by the TPM's clock
 }
 
-// The bounds of what a key service may grant.
-const (
-	maxOfflineFor   = 30 * 24 * time.Hour
-	maxOfflineBoots = 64
-	lastPCR         = 23
-)
+// lastPCR is the highest register.
+const lastPCR = 23
 
-func offlineOf(resp *keyservicev1.GetKeyResponse) (*Offline, error) {
+func offlineOf(req *keyservicev1.GetKeyRequest, resp *keyservicev1.GetKeyResponse) (*Offline, error) {
 	o := resp.GetOffline()
 	if o == nil {
 		return nil, nil
@@ -53,8 +48,8 @@ func offlineOf(resp *keyservicev1.GetKeyResponse) (*Offline, error) {
 	switch {
 	case resp.GetProtocol() < protocol || resp.GetLease() == nil || resp.GetLease().GetBound():
 		return nil, fmt.Errorf("a key may be kept for which there is no lease without an end")
-	case l.GetForMs() == 0 || l.GetForMs() > uint64(maxOfflineFor/time.Millisecond) || l.GetBoots() == 0 || l.GetBoots() > maxOfflineBoots:
-		return nil, fmt.Errorf("a key may be kept for %d ms and %d boots", l.GetForMs(), l.GetBoots())
+	case l.GetForMs() == 0 || l.GetForMs() > req.GetOffline().GetForMs() || l.GetBoots() == 0 || l.GetBoots() > req.GetOffline().GetBoots():
+		return nil, fmt.Errorf("a key may be kept for %d ms and %d boots, asked for were %d and %d", l.GetForMs(), l.GetBoots(), req.GetOffline().GetForMs(), req.GetOffline().GetBoots())
 	case len(o.GetPcrDigest()) != len(out.Digest) || len(out.PCRs) == 0:
 		return nil, fmt.Errorf("a key may be kept for %d registers and a digest of %d bytes", len(out.PCRs), len(o.GetPcrDigest()))
 	}
@@ -96,7 +91,7 @@ func (r *reports) of(volume string) (*keyservicev1.OfflineReport, func(error)) {
 		return nil, func(error) {}
 	}
 	return &keyservicev1.OfflineReport{Boots: o.Boots, SinceMs: uint64(max(0, o.Since) / time.Millisecond)}, func(err error) {
-		if err != nil && failure.Of(err).Class == failure.Unreachable {
+		if err != nil && !isAnswer(err) {
 			return // nobody may have heard it
 		}
 		r.mu.Lock()

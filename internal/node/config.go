@@ -29,9 +29,11 @@ type Config struct {
 	Azure        AzureConfig             `yaml:"azure,omitempty"`
 	Socket       string                  `yaml:"socket,omitempty"`
 	StateDir     string                  `yaml:"state_dir,omitempty"`
-	Callers      []Caller                `yaml:"callers,omitempty"`
-	Dynamic      []Dynamic               `yaml:"dynamic,omitempty"`
-	Retry        RetryConfig             `yaml:"retry,omitempty"`
+	// OfflineDir is where keys are kept for an outage, sealed to the TPM.
+	OfflineDir string      `yaml:"offline_dir,omitempty"`
+	Callers    []Caller    `yaml:"callers,omitempty"`
+	Dynamic    []Dynamic   `yaml:"dynamic,omitempty"`
+	Retry      RetryConfig `yaml:"retry,omitempty"`
 	// Witness is where this node remembers the key service's audit log: tpm, a file's
 	// absolute path, or memory for this process alone. Default tpm where there is one, else
 	// a file in state_dir.
@@ -79,6 +81,7 @@ type RetryConfig struct {
 const (
 	DefaultSocket        = "/run/keyagent/agent.sock"
 	defaultStateDir      = "/run/keyagent/volumes"
+	defaultOfflineDir    = "/var/lib/keyagent-offline"
 	defaultWatch         = 5 * time.Minute
 	defaultDeviceTimeout = 30 * time.Second
 )
@@ -102,6 +105,9 @@ func (c *Config) check(doc *config.Document, dir string) error {
 	}
 	if c.StateDir == "" {
 		c.StateDir = defaultStateDir
+	}
+	if c.OfflineDir == "" {
+		c.OfflineDir = defaultOfflineDir
 	}
 	if c.ServerPolicy != "" && !filepath.IsAbs(c.ServerPolicy) {
 		c.ServerPolicy = filepath.Join(dir, c.ServerPolicy)

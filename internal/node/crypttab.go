@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"strconv"
 	"strings"
 
+	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/crypttab"
 )
@@ -83,6 +85,19 @@ func (v *Volume) apply(o crypttab.Option) error {
 		v.Grace.Refused, flag = o.Value, false
 	case "keyagent-grace-unreachable":
 		v.Grace.Unreachable, flag = o.Value, false
+	case "keyagent-offline-for", "keyagent-offline-boots":
+		if v.Offline == nil {
+			v.Offline = &policy.Offline{}
+		}
+		flag = false
+		if o.Name == "keyagent-offline-for" {
+			v.Offline.For = o.Value
+			break
+		}
+		var err error
+		if v.Offline.Boots, err = strconv.Atoi(o.Value); err != nil {
+			return errors.New("keyagent-offline-boots= must be a number")
+		}
 	case "keyagent-no-journal":
 		v.NoJournal = true
 	case "keyagent-measure":

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/keyagent/keyagent/attestation/policy"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -36,6 +37,8 @@ func TestALineOfCrypttabIsAVolume(t *testing.T) {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, NoMMP: true},
 		"data /dev/vdb none keyagent,keyagent-format=ext4,keyagent-from=/dev/mapper/image,keyagent-root-hash=" + hash + ",_netdev": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "ext4", Format: true, From: &Image{Path: "/dev/mapper/image", RootHash: hash}},
+		"data /dev/vdb none keyagent,keyagent-offline-boots=3,keyagent-offline-for=24h,_netdev": {
+			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Offline: &policy.Offline{For: "24h", Boots: 3}},
 		"data /dev/vdb none keyagent,keyagent-format=xfs,keyagent-source=db,_netdev": {
 			ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "xfs", Format: true, Source: "db"},
 		"data /dev/vdb none keyagent,keyagent-measure,_netdev": {ID: "data", Kind: Data, Name: "data", Device: "/dev/vdb", Filesystem: "none", Measure: true},

@@ -63,6 +63,9 @@ type Volume struct {
 	// the initrd opened.
 	OnRevoke OnRevoke `yaml:"on_revoke,omitempty"`
 	Grace    Grace    `yaml:"grace,omitempty"`
+	// Offline is for how long, and how many boots, the key is kept for an outage of the key
+	// service, if that allows it. Nil: it is not kept.
+	Offline *policy.Offline `yaml:"offline,omitempty"`
 	// After names volumes that are opened before this one.
 	After []string `yaml:"after,omitempty"`
 }
@@ -167,7 +170,7 @@ func (v *Volume) Validate() error {
 	}{
 		{"id", v.checkID}, {"kind", v.checkKind}, {"name", v.checkName}, {"device", v.checkDevice}, {"filesystem", v.checkFilesystem},
 		{"label", v.checkLabel}, {"mount", v.checkMount}, {"from", v.checkFrom}, {"source", v.checkSource}, {"integrity", v.checkIntegrity}, {"read_only", v.checkReadOnly},
-		{"on_revoke", v.checkOnRevoke}, {"grace", func() error { _, _, err := v.Grace.Limits(); return err }},
+		{"on_revoke", v.checkOnRevoke}, {"offline", v.checkOffline}, {"grace", func() error { _, _, err := v.Grace.Limits(); return err }},
 	} {
 		if err := c.check(); err != nil {
 			return &FieldError{c.field, -1, err}
@@ -227,6 +230,19 @@ func (v *Volume) checkOnRevoke() error {
 		return errors.New("the key of this volume does not come from a key service")
 	}
 	return nil
+}
+
+func (v *Volume) checkOffline() error {
+	switch {
+	case v.Offline == nil:
+		return nil
+	case v.Throwaway():
+		return errors.New("the key of this volume does not come from a key service")
+	case v.ReadOnly:
+		return errors.New("is for a volume that is written: only a writer's lease keeps others away meanwhile")
+	}
+	_, err := v.Offline.Limits()
+	return err
 }
 
 func (v *Volume) checkName() error {

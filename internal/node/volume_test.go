@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/keyagent/keyagent/attestation/policy"
 )
 
 func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
@@ -45,11 +47,20 @@ func TestAVolumeIsCheckedWithoutAFile(t *testing.T) {
 		"itself as what it comes after": {func(v *Volume) { v.After = []string{"data"} }, "after"},
 		"created and read-only":         {func(v *Volume) { v.Format, v.ReadOnly = true, true }, "read_only"},
 		"swap with a filesystem":        {func(v *Volume) { v.Kind, v.Format = Swap, true }, "kind"},
-		"measured swap":                 {func(v *Volume) { v.Kind, v.Format, v.Measure, v.Mount, v.Filesystem = Swap, true, true, "", "" }, "kind"},
-		"image by a relative path":      {func(v *Volume) { v.From = &Image{Path: "root.img", SHA256: strings.Repeat("0", 64)} }, "from"},
-		"image without a proof":         {func(v *Volume) { v.From = &Image{Path: "/root.img"} }, "from"},
-		"image with a short digest":     {func(v *Volume) { v.From = &Image{Path: "/root.img", SHA256: "ab"} }, "from"},
-		"image in upper case":           {func(v *Volume) { v.From = &Image{Path: "/root.img", RootHash: strings.Repeat("A", 64)} }, "from"},
+		"offline without an end":        {func(v *Volume) { v.Offline = &policy.Offline{Boots: 3} }, "offline"},
+		"offline for any boots":         {func(v *Volume) { v.Offline = &policy.Offline{For: "24h"} }, "offline"},
+		"offline, and only read":        {func(v *Volume) { v.Offline, v.ReadOnly = &policy.Offline{For: "24h", Boots: 3}, true }, "offline"},
+		"offline, and mounted read-only": {func(v *Volume) {
+			v.Offline, v.Options = &policy.Offline{For: "24h", Boots: 3}, []string{"ro"}
+		}, "offline"},
+		"offline swap": {func(v *Volume) {
+			v.Kind, v.Format, v.Mount, v.Filesystem, v.Offline = Swap, true, "", "", &policy.Offline{For: "24h", Boots: 3}
+		}, "offline"},
+		"measured swap":             {func(v *Volume) { v.Kind, v.Format, v.Measure, v.Mount, v.Filesystem = Swap, true, true, "", "" }, "kind"},
+		"image by a relative path":  {func(v *Volume) { v.From = &Image{Path: "root.img", SHA256: strings.Repeat("0", 64)} }, "from"},
+		"image without a proof":     {func(v *Volume) { v.From = &Image{Path: "/root.img"} }, "from"},
+		"image with a short digest": {func(v *Volume) { v.From = &Image{Path: "/root.img", SHA256: "ab"} }, "from"},
+		"image in upper case":       {func(v *Volume) { v.From = &Image{Path: "/root.img", RootHash: strings.Repeat("A", 64)} }, "from"},
 		"image with two proofs": {func(v *Volume) {
 			v.From = &Image{Path: "/root.img", SHA256: strings.Repeat("0", 64), RootHash: strings.Repeat("0", 64)}
 		}, "from"},
