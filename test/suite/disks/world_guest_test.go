@@ -97,6 +97,7 @@ grants:
   - {name: one, profiles: [node], volumes: ["v-*"], operations: [open, format, clone, rotate, retire]}
   - {name: many, profiles: [node], volumes: ["many-*"], operations: [open, format], writers: many}
   - {name: expiry, profiles: [node], volumes: ["x-*"], operations: [open, format], takeover: expiry, lease: 30s}
+  - {name: outage, profiles: [node], volumes: ["off-*"], operations: [open, format], offline: {for: 24h, boots: 3}}
   - {name: brief, profiles: [node], volumes: ["r-*"], operations: [open, format], lease: 30s}
 `
 
