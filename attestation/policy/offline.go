@@ -25,7 +25,7 @@ type OfflineLimits struct {
 
 // The bounds of both, in a grant and in what a node asks for.
 const (
-	minOffline      = time.Minute
+	minOffline      = time.Hour
 	MaxOffline      = 30 * 24 * time.Hour
 	maxOfflineBoots = 64
 )

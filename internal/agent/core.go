@@ -132,7 +132,8 @@ type entry struct {
 	keptNext       time.Duration // when the leave to keep its key is asked for again
 	keptGeneration int           // how often what is kept was to be destroyed
 	keptNothing    bool          // and nothing was kept since
-	givesBack      bool          // it is closed for another machine to have it
+	keptAt         time.Duration // when it was kept last; 0: never
+	givesBack      bool          // its lease goes back when it is closed, whatever is kept
 }
 
 // NewVolumes returns a core that knows no volumes yet. See [Volumes.Recover].

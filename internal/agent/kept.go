@@ -31,15 +31,17 @@ type Keeper interface {
 // lease.
 
 // The pauses between two grants: a grant is renewed when a quarter of its time has passed,
-// since an outage may begin at any moment and a boot counts from the last one.
+// since an outage may begin at any moment and a boot counts from the last one. Each writes a
+// counter of the TPM, which wears out.
 const (
 	keptPart   = 4
-	keptLeast  = time.Minute
 	keptMost   = 6 * time.Hour
+	keptPause  = time.Minute      // at least, whatever happens
 	keptRefuse = 10 * time.Minute // after a refusal: the policy may be another one by then
 )
 
-// listening is a key service of which each refusal ends what is kept.
+// listening is a key service of which each refusal ends what is kept. That of a renewal does so
+// where the volume was suspended before: a TPM that hangs must not hold that up.
 type listening struct {
 	Keys
 	v *Volumes
@@ -52,20 +54,6 @@ func (l *listening) GetKey(ctx context.Context, r keyclient.Request) (*keyclient
 		l.v.heard(ctx, r.Volume, err)
 	}
 	return k, err
-}
-
-// Renew implements Leaser.
-func (l *listening) Renew(ctx context.Context, volume string, lease []byte) (*keyclient.Lease, error) {
-	got, err := l.Keys.Renew(ctx, volume, lease)
-	l.v.heard(ctx, volume, err)
-	return got, err
-}
-
-// Verdict implements Leaser.
-func (l *listening) Verdict(ctx context.Context, volume string, readOnly bool) error {
-	err := l.Keys.Verdict(ctx, volume, readOnly)
-	l.v.heard(ctx, volume, err)
-	return err
 }
 
 // Retire implements Retirer.
@@ -95,7 +83,7 @@ func (c *Volumes) forgetKept(ctx context.Context, id string) error {
 	e := c.entryOf(id)
 	c.mu.Lock()
 	e.keptGeneration++
-	nothing := e.keptNothing || e.spec.Offline == nil && !c.Offline.Has(id)
+	nothing := (e.keptNothing || e.spec.Offline == nil) && !c.Offline.Has(id) // another process may have kept it
 	c.mu.Unlock()
 	if nothing {
 		return nil
@@ -138,7 +126,7 @@ func (c *Volumes) keepKey(ctx context.Context, id string, e *entry, k *keyclient
 		return
 	}
 	c.mu.Lock()
-	v := e.spec
+	v, last := e.spec, e.keptAt
 	c.mu.Unlock()
 	if k.Offline == nil || v.Offline == nil {
 		c.set(func() { e.keptNext = keyclient.Boottime() + soon(keptRefuse) })
@@ -148,9 +136,15 @@ func (c *Volumes) keepKey(ctx context.Context, id string, e *entry, k *keyclient
 		}
 		return
 	}
+	now := keyclient.Boottime()
+	if last > 0 && now < last+keptPause { // of an opening that failed a moment ago, and is tried again and again
+		c.set(func() { e.keptNext = last + keptPause })
+		_ = c.forgetKept(ctx, id) // it has another lease
+		return
+	}
 	c.set(func() {
-		e.keptNothing = false
-		e.keptNext = keyclient.Boottime() + soon(min(max(k.Offline.For/keptPart, keptLeast), keptMost))
+		e.keptNothing, e.givesBack, e.keptAt = false, false, now
+		e.keptNext = now + soon(max(keptPause, min(k.Offline.For/keptPart, keptMost)))
 	})
 	err := c.step(ctx, "kept for an outage", func() error { return c.Offline.Keep(ctx, k) })
 	switch {
@@ -243,7 +237,7 @@ func (c *Volumes) dueKept(now time.Duration) []due {
 			e.known.Initrd && !c.Initrd, e.warnings["lease"] != "", e.warnings["verdict"] != "", now < e.keptNext:
 			continue
 		}
-		e.keptNext = now + keptLeast
+		e.keptNext = now + keptPause
 		out = append(out, due{id: id, e: e, lease: *l, sequence: e.known.Sequence})
 	}
 	return out
@@ -284,6 +278,16 @@ func (c *Volumes) askKept(ctx context.Context, id string, e *entry, lease []byte
 		return
 	}
 	c.keepKey(ctx, id, e, key, since)
+	c.mu.Lock()
+	e.known.KeptNext = e.keptNext
+	known := e.known.Spec.ID != ""
+	c.mu.Unlock()
+	if !known {
+		return
+	}
+	if err := c.rememberKnown(e); err != nil {
+		c.Log.Warn("could not keep the state of a volume", "volume", id, "error", err)
+	}
 }
 
 // GiveBack closes a volume, destroys what is kept of it, and gives its lease back, for another

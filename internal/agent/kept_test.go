@@ -54,6 +54,8 @@ func (s *outage) Renew(_ context.Context, _ string, id []byte) (*keyclient.Lease
 	return &keyclient.Lease{ID: id, Term: 2 * time.Minute, Until: keyclient.Boottime() + 2*time.Minute}, nil
 }
 
+func (s *outage) Verdict(context.Context, string, bool) error { return s.err }
+
 func (s *outage) Release(context.Context, string, []byte) error {
 	s.note("release")
 	return nil
@@ -150,7 +152,7 @@ func TestAKeyIsKeptWithLeaveAlone(t *testing.T) {
 	if w := c.view(o.e).Warnings; len(w) != 1 || !strings.Contains(w[0], "no key is kept for an outage of the key service: because") {
 		t.Errorf("%q", w)
 	}
-	s.grant, k.err = granted, errors.New("a TPM that is busy")
+	s.grant, k.err, o.e.keptAt = granted, errors.New("a TPM that is busy"), 0
 	if _, err := o.key(t.Context()); err != nil {
 		t.Fatal(err) // the volume opens all the same
 	}
@@ -158,6 +160,17 @@ func TestAKeyIsKeptWithLeaveAlone(t *testing.T) {
 	if w := c.view(o.e).Warnings; len(w) != 1 || !strings.Contains(w[0], "busy") {
 		t.Errorf("%q", w)
 	}
+	// A TPM's counter wears out: what is tried again and again is not kept each time.
+	k.err = nil
+	for range 10 {
+		if _, err := o.key(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Join(s.events, " "); strings.Contains(got, "keep") {
+		t.Errorf("ten more: %s", got)
+	}
+	s.events = nil
 	// Nothing of it where the volume does not say so.
 	k.err, o.v.Offline, o.e.spec.Offline = nil, nil, nil
 	if _, err := o.key(t.Context()); err != nil {
@@ -212,13 +225,23 @@ func TestAKeptKeyIsForAnOutageAlone(t *testing.T) {
 
 // Each question about an open volume may end it as well.
 func TestARefusalDestroysWhatIsKept(t *testing.T) {
-	s, k, c, _ := inOutage(t)
+	s, k, c, o := inOutage(t)
+	e := o.e
 	for name, ask := range map[string]func(){
-		"renewal": func() { _, _ = c.Keys.Renew(t.Context(), "data", nil) },
-		"key":     func() { _, _ = c.Keys.GetKey(t.Context(), keyclient.Request{Volume: "data"}) },
+		"renewal": func() { e.lease.next = 0; c.renewNow(t, 1) },
+		"verdict": func() {
+			c.set(func() { e.lease, e.verdict.next = nil, 1 })
+			for _, d := range c.dueVerdicts(keyclient.Boottime()) {
+				c.askVerdict(t.Context(), d)
+			}
+		},
+		"key": func() { _, _ = c.Keys.GetKey(t.Context(), keyclient.Request{Volume: "data"}) },
 	} {
 		k.has, s.err = true, say(failure.Unreachable)
-		c.set(func() { c.entries["data"].keptNothing = false })
+		c.set(func() {
+			e.known, e.condition.state, e.keptNothing = remembered{Spec: e.spec, UUID: "x"}, Open, false
+			e.lease = &lease{id: make([]byte, 16), term: time.Minute}
+		})
 		if ask(); !k.has {
 			t.Errorf("%s: silence destroyed it", name)
 		}

@@ -71,6 +71,7 @@ func (c *Volumes) resumeLease(e *entry, r remembered) {
 	}
 	c.set(func() {
 		e.lease = &lease{id: r.LeaseID, term: r.LeaseTerm, until: r.LeaseUntil, bound: r.Bound, next: keyclient.Boottime()}
+		e.keptNext = r.KeptNext
 	})
 	if r.Offline != nil {
 		c.offlineNow(r.Spec.ID, e, *r.Offline, 0)
@@ -277,9 +278,13 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	c.end(d.e)
 	switch {
 	case !c.current(d):
+		if refuses(failure.Of(err).Class) { // whatever became of the mapping; a lease of before says nothing
+			c.heard(ctx, d.id, err)
+		}
 		return
 	case err == nil && got == nil:
 		c.drop(ctx, d.e)
+		_ = c.forgetKept(ctx, d.id) // others may write it from now on; it says so itself
 		c.judged(ctx, due{id: d.id, e: d.e, sequence: d.sequence}, nil)
 		return
 	case err == nil:
@@ -289,6 +294,7 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 	if ctx.Err() != nil {
 		return
 	}
+	defer c.heard(ctx, d.id, err) // when all else is done
 	if lostLease(err) {
 		c.cut(ctx, d, err)
 		return

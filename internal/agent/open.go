@@ -437,7 +437,7 @@ func (o *opening) state(key *keyclient.Key) remembered {
 	r := remembered{
 		Spec: o.v, Dynamic: o.e.dynamic, Initrd: o.Initrd, FromInitrd: o.Initrd || o.initrd, UUID: key.UUID, Generation: key.Generation, KeyVersion: key.KeyVersion, MACs: key.MACs,
 		Device: o.mapping.DataDevice, Disk: diskSequence(o.mapping.DataDevice), Sequence: sequence(o.mapping.Device), Measured: o.measure.done,
-		Offline: o.kept,
+		Offline: o.kept, KeptNext: o.e.keptNext,
 	}
 	if l := key.Lease; l != nil {
 		r.LeaseID, r.Bound, r.LeaseTerm, r.LeaseUntil = l.ID, l.Bound, l.Term, l.Until

@@ -58,6 +58,9 @@ type remembered struct {
 	// keyclient.Boottime, which goes on over a restart of this process.
 	LeaseTerm  time.Duration `json:"lease_term,omitempty"`
 	LeaseUntil time.Duration `json:"lease_until,omitempty"`
+	// KeptNext is when the leave to keep its key for an outage is asked for again, by
+	// keyclient.Boottime.
+	KeptNext time.Duration `json:"kept_next,omitempty"`
 	// Offline says that it was opened without the key service, which does not know that yet.
 	Offline *keptUse `json:"offline,omitempty"`
 }

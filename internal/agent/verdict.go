@@ -86,6 +86,7 @@ func (c *Volumes) judged(ctx context.Context, d due, err error) {
 	what := "the key service gives no verdict on it"
 	if refuses(class) {
 		v.refused, v.heard = cmp.Or(v.refused, now), now
+		d.e.givesBack = true
 		what = "the key service refuses it to this machine"
 	}
 	refused, unreachable, _ := d.e.spec.Grace.Limits() // validated
@@ -300,6 +301,7 @@ func (c *Volumes) askVerdict(ctx context.Context, d due) {
 	defer cancel()
 	err := c.Keys.Verdict(callCtx, d.id, readOnly)
 	c.end(d.e)
+	defer c.heard(ctx, d.id, err) // when all else is done
 	switch class := failure.Of(err).Class; {
 	case ctx.Err() != nil:
 	case class == failure.State: // it was retired

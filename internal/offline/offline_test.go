@@ -3,7 +3,6 @@ package offline
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"os"
@@ -141,23 +140,7 @@ func (m *machine) refused(what string, want error) {
 // jump sets the TPM's clock ahead, as its owner can.
 func (m *machine) jump(by time.Duration) {
 	m.t.Helper()
-	m.must(m.hold(func(t *module) error {
-		_, clock, err := t.now()
-		if err != nil {
-			return err
-		}
-		body := binary.BigEndian.AppendUint32(nil, uint32(tpm2.TPMRHOwner))
-		body = append(body, 0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0) // an empty password
-		body = binary.BigEndian.AppendUint64(body, clock+uint64(by/time.Millisecond))
-		cmd := binary.BigEndian.AppendUint16(nil, uint16(tpm2.TPMSTSessions))
-		cmd = binary.BigEndian.AppendUint32(cmd, uint32(10+len(body)))
-		cmd = binary.BigEndian.AppendUint32(cmd, 0x128) // TPM2_ClockSet
-		rsp, err := t.Send(append(cmd, body...))
-		if err == nil && binary.BigEndian.Uint32(rsp[6:]) != 0 {
-			err = tpm2.TPMRC(binary.BigEndian.Uint32(rsp[6:]))
-		}
-		return err
-	}))
+	m.must(swtpm.AdvanceClock(m.tpm.Device, by))
 }
 
 // shutdown is what the kernel tells the TPM before a reboot.

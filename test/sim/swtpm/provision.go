@@ -1,9 +1,11 @@
 package swtpm
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"strings"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport"
@@ -127,5 +129,31 @@ func Extend(device string, pcr uint32, digest []byte) error {
 		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcr), Auth: tpm2.PasswordAuth(nil)},
 		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: digest}}},
 	}.Execute(t)
+	return err
+}
+
+// AdvanceClock sets the TPM's clock ahead, as its owner can: TPM2_ClockSet, which go-tpm does
+// not have.
+func AdvanceClock(device string, by time.Duration) error {
+	t, err := open(device)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	now, err := tpm2.ReadClock{}.Execute(t)
+	if err != nil {
+		return err
+	}
+	const header, clockSet = 10, 0x128
+	body := binary.BigEndian.AppendUint32(nil, uint32(tpm2.TPMRHOwner))
+	body = append(body, 0, 0, 0, 9, 0x40, 0, 0, 9, 0, 0, 0, 0, 0) // an empty password
+	body = binary.BigEndian.AppendUint64(body, now.CurrentTime.ClockInfo.Clock+uint64(by/time.Millisecond))
+	cmd := binary.BigEndian.AppendUint16(nil, uint16(tpm2.TPMSTSessions))
+	cmd = binary.BigEndian.AppendUint32(cmd, uint32(header+len(body)))
+	cmd = binary.BigEndian.AppendUint32(cmd, clockSet)
+	rsp, err := t.Send(append(cmd, body...))
+	if err == nil && binary.BigEndian.Uint32(rsp[6:]) != 0 {
+		err = tpm2.TPMRC(binary.BigEndian.Uint32(rsp[6:]))
+	}
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
@@ -107,6 +108,9 @@ func TestDiskAVolumeOpensInAnOutage(t *testing.T) {
 	o.stop()
 	o.reboot(t, sameKernel)
 	o.opens(t, "after another grant")
+	o.reboot(t, sameKernel)
+	check(t, swtpm.AdvanceClock(o.tpm.Device, 3*time.Hour))
+	o.fails(t, 4, "the time for which the key was kept is over", "unlock", "off-1")
 }
 
 // An agent opens its volumes so, goes on asking, and is a usual one with the first answer. The
