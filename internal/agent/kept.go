@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"time"
 
 	"github.com/keyagent/keyagent/internal/failure"
@@ -89,6 +90,12 @@ func (c *Volumes) forgetKept(ctx context.Context, id string) error {
 		return nil
 	}
 	had, err := c.Offline.Forget(context.WithoutCancel(ctx), id)
+	c.mu.Lock()
+	never := e.keptAt == 0 && e.known.KeptNext == 0 && !c.Offline.Has(id)
+	c.mu.Unlock()
+	if never && errors.Is(err, fs.ErrNotExist) {
+		err = nil // a machine without a TPM, on which nothing was ever kept
+	}
 	if err != nil {
 		c.warn(e, "kept", "its key may still be kept in the TPM: "+err.Error())
 		c.Log.Error("could not destroy the key that is kept of a volume", "volume", id, "error", err)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"log/slog"
 	"strings"
 	"testing"
@@ -292,7 +293,15 @@ func TestALeaseNeverGoesWithoutItsKey(t *testing.T) {
 	c.set(func() { o.e.keptNothing = false })
 	c.release(t.Context(), "data", make([]byte, 16))
 	s.did("what cannot be destroyed", "destroy")
-	k.err, k.hidden = nil, false
+	// But a machine that has no TPM never kept anything.
+	k.has, k.err, o.e.keptAt = false, fs.ErrNotExist, 0
+	c.release(t.Context(), "data", make([]byte, 16))
+	s.did("a machine without a TPM", "destroy", "release")
+	c.set(func() { o.e.keptNothing = false })
+	o.e.keptAt = 1
+	c.release(t.Context(), "data", make([]byte, 16))
+	s.did("a TPM that is gone", "destroy")
+	k.has, k.err, k.hidden = true, nil, false
 	if !c.keepsLease("data", o.e) {
 		t.Error("a volume that is closed gives its lease back")
 	}
