@@ -27,6 +27,8 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 	"golang.org/x/sys/unix"
+
+	"github.com/keyagent/keyagent/internal/config"
 )
 
 // ErrBroken: the chain does not hold.
@@ -98,18 +100,10 @@ func Open(path string, now func() time.Time, visit func(Entry)) (*Log, error) {
 	}
 	l := &Log{file: f, now: now}
 	// A log that was just made is nothing before its folder has it.
-	if err := errors.Join(syncDir(filepath.Dir(path)), l.load(visit)); err != nil {
+	if err := errors.Join(config.SyncDir(filepath.Dir(path)), l.load(visit)); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), f.Close())
 	}
 	return l, nil
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 func (l *Log) load(visit func(Entry)) error {

@@ -82,7 +82,7 @@ func WriteSecretFile(path string, s *secret.Bytes) error {
 	} else if err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return SyncDir(dir)
 }
 
 // ReplaceFile writes a file that its owner alone can read, in the place of what has its name.
@@ -101,10 +101,11 @@ func ReplaceFile(path string, data []byte) error {
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return SyncDir(dir)
 }
 
-func syncDir(path string) error {
+// SyncDir has the names in a folder on the disk when it returns.
+func SyncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {
 		return err

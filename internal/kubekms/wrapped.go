@@ -184,6 +184,9 @@ func (w *WrappedFile) write(file *wrappedKeys, exclusive bool) error {
 	if err != nil {
 		return err
 	}
+	if !exclusive {
+		return failure.New(failure.Configuration, config.ReplaceFile(w.Path, append(data, '\n')), "")
+	}
 	dir := filepath.Dir(w.Path)
 	f, err := os.CreateTemp(dir, ".wrapped-kek-*")
 	if err != nil {
@@ -194,19 +197,10 @@ func (w *WrappedFile) write(file *wrappedKeys, exclusive bool) error {
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if exclusive {
-		err = os.Link(f.Name(), w.Path) // unlike a rename, it fails where a file is
-	} else {
-		err = os.Rename(f.Name(), w.Path)
-	}
-	if err != nil {
+	if err := os.Link(f.Name(), w.Path); err != nil { // unlike a rename, it fails where a file is
 		return failure.New(failure.Configuration, err, "")
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return config.SyncDir(dir)
 }
 
 // locked keeps two changes of a file apart by a lock on its folder.

@@ -198,7 +198,7 @@ func (c *Cache) write(m *module, f *file, count counter, k *keyclient.Key) error
 	if err := c.cut("before the file"); err != nil {
 		return err
 	}
-	if err := writeFile(next, f.encode()); err != nil {
+	if err := config.ReplaceFile(next, f.encode()); err != nil {
 		return err
 	}
 	if err := c.cut("before the counter"); err != nil {
@@ -210,7 +210,7 @@ func (c *Cache) write(m *module, f *file, count counter, k *keyclient.Key) error
 	if err := c.cut("behind the counter"); err != nil {
 		return err
 	}
-	return errors.Join(os.Rename(next, present), syncDir(c.Dir))
+	return errors.Join(os.Rename(next, present), config.SyncDir(c.Dir))
 }
 
 // Open returns a key that is kept, and how far it has been used. The first use in a boot
@@ -411,7 +411,7 @@ func (c *Cache) remember(volume string, a attested) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(c.runFile(volume), data)
+	return config.ReplaceFile(c.runFile(volume), data)
 }
 
 // readFile reads a file that has to be of this volume.
@@ -428,27 +428,4 @@ func readFile(path, volume string) (*file, error) {
 		return nil, fmt.Errorf("%w: it is of volume %q", ErrFormat, f.volume)
 	}
 	return f, nil
-}
-
-// writeFile has the old file or the new one there at each moment, and the new one on the
-// disk when it returns.
-func writeFile(path string, data []byte) error {
-	tmp := path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return errors.Join(err, os.Remove(tmp))
-	}
-	return errors.Join(os.Rename(tmp, path), syncDir(filepath.Dir(path)))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
