@@ -251,9 +251,7 @@ func TestReplicasAndMembersOfEtcdAreKilledInTurn(t *testing.T) {
 		endpoints = append(endpoints, m.URL)
 	}
 	w := newWorld(t, "storage://etcd?endpoints="+strings.Join(endpoints, ",")+"&prefix=keyagent/")
-	for i := range 3 {
-		w.addReplica(i == 0)
-	}
+	w.addReplicas(3)
 	victims := w.victims()
 	for i, m := range members {
 		victims = append(victims, victim{fmt.Sprint("member ", i, " of etcd"), m.Kill, func() {
@@ -269,8 +267,6 @@ func TestReplicasOverS3AreKilledInTurn(t *testing.T) {
 	server := emulator.S3(t)
 	w := newWorld(t, "storage://aws?bucket=records&createBucket=true&region=us-east-1&endpoint="+server.URL)
 	w.env = []string{"AWS_ACCESS_KEY_ID=" + server.AccessKey, "AWS_SECRET_ACCESS_KEY=" + server.Secret}
-	for i := range 3 {
-		w.addReplica(i == 0)
-	}
+	w.addReplicas(3)
 	story(t, w, w.victims())
 }

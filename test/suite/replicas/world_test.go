@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -25,6 +26,7 @@ import (
 	"github.com/keyagent/keyagent/test/sim/amd"
 	"github.com/keyagent/keyagent/test/sim/cluster"
 	"github.com/keyagent/keyagent/test/sim/intel"
+	"github.com/keyagent/keyagent/test/sim/swtpm"
 )
 
 func must[T any](t testing.TB) func(T, error) T {
@@ -62,6 +64,7 @@ type world struct {
 	pki       *pki.Authority
 	authority *amd.Authority
 	lists     endorsement.Source // of revoked certificates, which evidence brings along
+	maker     *swtpm.Authority   // of the TPMs by which key services prove themselves to each other
 	replicas  []*replica
 }
 
@@ -83,11 +86,27 @@ func newWorld(t *testing.T, storage string) *world {
 	lists := must[*endorsement.Cache](t)(endorsement.NewCache(endorsement.CacheOptions{Source: must[*endorsement.HTTP](t)(amd.Source(kds.URL))}))
 	t.Cleanup(func() { _ = lists.Close() })
 	w.lists = lists
+	w.maker = must[*swtpm.Authority](t)(swtpm.NewAuthority(t.TempDir()))
 	w.write("amd.pem", string(intel.PEM(w.authority.ARK, w.authority.ASK)))
+	return w
+}
+
+// writePolicy comes after the first TPM was made, and its maker's certificate with it.
+func (w *world) writePolicy() {
+	w.t.Helper()
 	w.write("policy.yaml", `version: 1
 lifetime: 1h
-trust: {snp: {roots: [{name: amd, product: Genoa, file: amd.pem}]}}
+trust:
+  snp: {roots: [{name: amd, product: Genoa, file: amd.pem}]}
+  tpm: {roots: [{name: lab, file: `+w.maker.IssuerPath()+`}]}
 profiles:
+  - name: service
+    tpm:
+      trust: ["root:lab"]
+      bank: sha256
+      event_log: optional
+      # One extension by zeros.
+      pcrs: [{pcr: 4, accept: ["f5a5fd42d16a20302798ef6ed309979b43003d2320d9f0e8ea9831a92759fb4b"]}]
   - name: guest
     snp:
       trust: ["root:amd"]
@@ -100,8 +119,8 @@ profiles:
 grants:
   - {name: own, profiles: [guest], volumes: ["own-*"], operations: [open, format], lease: 30s}
   - {name: shared, profiles: [guest], volumes: ["shared-*"], operations: [open, format], writers: many}
+replicas: {profiles: [service]}
 `)
-	return w
 }
 
 func (w *world) write(name, text string) {
@@ -111,11 +130,30 @@ func (w *world) write(name, text string) {
 	}
 }
 
-// addReplica makes another key service over the storage, with an audit log of its own.
-func (w *world) addReplica(first bool) {
+// addReplicas makes key services over the storage, each with an audit log of its own. The
+// last one has no master secret: the others give it, each time that it starts.
+func (w *world) addReplicas(n int) {
 	w.t.Helper()
-	n := len(w.replicas)
-	r := &replica{w: w, dir: filepath.Join(w.dir, fmt.Sprint("replica-", n)), address: freeAddress(w.t), metrics: freeAddress(w.t)}
+	for i := range n {
+		w.replicas = append(w.replicas, &replica{w: w, dir: filepath.Join(w.dir, fmt.Sprint("replica-", i)), address: freeAddress(w.t), metrics: freeAddress(w.t)})
+	}
+	for i, r := range w.replicas {
+		tpm := swtpm.New(w.t, w.maker)
+		if err := swtpm.Extend(tpm.Device, 4, make([]byte, 32)); err != nil {
+			w.t.Fatal(err)
+		}
+		if i == 0 {
+			w.writePolicy()
+		}
+		w.configure(r, tpm, i == n-1)
+	}
+	for i, r := range w.replicas {
+		r.start(map[bool]string{true: "--init-master-secret", false: "--init-audit"}[i == 0])
+	}
+}
+
+func (w *world) configure(r *replica, tpm *swtpm.TPM, joined bool) {
+	w.t.Helper()
 	if err := os.Mkdir(r.dir, 0o700); err != nil {
 		w.t.Fatal(err)
 	}
@@ -126,20 +164,26 @@ func (w *world) addReplica(first bool) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	kms := "file=" + filepath.Join(w.dir, "master")
+	if joined {
+		kms = "joined=true"
+	}
+	var join []string
+	for _, other := range w.replicas {
+		if other != r {
+			join = append(join, fmt.Sprintf("{address: %q, ca: ca.pem}", other.address))
+		}
+	}
 	w.write(filepath.Join(filepath.Base(r.dir), "serve.yaml"), fmt.Sprintf(`listen: %s
 tls: {certificate: server.pem, key: server.key}
 policy: ../policy.yaml
-kms: kms://cluster-kms?file=%s
+kms: kms://cluster-kms?%s
 storage: %s
 audit: audit.log
 metrics: %s
-`, r.address, filepath.Join(w.dir, "master"), w.storage, r.metrics))
-	w.replicas = append(w.replicas, r)
-	if first {
-		r.start("--init-master-secret")
-	} else {
-		r.start("--init-audit")
-	}
+tpm: {device: %q, event_log: /nonexistent}
+join: [%s]
+`, r.address, kms, w.storage, r.metrics, tpm.Device, strings.Join(join, ", ")))
 }
 
 func freeAddress(t testing.TB) string {
