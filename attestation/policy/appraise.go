@@ -107,9 +107,26 @@ func (e *MismatchError) PeerDetail() string {
 
 // Appraise finds the first profile that fits. The error is a [*MismatchError].
 func (p *Policy) Appraise(v *attestation.Verified) (*Appraisal, error) {
+	return p.appraise(v, func(string) bool { return true })
+}
+
+// AppraiseReplica is Appraise that finds a profile of replicas first: a machine that fits an
+// earlier one too is a replica all the same.
+func (p *Policy) AppraiseReplica(v *attestation.Verified) (*Appraisal, error) {
+	a, err := p.appraise(v, func(profile string) bool { return slices.Contains(p.replicas, profile) })
+	if err != nil {
+		return p.Appraise(v)
+	}
+	return a, nil
+}
+
+func (p *Policy) appraise(v *attestation.Verified, by func(profile string) bool) (*Appraisal, error) {
 	var closest *MismatchError
 	for i := range p.profiles {
 		pr := &p.profiles[i]
+		if !by(pr.Name) {
+			continue
+		}
 		hard, soft := pr.compare(v)
 		if len(hard) == 0 {
 			a := &Appraisal{Profile: pr.Name, Warnings: soft, verified: v, policy: p}

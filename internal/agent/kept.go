@@ -11,6 +11,7 @@ import (
 	"github.com/keyagent/keyagent/internal/keyclient"
 	"github.com/keyagent/keyagent/internal/node"
 	"github.com/keyagent/keyagent/internal/offline"
+	"github.com/keyagent/keyagent/luks"
 )
 
 // Keeper keeps keys for the time in which no key service answers, see internal/offline.
@@ -61,7 +62,7 @@ func (l *listening) GetKey(ctx context.Context, r keyclient.Request) (*keyclient
 func (l *listening) Retire(ctx context.Context, volume string, lease []byte) (string, bool, error) {
 	uuid, kept, err := l.Keys.Retire(ctx, volume, lease)
 	if err == nil {
-		_ = l.v.forgetKept(ctx, volume) // it says so itself
+		_ = l.v.forgetKept(ctx, volume, true) // it says so itself
 	}
 	return uuid, kept, err
 }
@@ -72,29 +73,40 @@ func (c *Volumes) heard(ctx context.Context, id string, err error) {
 		return
 	}
 	if class := failure.Of(err).Class; refuses(class) || class == failure.State || class == failure.Held {
-		_ = c.forgetKept(ctx, id) // it says so itself
+		_ = c.forgetKept(ctx, id, false) // it says so itself
 	}
 }
 
-// forgetKept destroys what is kept of a volume.
-func (c *Volumes) forgetKept(ctx context.Context, id string) error {
+// forgetTimeout bounds one destruction, which waits for other processes that use the TPM.
+const forgetTimeout = 30 * time.Second
+
+// forgetKept destroys what is kept of a volume. What the disk shows is the host's to say, and so
+// with sure the TPM is asked in any case: another process may have kept it, or a configuration
+// before this one. Others may write the volume after that.
+func (c *Volumes) forgetKept(ctx context.Context, id string, sure bool) error {
 	if c.Offline == nil {
 		return nil
 	}
 	e := c.entryOf(id)
 	c.mu.Lock()
 	e.keptGeneration++
-	nothing := (e.keptNothing || e.spec.Offline == nil) && !c.Offline.Has(id) // another process may have kept it
+	nothing := !sure && (e.keptNothing || e.spec.Offline == nil) && !c.Offline.Has(id)
 	c.mu.Unlock()
 	if nothing {
 		return nil
 	}
-	had, err := c.Offline.Forget(context.WithoutCancel(ctx), id)
+	// It must not be lost with the request, nor hold anybody up for ever.
+	forget, cancel := context.WithTimeout(context.WithoutCancel(ctx), forgetTimeout)
+	defer cancel()
+	had, err := c.Offline.Forget(forget, id)
 	c.mu.Lock()
 	never := e.keptAt == 0 && e.known.KeptNext == 0 && !c.Offline.Has(id)
 	c.mu.Unlock()
-	if never && errors.Is(err, fs.ErrNotExist) {
-		err = nil // a machine without a TPM, on which nothing was ever kept
+	if never && err != nil && (errors.Is(err, fs.ErrNotExist) || e.spec.Offline == nil) {
+		// A machine without a TPM, or without one that works and for a volume that is not to be
+		// kept: nothing ever was, as far as it knows.
+		c.Log.Debug("could not look whether a key is kept of a volume", "volume", id, "error", err)
+		err = nil
 	}
 	if err != nil {
 		c.warn(e, "kept", "its key may still be kept in the TPM: "+err.Error())
@@ -137,7 +149,7 @@ func (c *Volumes) keepKey(ctx context.Context, id string, e *entry, k *keyclient
 	c.mu.Unlock()
 	if k.Offline == nil || v.Offline == nil {
 		c.set(func() { e.keptNext = keyclient.Boottime() + soon(keptRefuse) })
-		if err := c.forgetKept(ctx, id); err == nil && k.OfflineWhy != "" {
+		if err := c.forgetKept(ctx, id, false); err == nil && k.OfflineWhy != "" {
 			c.warn(e, "kept", "no key is kept for an outage of the key service: "+k.OfflineWhy)
 			c.Log.Warn("no key is kept for an outage of the key service", "volume", id, "why", k.OfflineWhy, "correlation_id", k.CorrelationID)
 		}
@@ -146,7 +158,7 @@ func (c *Volumes) keepKey(ctx context.Context, id string, e *entry, k *keyclient
 	now := keyclient.Boottime()
 	if last > 0 && now < last+keptPause { // of an opening that failed a moment ago, and is tried again and again
 		c.set(func() { e.keptNext = last + keptPause })
-		_ = c.forgetKept(ctx, id) // it has another lease
+		_ = c.forgetKept(ctx, id, false) // it has another lease
 		return
 	}
 	c.set(func() {
@@ -156,11 +168,11 @@ func (c *Volumes) keepKey(ctx context.Context, id string, e *entry, k *keyclient
 	err := c.step(ctx, "kept for an outage", func() error { return c.Offline.Keep(ctx, k) })
 	switch {
 	case err != nil:
-		_ = c.forgetKept(ctx, id) // what was kept before has another lease
+		_ = c.forgetKept(ctx, id, false) // what was kept before has another lease
 		c.warn(e, "kept", "its key is not kept for an outage of the key service: "+err.Error())
 		c.Log.Error("could not keep the key of a volume for an outage", "volume", id, "error", err)
 	case c.generation(e) != since:
-		_ = c.forgetKept(ctx, id)
+		_ = c.forgetKept(ctx, id, false)
 	default:
 		c.warn(e, "kept", "")
 	}
@@ -317,7 +329,11 @@ func (c *Volumes) GiveBack(ctx context.Context, id string) (Volume, error) {
 		err := c.closeTaken(ctx, id, e)
 		return c.view(e), err
 	}
-	if err := c.forgetKept(ctx, id); err != nil {
+	if _, err := luks.Status(ctx, e.spec.Name); !errors.Is(err, luks.ErrNotActive) {
+		// Nobody remembers who made the mapping, and it may be written.
+		return c.view(e), errors.Join(failure.Newf(failure.State, "close it first", "there is a mapping /dev/mapper/%s", e.spec.Name), err)
+	}
+	if err := c.forgetKept(ctx, id, true); err != nil {
 		return c.view(e), err
 	}
 	// The lease's ID went with the key. The machine gets another one, to give it back.

@@ -140,7 +140,7 @@ func (c *Volumes) release(ctx context.Context, id string, leaseID []byte) {
 	if len(leaseID) == 0 {
 		return
 	}
-	if err := c.forgetKept(ctx, id); err != nil {
+	if err := c.forgetKept(ctx, id, true); err != nil {
 		return // the lease stays with the key: it may still open the volume here
 	}
 	ctx, cancel := context.WithTimeout(ctx, releaseWait)
@@ -284,17 +284,17 @@ func (c *Volumes) renew(ctx context.Context, d due) {
 		return
 	case err == nil && got == nil:
 		c.drop(ctx, d.e)
-		_ = c.forgetKept(ctx, d.id) // others may write it from now on; it says so itself
+		_ = c.forgetKept(ctx, d.id, true) // others may write it from now on; it says so itself
 		c.judged(ctx, due{id: d.id, e: d.e, sequence: d.sequence}, nil)
 		return
 	case err == nil:
 		c.renewed(ctx, d, got)
 		return
 	}
+	defer c.heard(ctx, d.id, err) // when all else is done
 	if ctx.Err() != nil {
 		return
 	}
-	defer c.heard(ctx, d.id, err) // when all else is done
 	if lostLease(err) {
 		c.cut(ctx, d, err)
 		return

@@ -61,9 +61,10 @@ type Entry struct {
 	Subject       string    `json:"subject,omitempty"`    // whom a word of revocation is of
 	Word          uint64    `json:"word,omitempty"`       // its number
 	Offline       string    `json:"offline,omitempty"`    // of openings without the key service
-	Result        string    `json:"result"`               // allowed, refused
+	Result        string    `json:"result"`               // allowed, refused, reported
 	Class         string    `json:"class,omitempty"`
 	Detail        string    `json:"detail,omitempty"`
+	MAC           string    `json:"mac,omitempty"` // of what other key services may be told
 }
 
 // Head is the end of a chain.
@@ -115,6 +116,10 @@ func (l *Log) load(visit func(Entry)) error {
 		return err
 	}
 	whole := w.tree.end
+	// What another process wrote, and was killed before it was on the disk, is counted as well.
+	if err := l.file.Sync(); err != nil {
+		return err
+	}
 	st, err := l.file.Stat()
 	if err != nil {
 		return err

@@ -151,10 +151,18 @@ func (l *link) keep(ctx context.Context, left time.Duration) error {
 
 // refresh renews the session that there is, else it makes another one.
 func (l *link) refresh(ctx context.Context, old *session) (*session, error) {
-	if old != nil && l.renew(ctx, old) == nil {
+	if old == nil {
+		return l.race(ctx)
+	}
+	refusal := l.renew(ctx, old)
+	if refusal == nil {
 		return old, nil
 	}
-	return l.race(ctx)
+	s, err := l.race(ctx)
+	if err != nil && failure.Of(classify(refusal)).Class == failure.EvidenceRefused {
+		err = lasting(classify(refusal), err)
+	}
+	return s, err
 }
 
 type outcome struct {
@@ -330,10 +338,11 @@ func (l *link) call(ctx context.Context, f func(context.Context, *session) error
 // callWith is call in a session whose verdict holds for that much longer, if any
 // verdict does.
 func (l *link) callWith(ctx context.Context, left time.Duration, f func(context.Context, *session) error) error {
+	var refusal error // on a session whose evidence may be what is refused
 	for {
 		s, fresh, err := l.session(ctx, left)
 		if err != nil {
-			return classify(err)
+			return lasting(refusal, classify(err))
 		}
 		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 		err = classify(f(callCtx, s))
@@ -346,12 +355,22 @@ func (l *link) callWith(ctx context.Context, left time.Duration, f func(context.
 			l.forget(s)
 		}
 		if class != failure.EvidenceRefused && class != failure.PolicyDenied || fresh {
-			return withContext(err, s.address)
+			return withContext(lasting(refusal, err), s.address)
 		}
+		refusal = err
 		if class == failure.PolicyDenied {
 			left = longerThanAnyVerdict
 		}
 	}
+}
+
+// lasting is what a refusal comes to that was to be tried with fresh evidence: it stands if that
+// had no answer, so that who cuts the network right after it does not take it back.
+func lasting(refusal, err error) error {
+	if refusal != nil && !isAnswer(err) {
+		return errors.Join(refusal, err)
+	}
+	return err
 }
 
 // longerThanAnyVerdict has a session attested again whatever its verdict.

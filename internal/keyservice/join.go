@@ -23,7 +23,7 @@ import (
 
 const (
 	// askTimeout bounds what one peer may take to prove itself and to answer, and roundTimeout
-	// all of them where a KMS has the secret too: the unit gives a start one minute.
+	// all of them where a KMS has the secret too: the unit gives a start two minutes.
 	askTimeout   = 20 * time.Second
 	roundTimeout = 40 * time.Second
 	// Between two rounds in which no peer gave the master secret.
@@ -42,6 +42,8 @@ type peers struct {
 	cert   func() *tls.Certificate
 	log    *slog.Logger
 	after  func(time.Duration) <-chan time.Time
+	// refuses is why a machine that proved itself is not believed. Nil before there are records.
+	refuses func(ctx context.Context, identities []string) error
 }
 
 // endpoint is one of them. It is used by one goroutine at a time.
@@ -173,7 +175,8 @@ func (p *peers) exchangeWith(ctx context.Context, with *endpoint, book replica.B
 	if err != nil && again {
 		err = p.tryExchange(ctx, with, book) // the verdict on one of both had ended
 	}
-	if ctx.Err() == nil {
+	// A service that stops says nothing; one whose first exchange takes too long does.
+	if !errors.Is(ctx.Err(), context.Canceled) {
 		p.say(with, "what was seen of volumes is not exchanged with a replica", err)
 	}
 }
@@ -196,8 +199,16 @@ func (p *peers) tryExchange(ctx context.Context, with *endpoint, book replica.Bo
 		return err
 	}
 	// The policy in force decides, and not the one of the handshake.
+	if age, most := time.Since(v.At()), p.policy.Current().Lifetime(); age >= most {
+		return failure.New(failure.EvidenceRefused, fmt.Errorf("%w: the evidence is %s old", atls.ErrExpired, age.Round(time.Second)), "")
+	}
 	if err := p.policy.Replica(v); err != nil {
 		return failure.New(failure.ServerUntrusted, err, "its profile has to be listed in replicas, in the policy of this key service")
+	}
+	if p.refuses != nil {
+		if err := p.refuses(ctx, v.Identities()); err != nil {
+			return failure.New(failure.Revoked, err, "an operator revoked it by name: leave it out of join")
+		}
 	}
 	return with.session.Exchange(ctx, book)
 }

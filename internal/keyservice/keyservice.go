@@ -65,8 +65,10 @@ type Options struct {
 	// there are records, unless InitRecords is an operator's word that there are none.
 	Joined      string
 	InitRecords bool
-	// Epoch is when an operator gave up all records the last time, see [volume.Seen].
-	Epoch uint64
+	// Epoch is when an operator gave up all records the last time, see [volume.Seen], by the
+	// audit log. EpochMAC shows that a key service wrote it, and not who writes its disk.
+	Epoch    uint64
+	EpochMAC string
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -86,6 +88,7 @@ type Service struct {
 	recovery *recoveries
 	audit    *audit.Log
 	book     *logbook
+	epochs   *epochs
 	log      *slog.Logger
 	metrics  *Metrics
 	now      func() time.Time
@@ -118,7 +121,10 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 		return nil, errors.Join(err, records.Close())
 	}
 	volumes := volume.NewStore(volume.Options{KMS: opts.KMS, Records: records, Now: opts.Now, Alone: opts.Alone})
-	volumes.BeginEpoch(opts.Epoch)
+	epochs, err := openEpoch(records, volumes, opts)
+	if err != nil {
+		return nil, errors.Join(err, records.Close())
+	}
 	for id, revision := range opts.Seen {
 		volumes.NoteRevision(id, revision)
 	}
@@ -135,7 +141,7 @@ func New(ctx context.Context, opts Options) (*Service, error) {
 		return nil, errors.Join(err, records.Close())
 	}
 	return &Service{
-		book: book, recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
+		epochs: epochs, book: book, recovery: recoveries, policy: opts.Policy, kms: opts.KMS, records: records, volumes: volumes, revoked: revoked, audit: opts.Audit, log: opts.Log,
 		metrics: opts.Metrics, now: opts.Now, slots: make(chan struct{}, maxUnderWay),
 		master: opts.Master, renewal: atls.DefaultTimeout,
 	}, nil
@@ -166,7 +172,9 @@ func openRecords(ctx context.Context, opts Options) (*macstore.Store, error) {
 func (s *Service) RecordKey() (string, error) { return s.records.KeyID() }
 
 // Close wipes what the service holds.
-func (s *Service) Close() error { return errors.Join(s.book.Close(), s.records.Close()) }
+func (s *Service) Close() error {
+	return errors.Join(s.epochs.Close(), s.book.Close(), s.records.Close())
+}
 
 // caller is an attested peer that made a request.
 type caller struct {
@@ -327,7 +335,11 @@ func (s *Service) authorize(ctx context.Context, entry *audit.Entry, ask ask, ac
 		return failure.New(failure.EvidenceRefused, fmt.Errorf("%w: the evidence is %s old, the policy in force trusts for %s",
 			atls.ErrExpired, age.Round(time.Second), p.Lifetime()), "attest again")
 	}
-	a, err := p.Appraise(c.verified)
+	appraise := p.Appraise
+	if ask.replica {
+		appraise = p.AppraiseReplica
+	}
+	a, err := appraise(c.verified)
 	if err != nil {
 		return failure.New(failure.EvidenceRefused, err, "")
 	}

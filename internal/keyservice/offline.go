@@ -60,7 +60,7 @@ func (d *decision) offline(req *keyservicev1.GetKeyRequest, rec *volume.Record, 
 func (s *Service) openedOffline(ctx context.Context, entry audit.Entry, r *keyservicev1.OfflineReport) error {
 	const longest = 100 * 365 * 24 * time.Hour
 	since := time.Duration(min(r.GetSinceMs(), uint64(longest/time.Millisecond))) * time.Millisecond
-	entry.Event, entry.Operation = "opened-offline", ""
+	entry.Event, entry.Operation, entry.Result = "opened-offline", "", "reported"
 	entry.Offline = fmt.Sprintf("in %d boots, the first time %s ago by the TPM's clock", r.GetBoots(), since.Round(time.Second))
 	s.log.WarnContext(ctx, "a machine opened a volume without the key service", "correlation_id", entry.CorrelationID,
 		"identity", entry.Identity, "volume", entry.Volume, "boots", r.GetBoots(), "since", since.Round(time.Second))

@@ -79,12 +79,10 @@ func (s *Service) Since(position uint64) volume.Seen {
 // went back. What was seen before an operator gave up all records does not count; that word goes
 // from one to the other.
 func (s *Service) Note(ctx context.Context, from string, epoch uint64, page []volume.Sighting) error {
-	if epoch > s.volumes.Epoch() {
+	if err := s.epochs.begin(epoch, func() {
 		s.log.WarnContext(ctx, "an operator gave up all records, by a replica's word: what was seen before is forgotten", "identity", from, "epoch", epoch)
-		if err := s.audit.Append(audit.Entry{Event: initRecords, Identity: from, Revision: epoch, Result: "allowed", Detail: "by the word of a replica"}); err != nil {
-			return err
-		}
-		s.volumes.BeginEpoch(epoch)
+	}, audit.Entry{Identity: from, Detail: "by the word of a replica"}); err != nil {
+		return err
 	}
 	if left := s.volumes.NoteSeen(epoch, page); left > 0 {
 		s.log.WarnContext(ctx, "a replica has seen more volumes than there is room for", "identity", from, "left_out", left, "most", volume.MaxSeen)

@@ -21,6 +21,7 @@ import (
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/kinds"
 	"github.com/keyagent/keyagent/attestation/tpm"
+	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/config"
 	"github.com/keyagent/keyagent/internal/failure"
 	"github.com/keyagent/keyagent/internal/keyclient"
@@ -777,4 +778,41 @@ func TestAPeerThatHangsIsLeft(t *testing.T) {
 	if master, _ := p.ask(ctx); master != nil || !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		t.Error("it did not end with its time")
 	}
+}
+
+// Who writes the disk of one replica makes none forget what they have seen: an entry of its
+// audit log that no key service wrote counts for nobody.
+func TestAnEpochThatNobodyBeganIsNotTold(t *testing.T) {
+	w := newReplicaWorld(t)
+	w.provision(w.machine(), "data-1")
+	one := w.joined(w.replica())
+	for name, mac := range map[string]string{"without a MAC": "", "with another": strings.Repeat("ab", 32)} {
+		one.stop()
+		log, err := audit.Open(one.cfg.Audit, time.Now, nil)
+		must(t, err)
+		must(t, log.Append(audit.Entry{Event: initRecords, Revision: uint64(time.Now().Unix()), Result: "allowed", MAC: mac}))
+		must(t, log.Close())
+		one.cfg.InitAudit = false
+		one = w.joined(one.cfg)
+		one.server.peers.exchange(t.Context(), one.server.service)
+		if w.server.service.volumes.Epoch() != 0 || w.server.service.volumes.Seen("data-1") == 0 {
+			t.Errorf("%s: the other one has forgotten", name)
+		}
+		if one.server.service.volumes.Seen("data-1") == 0 {
+			t.Errorf("%s: it was not told again", name)
+		}
+	}
+}
+
+// A replica that an operator revoked by name is not believed any more, whoever dials.
+func TestARevokedReplicaIsNotBelieved(t *testing.T) {
+	w := newReplicaWorld(t)
+	one := w.joined(w.replica())
+	with := one.server.peers.all[0]
+	must(t, one.server.peers.tryExchange(t.Context(), with, one.server.service))
+	peer, err := with.session.Peer()
+	must(t, err)
+	_, err = one.server.service.Revoke(t.Context(), "uid:0", revocation.Subject{Kind: revocation.Node, Name: peer.Identity()}, "broken into", false)
+	must(t, err)
+	wantClass(t, one.server.peers.tryExchange(t.Context(), with, one.server.service), failure.Revoked)
 }

@@ -105,8 +105,8 @@ func (s *Sealed) Check(ctx context.Context, all bool) error {
 		}
 	}
 	for i, uri := range s.cfg.OldKMS {
-		if setup.SealedFile(uri) != "" {
-			return failure.Newf(failure.Configuration, "put its master secret together with keyagent kms combine", "old_kms[%d] names a sealed master secret, and shares are taken of kms alone", i)
+		if setup.SealedFile(uri) != "" || setup.Joined(uri) {
+			return failure.Newf(failure.Configuration, "put its master secret together with keyagent kms combine", "old_kms[%d] names a master secret that is sealed, or with other key services, and only that of kms is taken", i)
 		}
 	}
 	stand, err := secret.Random(32)
@@ -213,8 +213,12 @@ func (s *Sealed) obtain(ctx context.Context, peers *peers, issuers []attestation
 			return
 		}
 		if master, who := peers.askUntil(asking); master != nil {
-			if first, err := s.gather.Take(master); first && err == nil {
+			first, err := s.gather.Take(master)
+			if first {
 				given <- who
+			}
+			if err != nil {
+				s.log.Error("could not wipe a share", "error", err)
 			}
 		}
 	}()

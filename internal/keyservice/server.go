@@ -446,6 +446,9 @@ func (s *Server) wire(ctx context.Context) error {
 	}
 	if s.peers, err = s.cfg.newPeers(s.policy, source, memory, cfg.Issuers, s.cert.Load, s.log); s.peers != nil {
 		s.closers = append(s.closers, s.peers)
+		s.peers.refuses = func(ctx context.Context, identities []string) error {
+			return s.service.mustNotBeRevoked(ctx, identities, "")
+		}
 		s.heard = make(chan struct{})
 		s.service.heard = s.heard
 	}

@@ -1,7 +1,6 @@
 package keyservice
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +26,7 @@ type history struct {
 	recordKey string
 	wentBack  string // what a node has shown of this log
 	epoch     uint64 // when all records were given up the last time
+	epochMAC  string
 }
 
 // initRecords is the event after which nothing is known of the volumes before it.
@@ -35,10 +35,12 @@ const initRecords = "init-records"
 func (h *history) note(e audit.Entry) {
 	switch {
 	case e.Result != "allowed":
-	case e.Event == initRecords:
-		h.seen = map[string]uint64{}
-		h.epoch = cmp.Or(e.Revision, uint64(max(0, e.Time.Unix()))) // an entry of before has no number
-	case e.Volume != "":
+	case e.Event == initRecords && e.MAC == "":
+		h.seen = map[string]uint64{} // an operator's word for this log
+	case e.Event == initRecords && e.Revision > h.epoch:
+		h.seen, h.epoch, h.epochMAC = map[string]uint64{}, e.Revision, e.MAC
+	case e.Event == initRecords: // two replicas told it at once
+	case e.Volume != "" && e.Revision > 0:
 		h.seen[e.Volume] = max(h.seen[e.Volume], e.Revision)
 	}
 	if s, err := revocation.ParseSubject(e.Subject); err == nil && e.Result == "allowed" && e.Word > 0 {
@@ -91,7 +93,7 @@ func (s *Server) openService(ctx context.Context) error {
 	s.service, err = New(ctx, Options{
 		Policy: s.policy, KMS: k, Storage: observeStorage(st, s.cfg.Storage, s.metrics), Audit: log, Log: s.log, Metrics: s.metrics,
 		Seen: h.seen, Words: h.words, Recovery: s.cfg.Recovery, Recovered: h.recovered, RecordKey: known, RecordKeyPinned: s.cfg.RecordKey != "", Alone: alone,
-		Master: s.master, Joined: s.joined, InitRecords: s.cfg.InitRecords, Epoch: h.epoch,
+		Master: s.master, Joined: s.joined, InitRecords: s.cfg.InitRecords, Epoch: h.epoch, EpochMAC: h.epochMAC,
 	})
 	if err != nil {
 		return forOperator(err)
@@ -155,10 +157,6 @@ func (s *Server) checkStart(ctx context.Context, st storage.Storage, log *audit.
 		}
 		s.log.Warn("beginning anew by an operator's word", "event", init.event, "volumes", len(h.seen))
 		entry := audit.Entry{Event: init.event, Result: "allowed", Detail: fmt.Sprintf("%d volumes were known", len(h.seen))}
-		if init.event == initRecords {
-			// By the clock: it is later than that of a replica which this log knows nothing of.
-			entry.Revision = max(h.epoch+1, uint64(max(0, time.Now().Unix())))
-		}
 		if err := log.Append(entry); err != nil {
 			return auditError(err)
 		}

@@ -19,9 +19,9 @@ import (
 const witnessIndex = 0x01_8B_4B_57
 
 // witnessPause spares the NV memory of a hardware TPM, which bears some hundred thousand
-// writes: a node that opens volumes all the time writes its first checkpoint of a boot, one an
+// writes: a node that opens volumes all the time writes its first checkpoint of a boot, four an
 // hour, and the last.
-const witnessPause = time.Hour
+const witnessPause = 15 * time.Minute
 
 // The words of the field witness.
 const (

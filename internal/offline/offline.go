@@ -136,8 +136,9 @@ func (c *Cache) with(ctx context.Context, f func(*module) error) error {
 }
 
 // Keep seals a key that the key service allows to be kept, in the place of what was kept of
-// the volume before. After an error of which the caller does not know better, it should
-// [Cache.Forget] the volume: what was kept before may still be there.
+// the volume before, which is lost from its first step on. After an error of which the caller
+// does not know better, it should [Cache.Forget] the volume: what was kept before may still be
+// there.
 func (c *Cache) Keep(ctx context.Context, k *keyclient.Key) error {
 	o := k.Offline
 	if o == nil || k.State != keyclient.Active || k.Lease == nil || k.Lease.Bound {
@@ -163,12 +164,17 @@ func (c *Cache) Keep(ctx context.Context, k *keyclient.Key) error {
 		if err != nil {
 			return err
 		}
+		// What an earlier call sealed, and was cut off before it counted, is for the next value:
+		// with other limits, maybe. It must never come to be valid beside this one.
+		if err := m.increment(count.NamedHandle); err != nil {
+			return err
+		}
+		count.value++
 		return c.write(m, f, count, k)
 	})
 }
 
-// write seals a key to the value that the counter has next, and makes that its value. Until
-// then what was there before is valid, and from then on only this.
+// write seals a key to the value that the counter has next, and makes that its value.
 func (c *Cache) write(m *module, f *file, count counter, k *keyclient.Key) error {
 	f.index, f.counter = uint32(count.Handle), count.value+1
 	plain, err := content(k)
@@ -307,7 +313,12 @@ func (c *Cache) allowed(m *module, f *file) (reset uint32, clock uint64, err err
 	if reset, clock, err = m.now(); err != nil {
 		return 0, 0, err
 	}
+	restarts, err := m.restarts()
 	switch {
+	case err != nil:
+		return 0, 0, err
+	case restarts > 0:
+		return 0, 0, fmt.Errorf("%w: it was started %d times since without a reset, which nobody counts", ErrBoots, restarts)
 	case digest != f.digest:
 		return 0, 0, ErrRegisters
 	case reset > f.lastBoot:
@@ -321,6 +332,9 @@ func (c *Cache) allowed(m *module, f *file) (reset uint32, clock uint64, err err
 // Forget destroys what is kept of a volume, in the TPM first: a file that is put back is
 // worth nothing. It is fine if nothing is kept, and had says whether something was.
 func (c *Cache) Forget(ctx context.Context, volume string) (had bool, err error) {
+	if none, err := c.untouched(volume); none || err != nil {
+		return false, err
+	}
 	err = c.with(ctx, func(m *module) (err error) {
 		had, err = m.destroy(volume)
 		present, next := c.names(volume)
@@ -337,6 +351,21 @@ func (c *Cache) Forget(ctx context.Context, volume string) (had bool, err error)
 		return had, fmt.Errorf("destroy the kept key of volume %q: %w", volume, err)
 	}
 	return had, nil
+}
+
+// untouched reports that the TPM has no counter of the volume, and the disk no file. It costs a
+// command or two.
+func (c *Cache) untouched(volume string) (bool, error) {
+	if c.Has(volume) {
+		return false, nil
+	}
+	dev, err := tpm.OpenDevice(c.Device)
+	if err != nil {
+		return false, fmt.Errorf("destroy the kept key of volume %q: %w", volume, err)
+	}
+	defer dev.Close()
+	mine, _, err := (&module{TPMCloser: dev}).find(volume)
+	return err == nil && len(mine) == 0, nil // who goes on says what is wrong
 }
 
 // Has reports whether there is a file of the volume. Whether it opens is another question.

@@ -407,7 +407,7 @@ func TestACrashGivesNothing(t *testing.T) {
 		if at == "behind the counter" {
 			m.opens("a grant that was cut off " + at)
 		} else {
-			m.refused("a grant that was cut off "+at, ErrBoots)
+			m.refused("a grant that was cut off "+at, ErrStale)
 		}
 		m.keep(24*time.Hour, 1)
 		m.opens("the next grant")

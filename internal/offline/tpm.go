@@ -23,8 +23,9 @@ const (
 
 // Offsets in TPMS_TIME_INFO, as TPM2_PolicyCounterTimer counts them.
 const (
-	offsetClock = 8
-	offsetReset = 16
+	offsetClock   = 8
+	offsetReset   = 16
+	offsetRestart = 20
 )
 
 // module is an open TPM with the storage key that everything is sealed under.
@@ -72,6 +73,16 @@ func (m *module) now() (reset uint32, clock uint64, err error) {
 		return 0, 0, err
 	}
 	return rsp.CurrentTime.ClockInfo.ResetCount, rsp.CurrentTime.ClockInfo.Clock, nil
+}
+
+// restarts is how often the TPM was started since its last reset with the state that it had
+// been told to keep, or although it had been told so.
+func (m *module) restarts() (uint32, error) {
+	rsp, err := tpm2.ReadClock{}.Execute(m)
+	if err != nil {
+		return 0, err
+	}
+	return rsp.CurrentTime.ClockInfo.RestartCount, nil
 }
 
 func selection(mask uint32) tpm2.TPMLPCRSelection {
@@ -233,8 +244,12 @@ func (m *module) define(volume string) (counter, error) {
 func (m *module) destroy(volume string) (had bool, err error) {
 	mine, _, err := m.find(volume)
 	for _, h := range mine {
-		// Either is enough; the second gives the space back.
+		// Twice: a key that was sealed, and never came to be the one that counts, is for the
+		// next value. Either is enough; the second gives the space back.
 		counted := m.increment(h)
+		if counted == nil {
+			counted = m.increment(m.named(h))
+		}
 		_, gone := tpm2.NVUndefineSpace{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)}, NVIndex: m.named(h)}.Execute(m)
 		if counted != nil && gone != nil {
 			err = errors.Join(err, counted, gone)
@@ -278,6 +293,8 @@ func (f *file) policy(nv tpm2.NamedHandle) []demand {
 			_, err := count.Execute(t)
 			return err
 		}, count.Update},
+		// A TPM that was told to keep its state, and then started without it, counts no reset.
+		atMost(offsetRestart, make([]byte, 4)),
 		atMost(offsetReset, binary.BigEndian.AppendUint32(nil, f.lastBoot)),
 		atMost(offsetClock, binary.BigEndian.AppendUint64(nil, f.lastTime)),
 	}

@@ -56,7 +56,7 @@ func (s *Source) Appraise(_ context.Context, v *attestation.Verified) (time.Dura
 // Replica refuses a machine that is no key service beside this one, by the policy in force.
 func (s *Source) Replica(v *attestation.Verified) error {
 	p := s.Current()
-	a, err := p.Appraise(v)
+	a, err := p.AppraiseReplica(v)
 	if err != nil {
 		return err
 	}

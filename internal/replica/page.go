@@ -21,10 +21,14 @@ const (
 var ErrPage = errors.New("page of volumes cannot be read")
 
 // EncodePage writes what was seen of volumes: a line for each, its ID, a blank, its revision.
+// What no reader takes is left out.
 // Text, because a message of many parts costs its reader a hundred times its size.
 func EncodePage(all []volume.Sighting) []byte {
 	var out []byte
 	for _, v := range all {
+		if v.Revision == 0 || v.Revision > MaxRevision || !policy.ValidVolume(v.Volume) {
+			continue // its reader would refuse the page, and all that follow
+		}
 		out = append(append(out, v.Volume...), ' ')
 		out = append(strconv.AppendUint(out, v.Revision, 10), '\n')
 	}

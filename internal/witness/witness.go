@@ -44,11 +44,13 @@ const (
 // Options configure [New].
 type Options struct {
 	Memory Memory // nil: this process's own
-	// Every is the least time between two writes, for a memory that wears. What it has not is
-	// written when the witness is closed. Zero: each checkpoint is written.
+	// Every is the least time between two writes, for a memory that wears: what comes meanwhile
+	// is written then, or when the witness is closed. Zero: each checkpoint is written.
 	Every time.Duration
 	Log   *slog.Logger     // default none
 	Now   func() time.Time // default time.Now, whose readings the host cannot set back
+	// After calls f after a while, unless it is stopped. Default time.AfterFunc.
+	After func(d time.Duration, f func()) (stop func() bool)
 }
 
 // Witness remembers. It is safe for concurrent use.
@@ -60,6 +62,7 @@ type Witness struct {
 	logs   []Log // the one that was used last comes first
 	stored time.Time
 	dirty  bool
+	stop   func() bool // of the write that is to come, or nil
 }
 
 // Log is what is known of one audit log.
@@ -72,6 +75,9 @@ type Log struct {
 func New(opts Options) *Witness {
 	if opts.Now == nil {
 		opts.Now = time.Now
+	}
+	if opts.After == nil {
+		opts.After = func(d time.Duration, f func()) func() bool { return time.AfterFunc(d, f).Stop }
 	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
@@ -123,6 +129,10 @@ func (w *Witness) index(log checkpoint.ID) int {
 func (w *Witness) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.stop != nil {
+		w.stop()
+		w.stop = nil
+	}
 	if !w.dirty {
 		return nil
 	}
@@ -210,9 +220,30 @@ func (w *Witness) remember(l Log) {
 	defer w.mu.Unlock()
 	w.merge(l)
 	w.dirty = true
-	if !w.stored.IsZero() && w.opts.Now().Sub(w.stored) < w.opts.Every {
-		return
+	switch wait := w.opts.Every - w.opts.Now().Sub(w.stored); {
+	case w.stop != nil:
+	case !w.stored.IsZero() && wait > 0:
+		w.stop = w.opts.After(wait, w.later)
+	default:
+		w.write()
 	}
+}
+
+// later writes what came within the pause.
+func (w *Witness) later() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.stop == nil {
+		return // it was closed meanwhile
+	}
+	w.stop = nil
+	if w.dirty {
+		w.write()
+	}
+}
+
+// write is store, and says what is wrong. The lock is held.
+func (w *Witness) write() {
 	if err := w.store(); err != nil {
 		w.opts.Log.Warn("what was seen of the key service's audit log is not kept", "error", err)
 	}

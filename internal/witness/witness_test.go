@@ -108,15 +108,20 @@ type world struct {
 	memory *memory
 	logged *bytes.Buffer
 	now    time.Time
+	later  func() // what is to be done after a while
 }
 
 func newWorld() *world {
-	return &world{&memory{}, &bytes.Buffer{}, time.Unix(1e9, 0)}
+	return &world{memory: &memory{}, logged: &bytes.Buffer{}, now: time.Unix(1e9, 0)}
 }
 
 // node is a process that begins now.
 func (w *world) node() *Witness {
-	return New(Options{Memory: w.memory, Log: slog.New(slog.NewTextHandler(w.logged, nil)), Every: time.Hour, Now: func() time.Time { return w.now }})
+	return New(Options{Memory: w.memory, Log: slog.New(slog.NewTextHandler(w.logged, nil)), Every: time.Hour, Now: func() time.Time { return w.now },
+		After: func(d time.Duration, f func()) func() bool {
+			w.later = func() { w.now = w.now.Add(d); f() }
+			return func() bool { w.later = nil; return true }
+		}})
 }
 
 func visit(n *Witness, s *service) error {
@@ -254,13 +259,22 @@ func TestTheMemoryIsSpared(t *testing.T) {
 	if w.memory.puts != 1 {
 		t.Errorf("written %d times", w.memory.puts)
 	}
+	w.now = w.now.Add(10 * time.Minute)
+	s.add("more")
+	if err := visit(n, s); err != nil || w.later == nil {
+		t.Fatalf("nothing is to be written later: %v", err)
+	}
+	w.later()
+	if got := w.node().Logs()[0].Last.Size; w.memory.puts != 2 || got != s.size {
+		t.Errorf("written %d times, the last time of %d entries", w.memory.puts, got)
+	}
 	w.now = w.now.Add(time.Hour)
 	s.add("more")
-	if err := visit(n, s); err != nil || w.memory.puts != 2 {
+	if err := visit(n, s); err != nil || w.memory.puts != 3 {
 		t.Errorf("written %d times, %v", w.memory.puts, err)
 	}
 	s.add("more")
-	if err := errors.Join(visit(n, s), n.Close(), n.Close()); err != nil || w.memory.puts != 3 {
+	if err := errors.Join(visit(n, s), n.Close(), n.Close()); err != nil || w.memory.puts != 4 || w.later != nil {
 		t.Errorf("written %d times, %v", w.memory.puts, err)
 	}
 	if got := w.node().Logs()[0].Last.Size; got != s.size {
