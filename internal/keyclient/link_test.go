@@ -264,6 +264,40 @@ func TestADenialIsHeardAgainWithEvidenceOfThisMoment(t *testing.T) {
 	}
 }
 
+// Case 106: who cuts the network right after a refusal does not take it back.
+func TestARefusalIsNotLostWithTheNetwork(t *testing.T) {
+	denied := failure.New(failure.PolicyDenied, errors.New("no grant"), "")
+	cut := false
+	l, _ := scripted(func(ctx context.Context) (*session, error) {
+		if cut {
+			return nil, errDown
+		}
+		return connected(t), nil
+	})
+	l.holds = func(_ *session, left time.Duration) bool { return left < 24*time.Hour }
+	l.renew = func(context.Context, *session) error { return errDown }
+	if err := l.call(t.Context(), func(context.Context, *session) error { return nil }); err != nil {
+		t.Fatal(err)
+	}
+	cut = true
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	err := l.call(ctx, func(context.Context, *session) error { return denied })
+	if failure.Of(err).Class != failure.PolicyDenied {
+		t.Errorf("got %v", err)
+	}
+}
+
+// connected is a session that can be closed.
+func connected(t *testing.T) *session {
+	t.Helper()
+	conn, err := grpc.NewClient("passthrough:///nobody", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &session{conn: conn}
+}
+
 // TestTheSessionOfKeysEndsWithTheLastKey: who keeps a recording of it and later reads
 // this machine's memory must not find what opens it.
 func TestTheSessionOfKeysEndsWithTheLastKey(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	keyservicev1 "github.com/keyagent/keyagent/api/keyagent/keyservice/v1"
 	"github.com/keyagent/keyagent/internal/failure"
@@ -28,12 +27,10 @@ func TestAKeyComesWithACheckpointOrNotAtAll(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn, err := grpc.NewClient("passthrough:///nobody", grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
 	c.keys.connect = func(context.Context, *endpoint) (*session, error) {
-		return &session{conn: conn, service: forger{}}, nil
+		s := connected(t)
+		s.service = forger{}
+		return s, nil
 	}
 	if _, err := c.GetKey(t.Context(), Request{Volume: "data-1"}); failure.Of(err).Class != failure.Tampered {
 		t.Errorf("got %v", err)

@@ -530,6 +530,40 @@ func TestWhoHearsTheBusHearsNoKey(t *testing.T) {
 	}
 }
 
+// A machine that goes to sleep, and is reset in place of being woken, begins anew without a
+// reset that the TPM counts. It opens nothing until the next one.
+func TestAStartThatIsNoResetOpensNothing(t *testing.T) {
+	m := newMachine(t)
+	m.keep(24*time.Hour, 3)
+	m.boot(1)
+	m.opens("after a reset")
+	var before, after uint32
+	m.must(m.hold(func(t *module) (err error) {
+		if before, _, err = t.now(); err == nil {
+			_, err = tpm2.Shutdown{ShutdownType: tpm2.TPMSUState}.Execute(t)
+		}
+		return err
+	}))
+	m.boot(1)
+	m.must(m.hold(func(t *module) (err error) { after, _, err = t.now(); return err }))
+	if before != after {
+		t.Fatalf("it is a reset: %d, then %d", before, after)
+	}
+	m.refused("after a restart", ErrBoots)
+	m.must(m.hold(func(t *module) error {
+		f, count, err := m.newest(t, volume)
+		if err != nil {
+			return err
+		}
+		if _, err := t.unprotect(f, count.NamedHandle); err == nil {
+			m.t.Error("the TPM itself gives it")
+		}
+		return nil
+	}))
+	m.boot(1)
+	m.opens("after the next reset")
+}
+
 // The vectors of docs/spec/offline.md.
 func TestTheFormatHasItsVector(t *testing.T) {
 	k := (&machine{t: t}).vector()
