@@ -329,3 +329,32 @@ func TestAWalkThatWasCancelledSaysSo(t *testing.T) {
 		}
 	}
 }
+
+// The vectors of docs/spec/audit.md, which another program computed: what is derived of a
+// record MAC key of 32 bytes 0x01.
+func TestWhatIsDerivedHasItsVectors(t *testing.T) {
+	key, err := secret.From(bytes.Repeat([]byte{1}, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &Store{macKey: key}
+	defer m.Close()
+	for domain, want := range map[string]string{
+		"keyagent audit checkpoint key v1": "b56695c2b5220f939672b2cb3b72e0f082ac3b8fb6023b8050f4b0cffa81a0b8",
+		"keyagent epoch key v1":            "a98fd913c302fbb2e121e01ba0c74b3799bddf62d406283bdf3d0f35427a1525",
+	} {
+		out, err := m.Derive(domain, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := out.Use(func(b []byte) error {
+			if got := fmt.Sprintf("%x", b); got != want {
+				t.Errorf("%s: %s", domain, got)
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		out.Close()
+	}
+}
