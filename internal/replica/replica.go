@@ -45,6 +45,7 @@ var ErrAnswer = errors.New("the peer's answer is refused")
 // Session is a connection with a peer that proved what it must.
 type Session struct {
 	conn    *grpc.ClientConn
+	raw     net.Conn // which conn takes over with the first call
 	channel *atls.Channel
 	client  replicav1.ReplicaClient
 	sent    uint64 // position in what this side has seen
@@ -69,7 +70,7 @@ func Dial(ctx context.Context, address string, cfg *atls.ClientConfig) (*Session
 	if err != nil {
 		return nil, err
 	}
-	return &Session{conn: client, channel: conn.Channel(), client: replicav1.NewReplicaClient(client)}, nil
+	return &Session{conn: client, raw: conn, channel: conn.Channel(), client: replicav1.NewReplicaClient(client)}, nil
 }
 
 func classify(err error) error {
@@ -100,7 +101,10 @@ func answered(err error) error {
 }
 
 // Close ends the connection.
-func (s *Session) Close() error { return s.conn.Close() }
+func (s *Session) Close() error {
+	defer s.raw.Close() // it is closed already, unless no call was made
+	return s.conn.Close()
+}
 
 // Peer is what the peer proved: [atls.ErrExpired] once that has ended.
 func (s *Session) Peer() (*attestation.Verified, error) {
