@@ -58,6 +58,9 @@ type remembered struct {
 	// keyclient.Boottime, which goes on over a restart of this process.
 	LeaseTerm  time.Duration `json:"lease_term,omitempty"`
 	LeaseUntil time.Duration `json:"lease_until,omitempty"`
+	// Changing says that the header that is remembered is the next one, and may not be in front
+	// yet: the change of a key was cut off if nobody works on it.
+	Changing bool `json:"changing,omitempty"`
 	// KeptNext is when the leave to keep its key for an outage is asked for again, by
 	// keyclient.Boottime.
 	KeptNext time.Duration `json:"kept_next,omitempty"`

@@ -104,7 +104,13 @@ func (r *rotation) run(ctx context.Context) error {
 	if err := r.Keys.Rotate(ctx, r.next, keyclient.RotationDone, macs); err != nil {
 		return err
 	}
-	r.set(func() { r.e.keptNext = 0 }) // what is kept for an outage opens nothing any more
+	r.set(func() {
+		r.e.keptNext = 0 // what is kept for an outage opens nothing any more
+		r.e.known.Changing = false
+	})
+	if err := r.rememberKnown(r.e); err != nil {
+		r.Log.Warn("could not keep the state of a volume", "volume", r.e.spec.ID, "error", err)
+	}
 	r.Log.Info("the volume has another key", "volume", r.e.spec.ID, "key_version", r.next.KeyVersion, "correlation_id", r.next.CorrelationID,
 		"hint", "make a new backup of its header: an older one opens nothing")
 	if err := luks.ForgetNext(ctx, device, r.until()); err != nil { // it is a copy of the one in front now
@@ -170,7 +176,7 @@ func (r *rotation) succeed(h *luks.Header) error {
 	}
 	r.set(func() {
 		r.e.header = h
-		r.e.known.MACs, r.e.known.KeyVersion = keyMACs(h.MACs()), r.next.KeyVersion
+		r.e.known.MACs, r.e.known.KeyVersion, r.e.known.Changing = keyMACs(h.MACs()), r.next.KeyVersion, true
 	})
 	return r.rememberKnown(r.e)
 }

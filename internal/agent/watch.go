@@ -92,6 +92,12 @@ func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
 		c.Log.Error("could not compare a header with its disk", "volume", id, "error", err)
 		return
 	}
+	c.mu.Lock()
+	ours := e.known.Changing
+	c.mu.Unlock()
+	if ours && c.finishHeader(ctx, id, e) {
+		return
+	}
 	c.set(func() { e.alarms++ })
 	c.Log.Error("ALARM: the header of an open volume was overwritten on its disk", "volume", id, "device", device, "error", err)
 	if e.lease == nil || e.lease.lost || e.spec.ReadOnly {
@@ -109,6 +115,24 @@ func (c *Volumes) watchOne(ctx context.Context, id string, e *entry) {
 	}
 	c.warn(e, "header", "it was overwritten on the disk while the volume was open, and was put back: find out who writes to this disk")
 	c.Log.Error("put the header back from memory", "volume", id, "device", device)
+}
+
+// finishHeader puts the next header in front, where the agent that was about to do it was cut
+// off. The key service is told at the next renewal of the lease.
+func (c *Volumes) finishHeader(ctx context.Context, id string, e *entry) bool {
+	until, err := c.mayWriteBack(ctx, id, e)
+	if err == nil {
+		err = luks.WriteBack(ctx, e.spec.DevicePath(), e.header, until)
+	}
+	if err != nil {
+		return false
+	}
+	c.Log.Info("a change of the key was cut off, and its header is in front now", "volume", id)
+	c.set(func() { e.known.Changing = false }) // what is found the next time is somebody else's
+	if err := c.rememberKnown(e); err != nil {
+		c.Log.Warn("could not keep the state of a volume", "volume", id, "error", err)
+	}
+	return true
 }
 
 var errNoLease = errors.New("this node holds no lease of the volume any more")

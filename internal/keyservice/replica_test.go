@@ -17,6 +17,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+
+	replicav1 "github.com/keyagent/keyagent/api/keyagent/replica/v1"
 	"github.com/keyagent/keyagent/attestation"
 	"github.com/keyagent/keyagent/attestation/atls"
 	"github.com/keyagent/keyagent/attestation/kinds"
@@ -162,6 +165,16 @@ func entries(t *testing.T, log string, words ...string) (n int) {
 // ask is what a machine asks the first service, and demands of it, by a policy.
 func (w *replicaWorld) ask(machine *kinds.TPMConfig, policy string) (*replica.Session, error) {
 	w.t.Helper()
+	s, err := replica.Dial(w.t.Context(), w.at(), w.asking(machine, policy))
+	if err == nil {
+		w.t.Cleanup(func() { s.Close() })
+	}
+	return s, err
+}
+
+// asking is how a machine asks, by its own policy.
+func (w *replicaWorld) asking(machine *kinds.TPMConfig, policy string) *atls.ClientConfig {
+	w.t.Helper()
 	source, err := policysource.New(policy, slog.New(slog.DiscardHandler))
 	must(w.t, err)
 	demand, err := source.Replicas(nil, nil)
@@ -170,12 +183,7 @@ func (w *replicaWorld) ask(machine *kinds.TPMConfig, policy string) (*replica.Se
 	must(w.t, err)
 	issuer, err := tpm.NewIssuer(tpm.IssuerOptions{Device: machine.Device, EventLog: "/nonexistent"})
 	must(w.t, err)
-	s, err := replica.Dial(w.t.Context(), w.at(), &atls.ClientConfig{ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id,
-		Issuers: []attestation.Issuer{issuer}, Server: demand, Timeout: askTimeout})
-	if err == nil {
-		w.t.Cleanup(func() { s.Close() })
-	}
-	return s, err
+	return &atls.ClientConfig{ServerName: "127.0.0.1", RootCAs: w.pki.Pool(), Identity: id, Issuers: []attestation.Issuer{issuer}, Server: demand, Timeout: askTimeout}
 }
 
 func (w *replicaWorld) join(machine *kinds.TPMConfig, policy string) error {
@@ -634,32 +642,34 @@ type otherRecords struct{ *Service }
 
 func (otherRecords) RecordKey() (string, error) { return strings.Repeat("0", 32), nil }
 
-// bad is what no key service has seen.
-type bad struct {
-	*Service
-	seen volume.Seen
-}
-
-func (b bad) Since(uint64) volume.Seen { return b.seen }
-
 // What a replica says is bounded, however well it proved itself.
 func TestAReplicaThatTellsNonsenseIsRefused(t *testing.T) {
 	w := newReplicaWorld(t)
 	cfg := w.replica()
-	s, err := w.ask(cfg.TPM, cfg.Policy)
+	conn, err := grpc.NewClient("passthrough:///"+w.at(), grpc.WithTransportCredentials(atls.NewClientCredentials(w.asking(cfg.TPM, cfg.Policy))))
 	must(t, err)
+	defer conn.Close()
+	peer := replicav1.NewReplicaClient(conn)
 	many := make([]volume.Sighting, replica.PageSize+1)
 	for i := range many {
 		many[i] = volume.Sighting{Volume: fmt.Sprintf("data-%d", i), Revision: 1}
 	}
-	for name, seen := range map[string]volume.Seen{
-		"no volume":     {Volumes: []volume.Sighting{{Volume: "../data-1", Revision: 1}}},
-		"no revision":   {Volumes: []volume.Sighting{{Volume: "data-1"}}},
-		"one too large": {Volumes: []volume.Sighting{{Volume: "data-1", Revision: replica.MaxRevision + 1}}},
-		"too many":      {Volumes: many},
+	// What this program writes leaves out what its reader refuses.
+	if got := string(replica.EncodePage([]volume.Sighting{{Volume: "../data-1", Revision: 1}, {Volume: "data-1"}, {Volume: "data-1", Revision: replica.MaxRevision + 1}})); got != "" {
+		t.Errorf("it tells %q", got)
+	}
+	key, err := w.server.service.RecordKey()
+	must(t, err)
+	for name, r := range map[string]*replicav1.SeenRequest{
+		"no volume":     {Page: []byte("../data-1 1\n")},
+		"no revision":   {Page: []byte("data-1 0\n")},
+		"one too large": {Page: fmt.Appendf(nil, "data-1 %d\n", uint64(replica.MaxRevision+1))},
+		"too many":      {Page: replica.EncodePage(many)},
 		"the far end":   {Epoch: replica.MaxEpoch + 1},
 	} {
-		if err := s.Exchange(t.Context(), bad{w.server.service, seen}); failure.Of(err).Class != failure.Usage {
+		r.RecordKey = key
+		_, err := peer.Seen(t.Context(), r)
+		if err = failure.FromStatus(err); failure.Of(err).Class != failure.Usage {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
