@@ -9,7 +9,7 @@ import (
 )
 
 // NV is an ordinary NV index of this program's own: a few hundred bytes that outlive a restart
-// of the machine. Whoever has the TPM can read, write and remove it.
+// of the machine. Anyone with access to the TPM can read, write and remove it.
 type NV struct {
 	// Device is passed to OpenDevice. Default DefaultDevice.
 	Device string

@@ -164,8 +164,8 @@ func newAuditCheckpoint() *cobra.Command {
 		Long: `Print a checkpoint of the audit log of the key service that runs: how many entries it
 has, and the root of the Merkle tree over them, signed by the log's key, which follows.
 
-It is a signed note (https://c2sp.org/tlog-checkpoint). Keep it where whoever can change
-the log cannot: keyagent audit verify --checkpoint proves later that the log continues it.`,
+It is a signed note (https://c2sp.org/tlog-checkpoint). Keep it out of reach of those who can
+change the log: keyagent audit verify --checkpoint later proves that the log continues it.`,
 		Example: "  keyagent audit checkpoint >kept.note\n  keyagent audit checkpoint --output json",
 		Args:    cobra.NoArgs,
 	}

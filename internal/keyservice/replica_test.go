@@ -790,8 +790,8 @@ func TestAPeerThatHangsIsLeft(t *testing.T) {
 	}
 }
 
-// Who writes the disk of one replica makes none forget what they have seen: an entry of its
-// audit log that no key service wrote counts for nobody.
+// An attacker who writes the disk of one replica cannot make the others forget what they have
+// seen: an entry of its audit log that no key service wrote counts nowhere.
 func TestAnEpochThatNobodyBeganIsNotTold(t *testing.T) {
 	w := newReplicaWorld(t)
 	w.provision(w.machine(), "data-1")
@@ -814,7 +814,7 @@ func TestAnEpochThatNobodyBeganIsNotTold(t *testing.T) {
 	}
 }
 
-// A replica that an operator revoked by name is not believed any more, whoever dials.
+// A replica that an operator revoked by name is no longer believed, whichever side dials.
 func TestARevokedReplicaIsNotBelieved(t *testing.T) {
 	w := newReplicaWorld(t)
 	one := w.joined(w.replica())

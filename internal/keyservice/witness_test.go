@@ -167,7 +167,7 @@ func TestALogThatIsLostIsBegunAnew(t *testing.T) {
 	}
 }
 
-// Two replicas run on copies of one log: whoever meets both notices.
+// Two replicas run on copies of one log: a node that meets both notices.
 func TestASplitViewOfTwoReplicasIsNoticed(t *testing.T) {
 	w := newWorld(t)
 	node := &returning{w: w}
@@ -189,7 +189,7 @@ func TestASplitViewOfTwoReplicasIsNoticed(t *testing.T) {
 	wantClass(t, node.get("data-1"), failure.Tampered)
 }
 
-// Who has not the log's key shows nothing: no checkpoint of a stranger stops a service.
+// A checkpoint that the log's key has not signed stops no service.
 func TestCheckpointsOfStrangersStopNobody(t *testing.T) {
 	w := newWorld(t)
 	m := w.machine()

@@ -339,7 +339,7 @@ func TestTheLastOfTwoFoldersCounts(t *testing.T) {
 	}
 }
 
-// Whoever writes the disk can write any limit into a file, and the TPM refuses all of them.
+// An attacker who writes the disk can put any limit into a file; the TPM refuses all of them.
 func TestAFileThatWasChangedOpensNothing(t *testing.T) {
 	m := newMachine(t)
 	m.keep(time.Hour, 1)
