@@ -331,3 +331,30 @@ func TestAReplicaIsOneByName(t *testing.T) {
 		}
 	}
 }
+
+// A machine that fits an earlier profile too is a replica all the same; one that fits only that
+// is none.
+func TestAReplicaMayFitAnotherProfileToo(t *testing.T) {
+	_, after, _ := strings.Cut(whole, "profiles:\n")
+	block, _, _ := strings.Cut(after, "grants:")
+	two := strings.Replace(whole, "profiles:\n", "profiles:\n"+strings.Replace(block, "name: guest", "name: any", 1), 1)
+	p := parse(t, strings.Replace(two, "grants:", "replicas: {profiles: [guest]}\ngrants:", 1))
+	v := verified(t, claims())
+	if a, err := p.Appraise(v); err != nil || a.Profile != "any" {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	a, err := p.AppraiseReplica(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AuthorizeReplica(a); err != nil {
+		t.Error(err)
+	}
+	strict := parse(t, strings.Replace(strings.Replace(two, "grants:", "replicas: {profiles: [any]}\ngrants:", 1), good7, strings.Repeat("0d", 32), 1))
+	if a, err = strict.AppraiseReplica(v); err != nil {
+		t.Fatal(err)
+	}
+	if err := strict.AuthorizeReplica(a); !errors.Is(err, ErrDenied) {
+		t.Errorf("profile %q: %v", a.Profile, err)
+	}
+}

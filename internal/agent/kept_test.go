@@ -289,6 +289,13 @@ func TestALeaseNeverGoesWithoutItsKey(t *testing.T) {
 	if k.has {
 		t.Error("it is kept")
 	}
+	// Also where nothing says that it was ever kept: by a configuration of before, whose file the
+	// host hides.
+	k.has = true
+	c.set(func() { o.e.keptNothing, o.e.spec.Offline = true, nil })
+	c.release(t.Context(), "data", make([]byte, 16))
+	s.did("a lease of a volume that is not kept", "destroy", "release")
+	c.set(func() { o.e.spec.Offline = o.v.Offline })
 	k.has, k.err = true, errors.New("a TPM that fails")
 	c.set(func() { o.e.keptNothing = false })
 	c.release(t.Context(), "data", make([]byte, 16))

@@ -5,7 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
+	"github.com/keyagent/keyagent/internal/audit"
 	"github.com/keyagent/keyagent/internal/failure"
 )
 
@@ -64,6 +66,21 @@ func TestAStartOnHalfOfTheStateIsRefused(t *testing.T) {
 	w.start()
 	if _, _, err := w.get(w.machine(), "data-1", formatOp); err != nil {
 		t.Errorf("a volume after its records were given up: %v", err)
+	}
+}
+
+// An entry that names a volume and no revision of its record says nothing of records.
+func TestOnlyRevisionsAreSightings(t *testing.T) {
+	h := &history{seen: map[string]uint64{}, recovered: map[string]time.Time{}}
+	for _, e := range []audit.Entry{
+		{Event: "opened-offline", Volume: "data-1", Result: "reported", Revision: 7},
+		{Event: "get-key", Volume: "data-2", Result: "refused", Revision: 7},
+		{Event: "get-key", Volume: "data-3", Result: "allowed"},
+	} {
+		h.note(e)
+	}
+	if len(h.seen) != 0 {
+		t.Errorf("seen: %v", h.seen)
 	}
 }
 

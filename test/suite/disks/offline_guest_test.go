@@ -153,6 +153,10 @@ func TestDiskAnAgentComesUpInAnOutage(t *testing.T) {
 
 	o.must(t, "close", "off-2")
 	other.fails(t, 16, "until it gives the volume back", "unlock", "off-2")
+	// A mapping that nobody remembers may be written to: the lease stays.
+	tool(t, "dmsetup", "create", "off-"+o.name, "--table", "0 8 zero")
+	o.fails(t, 15, "there is a mapping", "close", "--give-back", "off-2")
+	tool(t, "dmsetup", "remove", "--retry", "off-"+o.name)
 	o.must(t, "close", "--give-back", "off-2")
 	other.must(t, "unlock", "off-2")
 	holds(t, filepath.Join(other.at, "file"), "text")
