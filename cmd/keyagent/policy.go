@@ -90,6 +90,9 @@ func (s policySummary) print(w io.Writer) {
 			fmt.Fprintf(w, " when %s", g.When)
 		}
 		fmt.Fprintln(w)
+		if o := g.Offline; o != nil {
+			fmt.Fprintf(w, "  and keep their keys in the TPM for an outage: for %s and %d boots, in which no revocation reaches them\n", o.For, o.Boots)
+		}
 	}
 	if len(s.Replicas) > 0 {
 		fmt.Fprintf(w, "replicas: profiles %s may be key services, and receive the master secret\n", strings.Join(s.Replicas, ", "))
